@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod api;
+mod handshake;
 mod message;
 mod record;
 
@@ -9,5 +10,6 @@ pub use api::{
     BackupCommand, BackupConfig, BackupEvent, BackupOrder, GuestEvent, ImageStatus, NotProtected, Notice,
     PrimaryCommand, PrimaryConfig, PrimaryEvent, PrimaryOrder, Protection, RefuseReason, Remembered,
 };
+pub use handshake::{Hello, ToBackup, ToPrimary};
 pub use message::{BackupMessage, PrimaryMessage};
 pub use record::{Answer, Ask, Mode, Record, WitnessReply, WitnessRequest};
