@@ -1,1 +1,15 @@
-//! Placeholder.
+//! The hypervisor's side of Romulus: where checkpoints come from and where they are resumed.
+//!
+//! ```text
+//!   primary                                       backup
+//!   trait GuestSource ── checkpoints ──────────►  trait Standby
+//!     attach, capture, detach                       prepare, trial load, activate
+//!        │                                              │
+//!        └── qemu (over trait Monitor), fake ───────────┘
+//! ```
+//!
+//! [`spec::MachineSpec`] is what a standby needs to know about the primary's machine; it travels once a session.
+#![forbid(unsafe_code)]
+
+pub mod fault;
+pub mod qemu;

@@ -1,0 +1,94 @@
+//! Named places where a test can kill, stop or end this process.
+//!
+//! The points are always compiled in and cost one atomic load. `ROMULUS_FAULT=NAME:ACTION`, read once, arms one of
+//! them; actions are `sigkill`, `sigstop` and `exit`.
+
+use std::process;
+use std::sync::OnceLock;
+
+use rustix::process::{Signal, getpid, kill_process};
+
+/// Every point there is, in the order in which an attachment passes them.
+pub const POINTS: &[&str] = &[
+    "bootstrap.before_migrate",
+    "bootstrap.after_migrate",
+    "bootstrap.in_ram",
+    "bootstrap.before_release",
+    "bootstrap.before_restore",
+    "standby.before_stream",
+    "standby.in_stream",
+    "standby.after_stream",
+];
+
+/// The environment variable that arms a point.
+pub const VARIABLE: &str = "ROMULUS_FAULT";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Action {
+    Kill,
+    Stop,
+    Exit,
+}
+
+fn parse(setting: &str) -> Option<(&str, Action)> {
+    let (name, action) = setting.split_once(':')?;
+    let action = match action {
+        "sigkill" => Action::Kill,
+        "sigstop" => Action::Stop,
+        "exit" => Action::Exit,
+        _ => return None,
+    };
+    POINTS.contains(&name).then_some((name, action))
+}
+
+fn armed() -> Option<&'static (String, Action)> {
+    static ARMED: OnceLock<Option<(String, Action)>> = OnceLock::new();
+    ARMED
+        .get_or_init(|| {
+            let setting = std::env::var(VARIABLE).ok()?;
+            // A misspelt point would make a kill test pass without a kill.
+            let (name, action) = parse(&setting).unwrap_or_else(|| {
+                panic!("{VARIABLE}={setting} is not POINT:sigkill|sigstop|exit of a known point")
+            });
+            Some((name.to_owned(), action))
+        })
+        .as_ref()
+}
+
+/// Passes the point `name`; does not return when a test has armed it to kill or end this process.
+///
+/// # Panics
+/// When `ROMULUS_FAULT` is set and malformed, or, in debug builds, when `name` is not in [`POINTS`].
+pub fn point(name: &str) {
+    debug_assert!(POINTS.contains(&name), "fault point {name} is not listed");
+    let Some((wanted, action)) = armed() else { return };
+    if wanted != name {
+        return;
+    }
+    match action {
+        Action::Kill => drop(kill_process(getpid(), Signal::KILL)),
+        Action::Stop => drop(kill_process(getpid(), Signal::STOP)),
+        Action::Exit => process::exit(86),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_listed_points_and_actions_can_be_armed() {
+        assert_eq!(
+            parse("bootstrap.in_ram:sigkill"),
+            Some(("bootstrap.in_ram", Action::Kill))
+        );
+        assert_eq!(parse("bootstrap.in_ram:explode"), None);
+        assert_eq!(parse("nowhere:exit"), None);
+        assert_eq!(parse("bootstrap.in_ram"), None);
+    }
+
+    #[test]
+    fn an_unarmed_point_does_nothing() {
+        point("bootstrap.in_ram");
+    }
+}

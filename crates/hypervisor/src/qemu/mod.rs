@@ -1,0 +1,3 @@
+//! QEMU, reached from outside through nothing but its QMP monitor.
+
+pub mod qmp;
