@@ -1,0 +1,155 @@
+//! What the replicator needs of a hypervisor: take checkpoints of a running guest.
+//!
+//! ```text
+//!   attach ──► bootstrap ──► arm ──► read_pages (all) ──► precopy (a few rounds) ──► capture, capture, … ──► detach
+//!                  ▲                                                                        │
+//!                  └──────────── new session, guest reset, device plugged ◄─────────────────┘
+//! ```
+//!
+//! Nothing dirty is forgotten: a page that was written since `arm` is in the next `precopy` or `capture`, and one that
+//! an aborted `capture` or `precopy` had taken out of the dirty set is in the one after it.
+
+use std::error::Error;
+
+use romulus_types::{PAGE_BYTES, PageIndex, RamLayout};
+
+use crate::spec::MachineSpec;
+
+/// A failure of the hypervisor's side, with what the operator can do.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct SourceError {
+    /// What failed and what to do about it.
+    pub what: String,
+    /// The cause.
+    #[source]
+    pub source: Option<Box<dyn Error + Send + Sync>>,
+}
+
+impl SourceError {
+    /// A failure with its cause.
+    pub fn new(what: impl Into<String>, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { what: what.into(), source: Some(source.into()) }
+    }
+}
+
+/// The gate's barrier failed, so the checkpoint must not count.
+#[derive(Debug, thiserror::Error)]
+#[error("the packet gate's barrier failed")]
+pub struct BarrierError(#[source] Box<dyn Error + Send + Sync>);
+
+impl BarrierError {
+    /// Wraps the gate's error.
+    pub fn new(source: Box<dyn Error + Send + Sync>) -> Self {
+        Self(source)
+    }
+}
+
+/// Pages and device state as they were at one moment. Reused from epoch to epoch.
+#[derive(Debug, Default)]
+pub struct Checkpoint {
+    /// The pages, strictly ascending.
+    pub pages: Vec<PageIndex>,
+    /// Their contents in the same order, `pages.len()` × [`PAGE_BYTES`] bytes; may be longer, the rest is old.
+    pub data: Vec<u8>,
+    /// The device state as the hypervisor wrote it; empty for a precopy round.
+    pub device_state: Vec<u8>,
+}
+
+impl Checkpoint {
+    /// Forgets the contents and keeps the memory.
+    pub fn clear(&mut self) {
+        self.pages.clear();
+        self.device_state.clear();
+    }
+
+    /// The page contents, in the order of `pages`.
+    pub fn page_contents(&self) -> impl Iterator<Item = (PageIndex, &[u8; PAGE_BYTES])> {
+        let (chunks, _) = self.data.as_chunks::<PAGE_BYTES>();
+        self.pages.iter().copied().zip(chunks)
+    }
+}
+
+/// How long each part of one capture took, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CaptureReport {
+    /// From the command to the stopped, drained guest.
+    pub stop_ns: u64,
+    /// The gate's barrier.
+    pub barrier_ns: u64,
+    /// Finding the dirty pages.
+    pub scan_ns: u64,
+    /// Copying them.
+    pub copy_ns: u64,
+    /// Reading the device state to its end.
+    pub device_state_ns: u64,
+    /// How long the guest stood still, by the hypervisor's own timestamps.
+    pub pause_ns: u64,
+    /// Pages copied.
+    pub dirty_pages: u64,
+}
+
+/// What the hypervisor said about the guest, besides our own pauses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestEvent {
+    /// Somebody paused it.
+    Paused,
+    /// It runs again.
+    Resumed,
+    /// It was reset.
+    Reset,
+    /// A device was plugged or unplugged.
+    DevicesChanged,
+    /// It was powered off or shut down on purpose.
+    PoweredOff,
+    /// The guest's kernel panicked and the hypervisor gave up.
+    Crashed,
+    /// The hypervisor's process is gone without a power-off.
+    Gone,
+}
+
+/// A running guest that checkpoints are taken of.
+pub trait GuestSource: Send {
+    /// (Re)reads what a backup needs to know of the machine: RAM blocks, header, description. Called before `arm` of
+    /// every session; the guest pauses for about a millisecond.
+    fn bootstrap(&mut self) -> Result<(), SourceError>;
+
+    /// The machine, as the last `bootstrap` saw it.
+    fn machine(&self) -> &MachineSpec;
+
+    /// Its memory.
+    fn layout(&self) -> &RamLayout;
+
+    /// Starts dirty tracking afresh: every later write is seen. Stops the guest in short slices.
+    fn arm(&mut self) -> Result<(), SourceError>;
+
+    /// Reads whole pages while the guest runs; a page that is being written may be torn, and is dirty then.
+    fn read_pages(&mut self, first: PageIndex, into: &mut [u8]) -> Result<(), SourceError>;
+
+    /// Takes the dirty pages while the guest runs, to make the first checkpoint small. `device_state` stays empty.
+    fn precopy(&mut self, into: &mut Checkpoint) -> Result<(), SourceError>;
+
+    /// Stops the guest, calls `barrier`, takes the dirty pages and the device state, lets the guest run (unless
+    /// `stay_stopped`). On an error the guest runs and nothing dirty is forgotten.
+    fn capture(
+        &mut self,
+        barrier: &mut dyn FnMut() -> Result<(), BarrierError>,
+        stay_stopped: bool,
+        into: &mut Checkpoint,
+    ) -> Result<CaptureReport, SourceError>;
+
+    /// What happened since the last call, oldest first. Does not wait.
+    fn poll_events(&mut self) -> Vec<GuestEvent>;
+
+    /// Stops the guest for good: another host speaks for it.
+    fn stop_guest(&mut self) -> Result<(), SourceError>;
+
+    /// Stops the guest for now.
+    fn suspend(&mut self) -> Result<(), SourceError>;
+
+    /// Lets it run again.
+    fn resume(&mut self) -> Result<(), SourceError>;
+
+    /// Removes every trace from the hypervisor. The guest is left as it is (running, or stopped by `stop_guest`).
+    fn detach(self: Box<Self>) -> Result<(), SourceError>;
+}
