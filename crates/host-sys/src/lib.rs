@@ -1,1 +1,5 @@
 //! Placeholder.
+
+pub mod bpf;
+pub mod netns;
+pub mod tap;
