@@ -1,0 +1,335 @@
+//! The settings of each daemon.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use romulus_types::{HostId, VmId};
+use serde::{Deserialize, Serialize};
+
+use crate::check::{Checks, Invalid};
+use crate::common::{Failover, Log, Metrics, Network};
+use crate::load::Settings;
+use crate::peer::PeerAddress;
+use crate::quantity::{ByteSize, duration};
+
+/// Where certificates are looked for unless a setting says otherwise.
+pub const PKI_DIR: &str = "/etc/romulus/pki";
+/// Where admin sockets are made unless a setting says otherwise.
+pub const RUN_DIR: &str = "/run/romulus";
+
+const ANY: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+
+/// The replicator's settings: `/etc/romulus/replicator.toml`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Replicator {
+    /// This host's name; it must be the one in the certificates, which is also the default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostId>,
+    /// Where the backup's agent listens. No default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backup: Option<PeerAddress>,
+    /// Where the witness listens: addresses of the one witness, tried in order. No default.
+    pub witness: Vec<PeerAddress>,
+    /// The directory with this host's certificates. Default [`PKI_DIR`].
+    pub pki_dir: PathBuf,
+    /// The admin socket. Default `/run/romulus/replicator-VM.sock`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admin_socket: Option<PathBuf>,
+    /// Length and pace of epochs.
+    pub epochs: Epochs,
+    /// What replication may hold in memory.
+    pub memory: Memory,
+    /// When a silent peer counts as lost.
+    pub failover: Failover,
+    /// QUIC.
+    pub network: Network,
+    /// Logs.
+    pub log: Log,
+    /// Metrics.
+    pub metrics: Metrics,
+}
+
+/// `[epochs]` of the replicator.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Epochs {
+    /// Time from one checkpoint to the next. Default 25 ms.
+    #[serde(with = "duration")]
+    pub length: Duration,
+    /// Most epochs sent and not yet acknowledged; past that an epoch stretches. Default 4.
+    pub in_flight_max: u16,
+    /// A pause that lasts longer kills its holder, so that the guest runs on. Default 1 s.
+    #[serde(with = "duration")]
+    pub pause_kill_limit: Duration,
+}
+
+impl Default for Epochs {
+    fn default() -> Self {
+        Self {
+            length: Duration::from_millis(25),
+            in_flight_max: 4,
+            pause_kill_limit: Duration::from_secs(1),
+        }
+    }
+}
+
+/// `[memory]` of the replicator.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Memory {
+    /// Bytes of previous page versions kept for deltas. Default 64 MiB.
+    pub delta_memory: ByteSize,
+    /// Bytes of pages captured and not yet sent. Default 256 MiB.
+    pub staging_bytes_max: ByteSize,
+    /// Bytes of guest output held back. Default 64 MiB.
+    pub held_bytes_max: ByteSize,
+    /// Frames of guest output held back. Default 65536.
+    pub held_frames_max: u32,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self {
+            delta_memory: ByteSize::from_mib(64),
+            staging_bytes_max: ByteSize::from_mib(256),
+            held_bytes_max: ByteSize::from_mib(64),
+            held_frames_max: 65_536,
+        }
+    }
+}
+
+impl Default for Replicator {
+    fn default() -> Self {
+        Self {
+            host: None,
+            backup: None,
+            witness: Vec::new(),
+            pki_dir: PKI_DIR.into(),
+            admin_socket: None,
+            epochs: Epochs::default(),
+            memory: Memory::default(),
+            failover: Failover::default(),
+            network: Network::default(),
+            log: Log::default(),
+            metrics: Metrics::default(),
+        }
+    }
+}
+
+impl Replicator {
+    /// The admin socket of the replicator of `vm`.
+    pub fn admin_socket(&self, vm: &VmId) -> PathBuf {
+        let default = || format!("{RUN_DIR}/replicator-{vm}.sock").into();
+        self.admin_socket.clone().unwrap_or_else(default)
+    }
+}
+
+impl Settings for Replicator {
+    const NAME: &'static str = "replicator";
+    const EXAMPLE: &'static str = include_str!("../examples/replicator.toml");
+
+    fn check(&self) -> Result<(), Invalid> {
+        let (ms, s) = (Duration::from_millis, Duration::from_secs);
+        let (page, most) = (ByteSize::from_mib(1), ByteSize::from_gib(1024));
+        check_witness(&self.witness)?;
+        Checks::new("").absolute("pki_dir", &self.pki_dir)?;
+        Checks::new("epochs")
+            .duration("length", self.epochs.length, ms(1), s(10))?
+            .number("in_flight_max", self.epochs.in_flight_max.into(), 1, 256)?
+            .duration("pause_kill_limit", self.epochs.pause_kill_limit, ms(50), s(60))?;
+        Checks::new("memory")
+            .size(
+                "delta_memory",
+                self.memory.delta_memory,
+                ByteSize::from_bytes(0),
+                most,
+            )?
+            .size("staging_bytes_max", self.memory.staging_bytes_max, page, most)?
+            .size("held_bytes_max", self.memory.held_bytes_max, page, most)?
+            .number("held_frames_max", self.memory.held_frames_max.into(), 64, 1 << 24)?;
+        self.failover.check()?;
+        self.network.check()?;
+        self.log.check()
+    }
+}
+
+/// How a standby waits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StandbyKind {
+    /// A hypervisor process is started in advance and waits.
+    #[default]
+    Warm,
+    /// The hypervisor is started at activation.
+    Cold,
+}
+
+/// The backup agent's settings: `/etc/romulus/backup-agent.toml`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BackupAgent {
+    /// This host's name; it must be the one in the certificates, which is also the default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostId>,
+    /// UDP address on which replicators are awaited. Default `0.0.0.0:7700`.
+    pub listen: SocketAddr,
+    /// Where the witness listens: addresses of the one witness, tried in order. No default.
+    pub witness: Vec<PeerAddress>,
+    /// The directory with this host's certificates. Default [`PKI_DIR`].
+    pub pki_dir: PathBuf,
+    /// The admin socket. Default `/run/romulus/backup-agent.sock`.
+    pub admin_socket: PathBuf,
+    /// Where memory images are kept; a tmpfs. Default `/dev/shm/romulus`.
+    pub image_dir: PathBuf,
+    /// Bytes of all memory images together. Default 16 GiB.
+    pub image_bytes_max: ByteSize,
+    /// Bytes of one VM's checkpoint that is being received. Default 256 MiB.
+    pub staging_bytes_max: ByteSize,
+    /// Most VMs that this agent backs up. Default 16.
+    pub vms_max: u16,
+    /// Warm or cold standbys. Default warm.
+    pub standby: StandbyKind,
+    /// The bridge that the taps of standbys join. No default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<String>,
+    /// How long a takeover announces the guest's addresses. Default 30 s.
+    #[serde(with = "duration")]
+    pub announce_duration: Duration,
+    /// When a silent peer counts as lost.
+    pub failover: Failover,
+    /// QUIC.
+    pub network: Network,
+    /// Logs.
+    pub log: Log,
+    /// Metrics.
+    pub metrics: Metrics,
+}
+
+impl Default for BackupAgent {
+    fn default() -> Self {
+        Self {
+            host: None,
+            listen: SocketAddr::new(ANY, 7700),
+            witness: Vec::new(),
+            pki_dir: PKI_DIR.into(),
+            admin_socket: format!("{RUN_DIR}/backup-agent.sock").into(),
+            image_dir: "/dev/shm/romulus".into(),
+            image_bytes_max: ByteSize::from_gib(16),
+            staging_bytes_max: ByteSize::from_mib(256),
+            vms_max: 16,
+            standby: StandbyKind::default(),
+            bridge: None,
+            announce_duration: Duration::from_secs(30),
+            failover: Failover::default(),
+            network: Network::default(),
+            log: Log::default(),
+            metrics: Metrics::default(),
+        }
+    }
+}
+
+impl Settings for BackupAgent {
+    const NAME: &'static str = "backup-agent";
+    const EXAMPLE: &'static str = include_str!("../examples/backup-agent.toml");
+
+    fn check(&self) -> Result<(), Invalid> {
+        let (mib, most) = (ByteSize::from_mib(1), ByteSize::from_gib(64 * 1024));
+        check_witness(&self.witness)?;
+        Checks::new("")
+            .absolute("pki_dir", &self.pki_dir)?
+            .absolute("admin_socket", &self.admin_socket)?
+            .absolute("image_dir", &self.image_dir)?
+            .size("image_bytes_max", self.image_bytes_max, mib, most)?
+            .size("staging_bytes_max", self.staging_bytes_max, mib, most)?
+            .number("vms_max", self.vms_max.into(), 1, 1024)?
+            .duration(
+                "announce_duration",
+                self.announce_duration,
+                Duration::ZERO,
+                Duration::from_secs(3600),
+            )?;
+        if let Some(bridge) = &self.bridge {
+            check_interface("bridge", bridge)?;
+        }
+        self.failover.check()?;
+        self.network.check()?;
+        self.log.check()
+    }
+}
+
+/// The witness's settings: `/etc/romulus/witness.toml`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Witness {
+    /// UDP address on which requests are awaited. Default `0.0.0.0:7701`.
+    pub listen: SocketAddr,
+    /// Where the records are kept; on a disk, not on a tmpfs. Default `/var/lib/romulus-witness`.
+    pub dir: PathBuf,
+    /// The directory with this host's certificates. Default [`PKI_DIR`].
+    pub pki_dir: PathBuf,
+    /// The admin socket. Default `/run/romulus/witness.sock`.
+    pub admin_socket: PathBuf,
+    /// Most VMs that have a record. Default 4096.
+    pub vms_max: u32,
+    /// QUIC.
+    pub network: Network,
+    /// Logs.
+    pub log: Log,
+    /// Metrics.
+    pub metrics: Metrics,
+}
+
+impl Default for Witness {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::new(ANY, 7701),
+            dir: "/var/lib/romulus-witness".into(),
+            pki_dir: PKI_DIR.into(),
+            admin_socket: format!("{RUN_DIR}/witness.sock").into(),
+            vms_max: 4096,
+            // Requests are small and hosts many.
+            network: Network {
+                receive_window: ByteSize::from_mib(1),
+                connections_max: 1024,
+                ..Network::default()
+            },
+            log: Log::default(),
+            metrics: Metrics::default(),
+        }
+    }
+}
+
+impl Settings for Witness {
+    const NAME: &'static str = "witness";
+    const EXAMPLE: &'static str = include_str!("../examples/witness.toml");
+
+    fn check(&self) -> Result<(), Invalid> {
+        Checks::new("")
+            .absolute("dir", &self.dir)?
+            .absolute("pki_dir", &self.pki_dir)?
+            .absolute("admin_socket", &self.admin_socket)?
+            .number("vms_max", self.vms_max.into(), 1, 1 << 20)?;
+        self.network.check()?;
+        self.log.check()
+    }
+}
+
+fn check_witness(witness: &[PeerAddress]) -> Result<(), Invalid> {
+    Checks::new("")
+        .number("witness", witness.len() as u64, 0, 8)
+        .map(drop)
+}
+
+/// An interface name as Linux allows it.
+fn check_interface(key: &str, name: &str) -> Result<(), Invalid> {
+    let plain = |b: u8| b.is_ascii_graphic() && b != b'/' && b != b':';
+    if name.is_empty() || name.len() > 15 || !name.bytes().all(plain) {
+        return Err(Invalid::new(
+            key,
+            format!("{name:?} is not the name of a network interface"),
+        ));
+    }
+    Ok(())
+}
