@@ -10,8 +10,14 @@ use std::path::Path;
 /// # Errors
 /// Any error of the file system; `path` is the old file then.
 pub fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
-    let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_os_string();
+    let folder = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or_else(|| Path::new("."));
+    let mut name = path
+        .file_name()
+        .ok_or(io::ErrorKind::InvalidInput)?
+        .to_os_string();
     name.push(".new");
     let new = folder.join(name);
     let mut file = File::create(&new)?;

@@ -7,34 +7,45 @@
 //! ```text
 //!  another process:  maps ─► ptrace (one system call in it) ─► pidfd (take the fd) ─► userfaultfd ─► pagemap
 //!                    memory (read scattered ranges, map a shared one)
-//!  ourselves:        killtimer, pipe, monotonic clock
+//!  ourselves:        killtimer, pipe, clock, durable (files that survive a crash whole)
+//!  the network:      tap, bpf, netns
 //!  the kernel:       probe (what it can do, by name)
 //! ```
 
-mod clock;
+pub mod bpf;
+pub mod durable;
+pub mod netns;
+pub mod process_clock;
+pub mod tap;
+
+pub mod bpf;
+pub mod clock;
+pub mod durable;
 mod error;
 mod gadget;
 mod killtimer;
 mod maps;
 mod memory;
+pub mod netns;
 mod pagemap;
 mod pidfd;
 mod pipe;
 mod probe;
 mod ptrace;
 mod rescue_frame;
+pub mod tap;
 mod userfault;
 mod view;
 
 pub use clock::monotonic_ns;
 pub use error::SysError;
 pub use killtimer::KillTimer;
-pub use maps::{read_maps, Mapping};
+pub use maps::{Mapping, read_maps};
 pub use memory::{ProcessMemory, RemoteRange};
 pub use pagemap::{PageRegion, Pagemap};
 pub use pidfd::PidFd;
-pub use pipe::{grow_pipe, make_fifo, open_fifo_reader, pipe_bytes_waiting, read_nonblocking, ReadOutcome};
-pub use probe::{probe_kernel, KernelFeature};
-pub use ptrace::{call_in_process, CallStage, CALL_STAGES};
-pub use userfault::{create_in_process, UserFault};
+pub use pipe::{ReadOutcome, grow_pipe, make_fifo, open_fifo_reader, pipe_bytes_waiting, read_nonblocking};
+pub use probe::{KernelFeature, probe_kernel};
+pub use ptrace::{CALL_STAGES, CallStage, call_in_process};
+pub use userfault::{UserFault, create_in_process};
 pub use view::SharedView;
