@@ -5,6 +5,7 @@ mod api;
 mod handshake;
 mod message;
 mod record;
+mod words;
 
 pub use api::{
     BackupCommand, BackupConfig, BackupEvent, BackupOrder, GuestEvent, ImageStatus, NotProtected, Notice,
