@@ -1,3 +1,4 @@
 //! QEMU, reached from outside through nothing but its QMP monitor.
 
 pub mod qmp;
+pub mod stream;
