@@ -13,13 +13,7 @@
 //! ```
 
 pub mod bpf;
-pub mod durable;
-pub mod netns;
-pub mod process_clock;
-pub mod tap;
-
-pub mod bpf;
-pub mod clock;
+mod clock;
 pub mod durable;
 mod error;
 mod gadget;
@@ -31,6 +25,7 @@ mod pagemap;
 mod pidfd;
 mod pipe;
 mod probe;
+pub mod process_clock;
 mod ptrace;
 mod rescue_frame;
 pub mod tap;
