@@ -73,6 +73,15 @@ impl Pagemap {
         })
     }
 
+    /// Takes at most so many regions from the kernel in one call, instead of the default.
+    ///
+    /// # Panics
+    /// When it is zero.
+    pub fn limit_regions_a_call(&mut self, regions_max: usize) {
+        assert!(regions_max > 0, "a scan needs room for at least one region");
+        self.regions.resize(regions_max, PageRegion::default());
+    }
+
     /// Reports the written pages of `[start, end)` in ascending order and write-protects them again.
     ///
     /// # Errors
