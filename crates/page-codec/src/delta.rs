@@ -194,6 +194,7 @@ mod tests {
         no_line[..8].fill(0);
         let mut empty_line = good.clone();
         empty_line[8] = 0;
+        empty_line.truncate(good.len() - LINE_BYTES);
         let mut longer = good.clone();
         longer.push(0);
         let cut = (0..good.len()).map(|end| good[..end].to_vec());

@@ -32,7 +32,9 @@ pub use commit::{
     COMMIT_BYTES_MAX, CommitRecord, DeviceStateSection, PagesSection, RECORD_VERSION, SECTIONS_MAX,
 };
 pub use decoder::{BUFFER_BYTES_MAX, FrameDecoder};
-pub use device_state::{DEVICE_STATE_BYTES_MAX, DeviceStateAssembler, DeviceStateChunk, device_state_frames};
+pub use device_state::{
+    DEVICE_STATE_BYTES_MAX, DeviceStateAssembler, DeviceStateChunk, device_state_frames, device_state_section,
+};
 pub use error::WireError;
 pub use frame::{
     FRAME_BYTES_MAX, Frame, FrameHeader, FrameType, HEADER_BYTES, MAGIC, OPTIONAL_BIT, PAYLOAD_BYTES_MAX,
