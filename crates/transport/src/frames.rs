@@ -1,0 +1,69 @@
+//! Whole frames from a stream of bytes.
+
+use bytes::Bytes;
+use romulus_types::Session;
+use romulus_wire::{Frame, FrameDecoder, FrameType, WireError};
+
+use crate::connection::RecvStream;
+use crate::error::TransportError;
+
+/// Why no further frame comes.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// The stream or its connection failed.
+    #[error("the stream broke off")]
+    Transport(#[from] TransportError),
+    /// The peer sent something that is no frame of this session.
+    #[error("the peer sent a frame that can't be taken")]
+    Wire(#[from] WireError),
+    /// The stream ended in the middle of a frame.
+    #[error("the stream ended in the middle of a frame, after {0} bytes of it")]
+    Cut(usize),
+}
+
+/// Reads frames. Holds at most one frame and one chunk of the stream.
+#[derive(Debug)]
+pub struct FrameReader {
+    stream: RecvStream,
+    decoder: FrameDecoder,
+    chunk: Bytes,
+}
+
+impl FrameReader {
+    /// For a stream of a known session.
+    pub fn for_session(stream: RecvStream, session: Session) -> Self {
+        Self { stream, decoder: FrameDecoder::for_session(session), chunk: Bytes::new() }
+    }
+
+    /// For a stream whose first frame must have this type and names the session.
+    pub fn first_frame(stream: RecvStream, frame_type: FrameType) -> Self {
+        Self { stream, decoder: FrameDecoder::first_frame(frame_type), chunk: Bytes::new() }
+    }
+
+    /// The next frame, `None` at the end of the stream. Cancel safe.
+    ///
+    /// # Errors
+    /// [`FrameError`]; nothing further can be read then.
+    pub async fn next(&mut self) -> Result<Option<Frame>, FrameError> {
+        loop {
+            if let Some(frame) = self.decoder.next_frame()? {
+                return Ok(Some(frame));
+            }
+            if self.chunk.is_empty() {
+                match self.stream.recv().await? {
+                    Some(chunk) => self.chunk = chunk,
+                    None => return self.end(),
+                }
+            }
+            let taken = self.decoder.push(&self.chunk);
+            let _ = self.chunk.split_to(taken);
+        }
+    }
+
+    fn end(&self) -> Result<Option<Frame>, FrameError> {
+        match self.decoder.buffered_bytes() {
+            0 => Ok(None),
+            bytes => Err(FrameError::Cut(bytes)),
+        }
+    }
+}
