@@ -29,7 +29,7 @@
 //! `sync` makes it survive a loss of power as well, at a disk's speed.
 //!
 //! Calls block on the file system. [`Image::open`] and [`Image::verify_image`] read the whole image (about a second for
-//! 2 GiB), so a daemon runs them off its event loop.
+//! 4 GiB), so a daemon runs them off its event loop.
 #![forbid(unsafe_code)]
 
 mod commit;
