@@ -94,7 +94,12 @@ pub struct Options {
 impl Options {
     /// Defaults for a machine with or without shared RAM.
     pub fn new(shared_ram: bool) -> Self {
-        Self { shared_ram, timeout: Duration::from_secs(120), small_bytes_max: 128 << 20, pause_ms_max: 500 }
+        Self {
+            shared_ram,
+            timeout: Duration::from_secs(120),
+            small_bytes_max: 128 << 20,
+            pause_ms_max: 500,
+        }
     }
 }
 
@@ -200,7 +205,10 @@ fn start(monitor: &mut dyn Monitor, deadline: Instant) -> Result<UnixStream, Boo
 }
 
 fn layout(template: &Template) -> Result<RamLayout, LayoutError> {
-    let block = |b: &super::stream::StreamBlock| RamBlock { name: b.name.clone(), bytes: b.bytes };
+    let block = |b: &super::stream::StreamBlock| RamBlock {
+        name: b.name.clone(),
+        bytes: b.bytes,
+    };
     RamLayout::new(template.blocks.iter().map(block).collect())
 }
 
@@ -215,18 +223,20 @@ fn drain_events(monitor: &mut dyn Monitor) -> Result<Vec<QmpEvent>, QmpError> {
 /// Takes our own pause out of the events: the first STOP, the RESUME after it, and COLO's farewell.
 fn split_pause(events: Vec<QmpEvent>) -> (Option<u64>, Vec<QmpEvent>) {
     let (mut stopped, mut pause_us) = (None, None);
-    let others = events.into_iter().filter(|event| match (event.name.as_str(), stopped, pause_us) {
-        ("STOP", None, _) => {
-            stopped = Some(event.at_us());
-            false
-        }
-        ("RESUME", Some(since), None) => {
-            pause_us = Some(event.at_us().saturating_sub(since));
-            false
-        }
-        ("COLO_EXIT" | "MIGRATION" | "MIGRATION_PASS", ..) => false,
-        _ => true,
-    });
+    let others = events
+        .into_iter()
+        .filter(|event| match (event.name.as_str(), stopped, pause_us) {
+            ("STOP", None, _) => {
+                stopped = Some(event.at_us());
+                false
+            }
+            ("RESUME", Some(since), None) => {
+                pause_us = Some(event.at_us().saturating_sub(since));
+                false
+            }
+            ("COLO_EXIT" | "MIGRATION" | "MIGRATION_PASS", ..) => false,
+            _ => true,
+        });
     let others = others.collect();
     (pause_us, others)
 }
@@ -234,7 +244,12 @@ fn split_pause(events: Vec<QmpEvent>) -> (Option<u64>, Vec<QmpEvent>) {
 /// The text of `value[key]`, or an error that names the command.
 fn text(value: &Value, key: &'static str, command: &str) -> Result<String, QmpError> {
     let text = value.get(key).and_then(Value::as_str);
-    Ok(text.ok_or_else(|| QmpError::Reply { command: command.to_owned(), what: key })?.to_owned())
+    Ok(text
+        .ok_or_else(|| QmpError::Reply {
+            command: command.to_owned(),
+            what: key,
+        })?
+        .to_owned())
 }
 
 #[cfg(test)]
@@ -242,14 +257,27 @@ mod tests {
     use super::*;
 
     fn event(name: &str, microseconds: u32) -> QmpEvent {
-        QmpEvent { name: name.into(), data: Value::Null, seconds: 1, microseconds }
+        QmpEvent {
+            name: name.into(),
+            data: Value::Null,
+            seconds: 1,
+            microseconds,
+        }
     }
 
     #[test]
     fn only_our_own_pause_is_taken_out_of_the_events() {
         let seen = ["STOP", "RESET", "RESUME", "COLO_EXIT", "STOP"];
-        let (pause_us, others) = split_pause(seen.iter().zip(1..).map(|(name, at)| event(name, at * 100)).collect());
+        let (pause_us, others) = split_pause(
+            seen.iter()
+                .zip(1..)
+                .map(|(name, at)| event(name, at * 100))
+                .collect(),
+        );
         assert_eq!(pause_us, Some(200));
-        assert_eq!(others.iter().map(|e| e.name.as_str()).collect::<Vec<_>>(), ["RESET", "STOP"]);
+        assert_eq!(
+            others.iter().map(|e| e.name.as_str()).collect::<Vec<_>>(),
+            ["RESET", "STOP"]
+        );
     }
 }

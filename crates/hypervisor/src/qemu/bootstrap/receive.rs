@@ -50,7 +50,10 @@ pub(super) fn receive(
         if Instant::now() >= deadline {
             return Err(BootstrapError::TooSlow);
         }
-        let readable = wait(stream, TICK.min(deadline.saturating_duration_since(Instant::now())))?;
+        let readable = wait(
+            stream,
+            TICK.min(deadline.saturating_duration_since(Instant::now())),
+        )?;
         if readable {
             end += read(stream, &mut buffer[end..])?;
             start += collector.take(&buffer[start..end])?;
@@ -74,7 +77,9 @@ pub(super) fn receive(
 
 fn check_alive(monitor: &mut dyn Monitor) -> Result<(), BootstrapError> {
     match settings::migration_state(monitor)? {
-        Some(state) if settings::is_over(&state) => Err(BootstrapError::GaveUp(settings::migration_error(monitor)?)),
+        Some(state) if settings::is_over(&state) => {
+            Err(BootstrapError::GaveUp(settings::migration_error(monitor)?))
+        }
         _ => Ok(()),
     }
 }
@@ -101,7 +106,10 @@ impl Pacer {
         }
         self.pause_ms = (self.pause_ms * 2).clamp(1, self.pause_ms_max);
         self.next = Instant::now() + RELAX;
-        monitor.execute("migrate-set-parameters", json!({ "downtime-limit": self.pause_ms }))?;
+        monitor.execute(
+            "migrate-set-parameters",
+            json!({ "downtime-limit": self.pause_ms }),
+        )?;
         Ok(())
     }
 }
@@ -139,12 +147,16 @@ impl Collector {
     fn take(&mut self, bytes: &[u8]) -> Result<usize, BootstrapError> {
         let mut at = 0;
         while !self.in_tail {
-            let Some((used, item)) = self.reader.step(&bytes[at..])? else { return Ok(at) };
+            let Some((used, item)) = self.reader.step(&bytes[at..])? else {
+                return Ok(at);
+            };
             at += used;
             match item {
                 Item::Machine(name) => self.machine = name,
                 Item::Subsection(subsection) => self.subsections.push(subsection),
-                Item::Command { number: ENABLE_COLO, .. } => {}
+                Item::Command {
+                    number: ENABLE_COLO, ..
+                } => {}
                 Item::Command { number, .. } => return Err(BootstrapError::Command(number)),
                 Item::Ram { id, last } => {
                     self.ram_section = id;
@@ -153,7 +165,11 @@ impl Collector {
                     }
                 }
                 Item::Blocks => self.plan(),
-                Item::Page { block, offset, content } => store(self.contents[block].as_mut(), offset, content),
+                Item::Page {
+                    block,
+                    offset,
+                    content,
+                } => store(self.contents[block].as_mut(), offset, content),
                 Item::Devices => self.in_tail = true,
                 Item::Header | Item::RecordsEnd | Item::SectionEnd => {}
             }
@@ -168,7 +184,10 @@ impl Collector {
     /// Decides which blocks are kept.
     fn plan(&mut self) {
         let blocks = self.reader.blocks();
-        let largest = blocks.iter().enumerate().max_by_key(|(position, b)| (b.bytes, usize::MAX - position));
+        let largest = blocks
+            .iter()
+            .enumerate()
+            .max_by_key(|(position, b)| (b.bytes, usize::MAX - position));
         self.main = largest.map_or(0, |(position, _)| position);
         let mut left = self.small_bytes_max;
         let keep = blocks.iter().enumerate().map(|(position, block)| {
@@ -189,7 +208,9 @@ impl Collector {
     fn finish(self) -> Result<Received, BootstrapError> {
         let mark = vmdesc_at_end(&self.tail).expect("the caller has seen the end");
         let json = &self.tail[mark + 5..];
-        let vmdesc = std::str::from_utf8(json).expect("JSON that parsed is UTF-8").to_owned();
+        let vmdesc = std::str::from_utf8(json)
+            .expect("JSON that parsed is UTF-8")
+            .to_owned();
         Ok(Received {
             main: BlockId(u16::try_from(self.main).expect("BLOCKS_MAX fits in 16 bits")),
             template: Template {
@@ -230,7 +251,12 @@ fn read(mut stream: &UnixStream, into: &mut [u8]) -> Result<usize, BootstrapErro
     match stream.read(into) {
         Ok(0) => Err(BootstrapError::GaveUp("it closed the stream".to_owned())),
         Ok(count) => Ok(count),
-        Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted) => {
+        Err(error)
+            if matches!(
+                error.kind(),
+                std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted
+            ) =>
+        {
             Ok(0)
         }
         Err(error) => Err(BootstrapError::Socket(error)),

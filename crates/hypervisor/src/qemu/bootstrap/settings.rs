@@ -39,13 +39,20 @@ impl MigrationSettings {
         let parameters = monitor.execute(command, Value::Null)?;
         let number = |key: &'static str| {
             let number = parameters.get(key).and_then(Value::as_u64);
-            number.ok_or(QmpError::Reply { command: command.to_owned(), what: key })
+            number.ok_or(QmpError::Reply {
+                command: command.to_owned(),
+                what: key,
+            })
         };
         Ok(Self {
             capabilities,
             max_bandwidth: number("max-bandwidth")?,
             downtime_limit_ms: number("downtime-limit")?,
-            tls_creds: parameters.get("tls-creds").and_then(Value::as_str).unwrap_or_default().to_owned(),
+            tls_creds: parameters
+                .get("tls-creds")
+                .and_then(Value::as_str)
+                .unwrap_or_default()
+                .to_owned(),
         })
     }
 
@@ -57,9 +64,13 @@ impl MigrationSettings {
         downtime_limit_ms: u64,
     ) -> Result<(), QmpError> {
         let wanted = |name: &str| name == COLO || (name == IGNORE_SHARED && shared_ram);
-        let target = self.capabilities.iter().map(|(name, _)| (name.clone(), wanted(name)));
+        let target = self
+            .capabilities
+            .iter()
+            .map(|(name, _)| (name.clone(), wanted(name)));
         set_capabilities(monitor, &self.capabilities, target)?;
-        let mut parameters = json!({ "max-bandwidth": BANDWIDTH_MAX, "downtime-limit": downtime_limit_ms.max(1) });
+        let mut parameters =
+            json!({ "max-bandwidth": BANDWIDTH_MAX, "downtime-limit": downtime_limit_ms.max(1) });
         if !self.tls_creds.is_empty() {
             parameters["tls-creds"] = json!("");
         }
@@ -87,10 +98,16 @@ impl MigrationSettings {
 fn read_capabilities(monitor: &mut dyn Monitor) -> Result<Vec<(String, bool)>, QmpError> {
     let command = "query-migrate-capabilities";
     let reply = monitor.execute(command, Value::Null)?;
-    let list = reply.as_array().ok_or(QmpError::Reply { command: command.to_owned(), what: "a list" })?;
+    let list = reply.as_array().ok_or(QmpError::Reply {
+        command: command.to_owned(),
+        what: "a list",
+    })?;
     let capability = |entry: &Value| {
         let state = entry.get("state").and_then(Value::as_bool);
-        let state = state.ok_or(QmpError::Reply { command: command.to_owned(), what: "state" })?;
+        let state = state.ok_or(QmpError::Reply {
+            command: command.to_owned(),
+            what: "state",
+        })?;
         Ok((text(entry, "capability", command)?, state))
     };
     list.iter().map(capability).collect()
@@ -103,7 +120,10 @@ fn set_capabilities(
     target: impl Iterator<Item = (String, bool)>,
 ) -> Result<(), QmpError> {
     let changes: Vec<Value> = target
-        .filter(|change| now.iter().any(|(name, state)| *name == change.0 && *state != change.1))
+        .filter(|change| {
+            now.iter()
+                .any(|(name, state)| *name == change.0 && *state != change.1)
+        })
         .map(|(name, state)| json!({ "capability": name, "state": state }))
         .collect();
     if !changes.is_empty() {
@@ -120,12 +140,19 @@ pub(super) fn run_state(monitor: &mut dyn Monitor) -> Result<String, QmpError> {
 /// The state of the last migration, or `None` when there never was one.
 pub(super) fn migration_state(monitor: &mut dyn Monitor) -> Result<Option<String>, QmpError> {
     let reply = monitor.execute("query-migrate", Value::Null)?;
-    Ok(reply.get("status").and_then(Value::as_str).filter(|s| *s != "none").map(str::to_owned))
+    Ok(reply
+        .get("status")
+        .and_then(Value::as_str)
+        .filter(|s| *s != "none")
+        .map(str::to_owned))
 }
 
 pub(super) fn migration_error(monitor: &mut dyn Monitor) -> Result<String, QmpError> {
     let reply = monitor.execute("query-migrate", Value::Null)?;
-    let words = reply.get("error-desc").or_else(|| reply.get("status")).and_then(Value::as_str);
+    let words = reply
+        .get("error-desc")
+        .or_else(|| reply.get("status"))
+        .and_then(Value::as_str);
     Ok(words.unwrap_or("no reason given").to_owned())
 }
 
@@ -142,7 +169,9 @@ pub(super) fn release(monitor: &mut dyn Monitor) -> Result<(), BootstrapError> {
             break;
         }
         if begun.elapsed() > RELEASE_TIMEOUT {
-            return Err(BootstrapError::NotFreed(format!("held by a migration that is {state}")));
+            return Err(BootstrapError::NotFreed(format!(
+                "held by a migration that is {state}"
+            )));
         }
         if state == "colo" {
             // Refused only when the state has changed since we asked.

@@ -190,7 +190,6 @@ impl Reader {
                 let id = need!(at.be32());
                 self.check_id(id)?;
                 self.ram_ended = byte == mark::LAST;
-                self.block_now = None;
                 Item::Ram {
                     id,
                     last: self.ram_ended,
