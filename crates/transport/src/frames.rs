@@ -32,12 +32,20 @@ pub struct FrameReader {
 impl FrameReader {
     /// For a stream of a known session.
     pub fn for_session(stream: RecvStream, session: Session) -> Self {
-        Self { stream, decoder: FrameDecoder::for_session(session), chunk: Bytes::new() }
+        Self {
+            stream,
+            decoder: FrameDecoder::for_session(session),
+            chunk: Bytes::new(),
+        }
     }
 
     /// For a stream whose first frame must have this type and names the session.
     pub fn first_frame(stream: RecvStream, frame_type: FrameType) -> Self {
-        Self { stream, decoder: FrameDecoder::first_frame(frame_type), chunk: Bytes::new() }
+        Self {
+            stream,
+            decoder: FrameDecoder::first_frame(frame_type),
+            chunk: Bytes::new(),
+        }
     }
 
     /// The next frame, `None` at the end of the stream. Cancel safe.
