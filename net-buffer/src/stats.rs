@@ -1,0 +1,73 @@
+//! What a gate counts.
+
+/// Buckets of [`HoldTimes`]: the last one takes everything from about 34 s.
+pub const HOLD_BUCKETS: usize = 26;
+
+/// How long released frames were held.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HoldTimes {
+    /// Sum over all released frames, in nanoseconds.
+    pub sum_ns: u64,
+    /// The longest, in nanoseconds.
+    pub max_ns: u64,
+    /// Bucket `i` counts the frames held for at most 2^i microseconds, and longer than bucket `i - 1` takes.
+    pub frames_by_log2_us: [u64; HOLD_BUCKETS],
+}
+
+impl HoldTimes {
+    pub(crate) fn record(&mut self, held_ns: u64) {
+        self.sum_ns = self.sum_ns.saturating_add(held_ns);
+        self.max_ns = self.max_ns.max(held_ns);
+        let microseconds = held_ns.div_ceil(1000).max(1);
+        let bucket =
+            usize::try_from(microseconds.next_power_of_two().trailing_zeros()).unwrap_or(HOLD_BUCKETS);
+        self.frames_by_log2_us[bucket.min(HOLD_BUCKETS - 1)] += 1;
+    }
+}
+
+/// A gate's counters, since it was prepared.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GateStats {
+    /// Frames held now.
+    pub held_frames: usize,
+    /// Bytes held now, with 10 bytes of virtio-net header a frame.
+    pub held_bytes: usize,
+    /// Most frames held at once.
+    pub held_frames_peak: usize,
+    /// Most bytes held at once.
+    pub held_bytes_peak: usize,
+    /// Frames released.
+    pub released_frames: u64,
+    /// Bytes released.
+    pub released_bytes: u64,
+    /// Frames dropped because the queue was full.
+    pub dropped_by_limit_frames: u64,
+    /// Bytes dropped because the queue was full.
+    pub dropped_by_limit_bytes: u64,
+    /// Frames that the kernel dropped before we read them (its queue of the relay was full), and frames that the host's own
+    /// stack tried to send through the relay.
+    pub dropped_by_kernel_frames: u64,
+    /// Frames dropped by `discard` or after it.
+    pub discarded_frames: u64,
+    /// Released frames that the kernel did not take.
+    pub write_failed_frames: u64,
+    /// How long released frames were held.
+    pub hold: HoldTimes,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hold_time_falls_into_the_bucket_of_its_upper_bound() {
+        let mut times = HoldTimes::default();
+        for ns in [0, 1_000, 1_001, 2_000, 25_000_000, u64::MAX] {
+            times.record(ns);
+        }
+        assert_eq!(times.frames_by_log2_us[0], 2);
+        assert_eq!(times.frames_by_log2_us[1], 2);
+        assert_eq!(times.frames_by_log2_us[15], 1);
+        assert_eq!(times.frames_by_log2_us[HOLD_BUCKETS - 1], 1);
+    }
+}
