@@ -51,7 +51,7 @@ pub struct PrimaryConfig {
 /// What the hypervisor reported about the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum GuestEvent {
-    /// Somebody else paused it.
+    /// Somebody else paused it. A capture that is outstanding waits until it runs again, or fails.
     Paused,
     /// It runs again.
     Resumed,
@@ -73,7 +73,7 @@ pub enum PrimaryOrder {
 }
 
 /// Something happened at the primary.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum PrimaryEvent {
     /// The backup accepted the session that [`PrimaryCommand::Connect`] named.
     Connected(Session),
@@ -98,7 +98,7 @@ pub enum PrimaryEvent {
 }
 
 /// Something is to be done at the primary. Carried out in order.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum PrimaryCommand {
     /// *Durable.* Write this over what was remembered.
     Remember(Remembered),
@@ -146,7 +146,8 @@ pub enum PrimaryCommand {
     DrainSockets,
     /// Something that operators see happened.
     Report(Notice),
-    /// Nothing further will happen: detach, leave no trace, end. The guest runs here unless it was stopped.
+    /// Nothing further will happen: send what is queued for the backup, detach, leave no trace, end. The guest runs here
+    /// unless it was stopped.
     Finish,
 }
 
@@ -194,7 +195,7 @@ pub enum BackupOrder {
 }
 
 /// Something happened at the backup.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum BackupEvent {
     /// A primary wants a session; admission (memory, certificate, machine) is already checked.
     Hello {
@@ -211,7 +212,8 @@ pub enum BackupEvent {
     Disconnected(Session),
     /// A message of this session.
     Peer(Session, PrimaryMessage),
-    /// The checkpoint is complete, verified and durable: it survives the primary.
+    /// The checkpoint is complete, verified and durable: it survives the primary. Handed in once for each epoch, in
+    /// order, and never for a checkpoint that became durable after [`BackupCommand::MarkUnusable`] was carried out.
     Verified(Session, Epoch),
     /// A checkpoint was not what its commit record said; it was discarded.
     Invalid(Session, Epoch),
@@ -232,7 +234,7 @@ pub enum BackupEvent {
 }
 
 /// Something is to be done at the backup. Carried out in order.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum BackupCommand {
     /// *Durable.* Write this over what was remembered.
     Remember(Remembered),
@@ -251,6 +253,7 @@ pub enum BackupCommand {
     /// Let a trial standby load the commit of this epoch, then have one waiting.
     TryStandby(Session, Epoch),
     /// *Durable* mark of the image as consumed, then: finish applying, let the guest run, announce its addresses.
+    /// The last commit of the session is meant, should the driver already have a newer one than `epoch`.
     Activate {
         /// Session of the commit.
         session: Session,
@@ -261,6 +264,8 @@ pub enum BackupCommand {
     },
     /// Hand in everything that has arrived on the sockets, then [`BackupEvent::Drained`].
     DrainSockets,
+    /// The guest that a forced takeover started is stopped for good: the witness, reached again, named another host.
+    StopGuest,
     /// Something that operators see happened.
     Report(Notice),
 }
@@ -281,7 +286,7 @@ pub enum RefuseReason {
 }
 
 /// What operators see, as events and in the log.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Notice {
     /// The state shown by `status` changed.
     Protection(Protection),
@@ -303,6 +308,19 @@ pub enum Notice {
         /// Its age in nanoseconds.
         age_ns: u64,
     },
+    /// Output was held for too long; the backup is given up.
+    HeldTooLong {
+        /// Since when, in nanoseconds.
+        held_ns: u64,
+    },
+    /// An operator's order can't be carried out in this state.
+    OrderRefused(Protection),
+    /// The move to the backup did not finish in time; the guest stays here.
+    HandOverFailed,
+    /// The peer said what it can't have meant; the session was ended.
+    BadPeer(&'static str),
+    /// The backup could not start the guest that it had taken over.
+    ActivationFailed,
 }
 
 /// The operator's words for the state of a VM.

@@ -26,6 +26,22 @@ pub enum Mode {
     Ended,
 }
 
+/// The nonce of the one request by which a backup takes over from commits of `session`.
+///
+/// It is derived, not drawn: a backup that crashed after asking repeats the very same request, and a record that carries
+/// it says by itself that this grant was for the image of `session`. So nothing about the request has to be remembered.
+#[must_use]
+pub fn takeover_nonce(session: Session) -> Nonce {
+    Nonce(session.0 ^ 0x7461_6b65_6f76_6572_0000_0000_0000_0001)
+}
+
+/// The nonce of the one request by which a primary hands over to the backup of `session`, after its final checkpoint
+/// was acknowledged. Derived like [`takeover_nonce`]: the backup recognises the record even if no message arrives.
+#[must_use]
+pub fn hand_over_nonce(session: Session) -> Nonce {
+    Nonce(session.0 ^ 0x6861_6e64_206f_7665_7200_0000_0000_0002)
+}
+
 /// What the witness keeps for each VM. Changed only by compare-and-set on `term`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Record {
