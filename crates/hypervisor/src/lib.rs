@@ -13,3 +13,6 @@
 
 pub mod fault;
 pub mod qemu;
+pub mod source;
+pub mod spec;
+pub mod standby;
