@@ -17,7 +17,7 @@ pub enum FrameError {
     #[error("the peer sent a frame that can't be taken")]
     Wire(#[from] WireError),
     /// The stream ended in the middle of a frame.
-    #[error("the stream ended in the middle of a frame, after {0} bytes of it")]
+    #[error("the stream ended in the middle of a frame, with {0} bytes not yet used")]
     Cut(usize),
 }
 
@@ -68,10 +68,11 @@ impl FrameReader {
         }
     }
 
+    /// A header that was taken already counts as well: its payload is missing.
     fn end(&self) -> Result<Option<Frame>, FrameError> {
-        match self.decoder.buffered_bytes() {
-            0 => Ok(None),
-            bytes => Err(FrameError::Cut(bytes)),
+        match self.decoder.finish() {
+            Ok(()) => Ok(None),
+            Err(_) => Err(FrameError::Cut(self.decoder.buffered_bytes())),
         }
     }
 }
