@@ -1,1 +1,39 @@
-//! Placeholder.
+//! The lab for end-to-end tests and for `cargo xtask demo`: hosts as network namespaces around a switch, a stock
+//! QEMU guest, the real daemons as child processes, and instruments that know nothing of either.
+//!
+//! ```text
+//!   client 10.77.0.1        primary 10.77.0.11       backup 10.77.0.12       witness 10.77.0.13
+//!        │ eth0               tap0 ─ br0 ─ eth0        br0 ─ eth0                 │ eth0
+//!        │                                 │                │                     │
+//!        └────────────────────── sw0, the bridge of the namespace "switch" ───────┘
+//!                                          ▲ sniffer        ▲ sniffer
+//! ```
+//!
+//! The guest is 10.77.0.2. All times are of one machine's clock, so that what the daemons log, what the sniffers
+//! saw and what the client was told can be compared. Dropping a [`Lab`] kills everything that runs in its namespaces
+//! and removes them; making one removes what an earlier run with the same prefix left.
+#![forbid(unsafe_code)]
+
+pub mod accel;
+pub mod client;
+pub mod daemons;
+pub mod guest;
+mod lab;
+mod netns;
+mod paths;
+pub mod pinger;
+pub mod probe;
+mod process;
+pub mod report;
+mod resp;
+pub mod scenario;
+pub mod sniffer;
+pub mod stage;
+mod stamp;
+pub mod timeline;
+
+pub use lab::{Lab, wait_for};
+pub use netns::{BRIDGE, GUEST_IP, GUEST_IP6, Host, Net, TAP};
+pub use paths::Paths;
+pub use process::Process;
+pub use stamp::Stamp;

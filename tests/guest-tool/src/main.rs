@@ -24,7 +24,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 fn main() -> Result<(), Box<dyn Error>> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let number = |at: usize| -> Result<u64, Box<dyn Error>> {
-        let word = words.get(at).ok_or("guest-tool: a number is missing; see tests/guest-tool/src/main.rs")?;
+        let word = words
+            .get(at)
+            .ok_or("guest-tool: a number is missing; see tests/guest-tool/src/main.rs")?;
         Ok(word.parse()?)
     };
     match words.first().map(String::as_str) {

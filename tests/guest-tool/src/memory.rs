@@ -63,7 +63,9 @@ fn fill(memory: &mut [u64], round: u64) {
 
 fn first_bad_page(memory: &[u64], round: u64) -> Option<usize> {
     memory.chunks(WORDS_A_PAGE).enumerate().find_map(|(page, words)| {
-        let good = (0..WORDS_A_PAGE).step_by(128).all(|word| words[word] == pattern(page, word, round));
+        let good = (0..WORDS_A_PAGE)
+            .step_by(128)
+            .all(|word| words[word] == pattern(page, word, round));
         (!good).then_some(page)
     })
 }

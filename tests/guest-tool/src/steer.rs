@@ -48,7 +48,11 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
         apply(correction)?;
         edges += 1;
         if edges.is_multiple_of(10) {
-            crate::say(&format!("steer error_us {:.0} correction_ppm {:.0}", error_s * 1e6, correction * 1e6))?;
+            crate::say(&format!(
+                "steer error_us {:.0} correction_ppm {:.0}",
+                error_s * 1e6,
+                correction * 1e6
+            ))?;
         }
     }
 }
@@ -75,9 +79,19 @@ fn apply(correction: f64) -> Result<(), Box<dyn Error>> {
     let ticks = (correction * 1e4).round();
     let rest_ppm = (correction - ticks * 1e-4) * 1e6;
     let status = Command::new("adjtimex")
-        .args(["-q", "-t", &format!("{:.0}", 1e4 + ticks), "-f", &format!("{:.0}", rest_ppm * 65536.0)])
+        .args([
+            "-q",
+            "-t",
+            &format!("{:.0}", 1e4 + ticks),
+            "-f",
+            &format!("{:.0}", rest_ppm * 65536.0),
+        ])
         .status()?;
-    if status.success() { Ok(()) } else { Err("guest-tool: adjtimex failed".into()) }
+    if status.success() {
+        Ok(())
+    } else {
+        Err("guest-tool: adjtimex failed".into())
+    }
 }
 
 fn f64_of(seconds: u64) -> f64 {

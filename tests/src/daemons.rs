@@ -1,0 +1,217 @@
+//! The command lines of the daemons and of `romulus`, and nothing else about them: the one place to change.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+
+use crate::guest::qmp;
+use crate::lab::word;
+use crate::netns::{BRIDGE, Host, TAP};
+use crate::{Lab, Process, wait_for};
+
+/// The VM's name.
+pub const VM: &str = "demo";
+
+const AGENT_PORT: u16 = 7700;
+const WITNESS_PORT: u16 = 7701;
+
+/// How `replicator protect` is called.
+#[derive(Clone, Debug, Default)]
+pub struct ProtectConfig {
+    /// Further arguments.
+    pub extra: Vec<String>,
+}
+
+impl Lab {
+    /// The folder of a host's certificates.
+    fn pki(&self, host: Host) -> PathBuf {
+        self.run_path("pki").join(host.name())
+    }
+
+    /// The admin socket of a host's daemon.
+    #[must_use]
+    pub fn admin(&self, host: Host) -> PathBuf {
+        self.run_path(&format!("{}.admin", host.name()))
+    }
+
+    fn program(&self, name: &str) -> Result<String> {
+        Ok(word(&self.paths.binary(name)?))
+    }
+
+    /// Makes the certificates of all hosts.
+    ///
+    /// # Errors
+    /// What `romulus pki init` says.
+    pub fn init_pki(&self) -> Result<()> {
+        let mut argv = vec![
+            self.program("romulus")?,
+            "pki".into(),
+            "init".into(),
+            "--dir".into(),
+        ];
+        argv.push(word(&self.run_path("pki")));
+        for host in [Host::Primary, Host::Backup, Host::Witness] {
+            argv.extend(["--host".into(), format!("{},{}", host.name(), host.ip())]);
+        }
+        self.output(Host::Client, &argv)
+            .context("cannot make certificates")?;
+        Ok(())
+    }
+
+    /// Starts the witness.
+    ///
+    /// # Errors
+    /// When it is not built or does not come up.
+    pub fn start_witness(&self) -> Result<Process> {
+        let mut argv = vec![self.program("witness")?, "run".into()];
+        push(
+            &mut argv,
+            "--listen",
+            &format!("{}:{WITNESS_PORT}", Host::Witness.ip()),
+        );
+        push(&mut argv, "--dir", &word(&self.run_path("witness")));
+        push(&mut argv, "--pki", &word(&self.pki(Host::Witness)));
+        push(&mut argv, "--admin", &word(&self.admin(Host::Witness)));
+        self.start_daemon(Host::Witness, "witness", &argv)
+    }
+
+    /// Starts the backup's agent.
+    ///
+    /// # Errors
+    /// When it is not built or does not come up.
+    pub fn start_agent(&self) -> Result<Process> {
+        let mut argv = vec![self.program("backup-agent")?, "run".into()];
+        push(&mut argv, "--host", Host::Backup.name());
+        push(
+            &mut argv,
+            "--listen",
+            &format!("{}:{AGENT_PORT}", Host::Backup.ip()),
+        );
+        push(
+            &mut argv,
+            "--witness",
+            &format!("{}:{WITNESS_PORT}", Host::Witness.ip()),
+        );
+        push(&mut argv, "--pki", &word(&self.pki(Host::Backup)));
+        push(&mut argv, "--image-dir", &word(&self.images));
+        push(&mut argv, "--bridge", BRIDGE);
+        push(&mut argv, "--admin", &word(&self.admin(Host::Backup)));
+        push(&mut argv, "--log-format", "json");
+        self.start_daemon(Host::Backup, "backup-agent", &argv)
+    }
+
+    /// The command line of `replicator protect`.
+    ///
+    /// # Errors
+    /// When it is not built.
+    pub fn protect_argv(&self, config: &ProtectConfig) -> Result<Vec<String>> {
+        let mut argv = vec![self.program("replicator")?, "protect".into()];
+        push(&mut argv, "--vm", VM);
+        push(&mut argv, "--host", Host::Primary.name());
+        push(&mut argv, "--qmp", &word(&qmp(self)));
+        push(
+            &mut argv,
+            "--backup",
+            &format!("{}:{AGENT_PORT}", Host::Backup.ip()),
+        );
+        push(
+            &mut argv,
+            "--witness",
+            &format!("{}:{WITNESS_PORT}", Host::Witness.ip()),
+        );
+        push(&mut argv, "--tap", TAP);
+        push(&mut argv, "--pki", &word(&self.pki(Host::Primary)));
+        push(&mut argv, "--admin", &word(&self.admin(Host::Primary)));
+        argv.push("--register".into());
+        push(&mut argv, "--log-format", "json");
+        argv.extend(config.extra.iter().cloned());
+        Ok(argv)
+    }
+
+    /// Starts `replicator protect` and does not wait for anything.
+    ///
+    /// # Errors
+    /// When it is not built.
+    pub fn start_replicator(&self, config: &ProtectConfig) -> Result<Process> {
+        self.spawn(Host::Primary, "replicator", &self.protect_argv(config)?)
+    }
+
+    /// What `romulus status --json` says of a host's daemon.
+    ///
+    /// # Errors
+    /// When the daemon does not answer, or not in JSON.
+    pub fn status(&self, host: Host) -> Result<Value> {
+        let text = self.romulus(host, &["status", "--json"])?;
+        serde_json::from_str(&text).context("`romulus status --json` printed something else than JSON")
+    }
+
+    /// Runs `romulus` against a host's daemon.
+    ///
+    /// # Errors
+    /// When it fails; the error has what it said.
+    pub fn romulus(&self, host: Host, words: &[&str]) -> Result<String> {
+        let mut argv = vec![self.program("romulus")?];
+        argv.extend(words.iter().map(|word| (*word).to_owned()));
+        push(&mut argv, "--admin", &word(&self.admin(host)));
+        self.output(host, &argv)
+    }
+
+    /// Waits until the primary's daemon says that the guest is protected, and returns that status.
+    ///
+    /// # Errors
+    /// When it does not in time, with the last status and the end of the replicator's log.
+    pub fn wait_protected(&self, replicator: &mut Process, at_most: Duration) -> Result<Value> {
+        let mut last = String::from("no status yet");
+        let waited = wait_for("protection", at_most, || {
+            if let Some(status) = replicator.ended() {
+                return Some(Err(anyhow::anyhow!("the replicator ended ({status})")));
+            }
+            match self.status(Host::Primary) {
+                Ok(status) if status.get("state").and_then(Value::as_str) == Some("protected") => {
+                    Some(Ok(status))
+                }
+                Ok(status) => {
+                    last = status.to_string();
+                    None
+                }
+                Err(error) => {
+                    last = format!("{error:#}");
+                    None
+                }
+            }
+        });
+        waited.and_then(|result| result).with_context(|| {
+            format!(
+                "last status: {last}\nthe end of {}:\n{}",
+                replicator.log().display(),
+                replicator.tail()
+            )
+        })
+    }
+
+    fn start_daemon(&self, host: Host, name: &str, argv: &[String]) -> Result<Process> {
+        let mut daemon = self.spawn(host, name, argv)?;
+        let socket = self.admin(host);
+        let up = wait_for(
+            &format!("the admin socket of {name}"),
+            Duration::from_secs(10),
+            || {
+                if let Some(status) = daemon.ended() {
+                    return Some(Err(anyhow::anyhow!("{name} ended ({status})")));
+                }
+                std::os::unix::net::UnixStream::connect(&socket)
+                    .ok()
+                    .map(|_| Ok(()))
+            },
+        );
+        up.and_then(|result| result)
+            .with_context(|| format!("{name} says:\n{}", daemon.tail()))?;
+        Ok(daemon)
+    }
+}
+
+fn push(argv: &mut Vec<String>, name: &str, value: &str) {
+    argv.extend([name.to_owned(), value.to_owned()]);
+}

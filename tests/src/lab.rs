@@ -1,0 +1,124 @@
+//! One lab: its network, its folders, and how to start things in it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::netns::{Host, Net};
+use crate::{Paths, Process};
+
+/// A lab. Everything in it ends when it is dropped; logs stay.
+#[derive(Debug)]
+pub struct Lab {
+    /// The network; dropped first, which kills all processes in it.
+    pub net: Net,
+    /// Where the checkout keeps things.
+    pub paths: Paths,
+    /// Sockets and state: a short path, since the names of Unix sockets are limited to 107 bytes.
+    pub run: PathBuf,
+    /// Logs, kept after the run.
+    pub logs: PathBuf,
+    /// The backup's images: in memory, as a standby maps them.
+    pub images: PathBuf,
+}
+
+impl Lab {
+    /// Builds a lab whose namespaces, folders and sockets carry `prefix`.
+    ///
+    /// # Errors
+    /// When rights or programs are missing.
+    pub fn new(paths: Paths, prefix: &str) -> Result<Lab> {
+        let net = Net::build(prefix)?;
+        let run = std::env::temp_dir().join(format!("{prefix}-run"));
+        let logs = paths.target.join("logs").join(prefix);
+        let images = PathBuf::from(format!("/dev/shm/{prefix}-images"));
+        for folder in [&run, &logs, &images] {
+            if folder.exists() {
+                fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+            }
+            fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        }
+        Ok(Lab {
+            net,
+            paths,
+            run,
+            logs,
+            images,
+        })
+    }
+
+    /// Starts a process on a host.
+    ///
+    /// # Errors
+    /// As [`Process::spawn`].
+    pub fn spawn(&self, host: Host, name: &str, argv: &[String]) -> Result<Process> {
+        Process::spawn(
+            &self.net.namespace(host),
+            name,
+            argv,
+            &self.logs.join(format!("{name}.log")),
+        )
+    }
+
+    /// Runs a command on a host to its end and returns what it printed.
+    ///
+    /// # Errors
+    /// When it fails; the error has what it said.
+    pub fn output(&self, host: Host, argv: &[String]) -> Result<String> {
+        let out = Command::new("ip")
+            .args(["netns", "exec", &self.net.namespace(host)])
+            .args(argv)
+            .stdin(Stdio::null())
+            .output()
+            .context("cannot start `ip`")?;
+        if !out.status.success() {
+            bail!(
+                "`{}` failed ({}): {}",
+                argv.join(" "),
+                out.status,
+                String::from_utf8_lossy(&out.stderr).trim()
+            );
+        }
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+
+    /// A path in the folder for sockets and state.
+    #[must_use]
+    pub fn run_path(&self, name: &str) -> PathBuf {
+        self.run.join(name)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // Left behind they would only be overwritten by the next run.
+        let _ = fs::remove_dir_all(&self.run);
+        let _ = fs::remove_dir_all(&self.images);
+    }
+}
+
+/// Asks again every few milliseconds until there is an answer.
+///
+/// # Errors
+/// At the deadline, naming what was waited for.
+pub fn wait_for<T>(what: &str, at_most: Duration, mut ask: impl FnMut() -> Option<T>) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(answer) = ask() {
+            return Ok(answer);
+        }
+        if start.elapsed() > at_most {
+            bail!("{what}: not within {} s", at_most.as_secs());
+        }
+        sleep(Duration::from_millis(10));
+    }
+}
+
+/// A path as an argument.
+pub(crate) fn word(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}

@@ -1,0 +1,66 @@
+//! Where things are in a checkout.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+
+/// The folders and files that the lab uses.
+#[derive(Clone, Debug)]
+pub struct Paths {
+    /// Cargo's target folder.
+    pub target: PathBuf,
+    /// The guest's kernel and root file system (`cargo xtask setup` makes them).
+    pub assets: PathBuf,
+    /// The release binaries.
+    pub release: PathBuf,
+}
+
+impl Paths {
+    /// The paths of the checkout whose root this is.
+    #[must_use]
+    pub fn of_checkout(root: &Path) -> Paths {
+        let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+        // Daemons run elsewhere, and a path that cargo was given may be relative.
+        let target = if target.is_absolute() {
+            target
+        } else {
+            root.join(target)
+        };
+        Paths {
+            assets: target.join("assets"),
+            release: target.join("release"),
+            target,
+        }
+    }
+
+    /// The paths of the checkout that this crate was built in.
+    #[must_use]
+    pub fn here() -> Paths {
+        let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+        Paths::of_checkout(manifest.parent().unwrap_or(manifest))
+    }
+
+    /// The guest's kernel.
+    #[must_use]
+    pub fn kernel(&self) -> PathBuf {
+        self.assets.join("vmlinuz")
+    }
+
+    /// The guest's root file system.
+    #[must_use]
+    pub fn initramfs(&self) -> PathBuf {
+        self.assets.join("initramfs.cpio.gz")
+    }
+
+    /// A release binary of the workspace.
+    ///
+    /// # Errors
+    /// When it has not been built.
+    pub fn binary(&self, name: &str) -> Result<PathBuf> {
+        let path = self.release.join(name);
+        if !path.is_file() {
+            bail!("{} is missing: `cargo build --release` builds it", path.display());
+        }
+        Ok(path)
+    }
+}

@@ -1,0 +1,220 @@
+//! A lab in which a guest serves clients and every instrument runs: where the demo and most tests begin.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow};
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::client::{Client, ClientConfig, ClientReport};
+use crate::daemons::ProtectConfig;
+use crate::guest::{Guest, GuestConfig};
+use crate::pinger::Pinger;
+use crate::probe::Probe;
+use crate::resp::Redis;
+use crate::sniffer::Sniffer;
+use crate::timeline::Timeline;
+use crate::{Host, Lab, Paths, Process, Stamp, wait_for};
+
+/// A guest boots in three seconds; a busy machine takes its time.
+const BOOT_AT_MOST: Duration = Duration::from_secs(90);
+const PROTECT_AT_MOST: Duration = Duration::from_secs(120);
+const DRAIN_AT_MOST: Duration = Duration::from_secs(60);
+
+/// What a stage is made of.
+#[derive(Clone, Debug)]
+pub struct StageConfig {
+    /// The guest.
+    pub guest: GuestConfig,
+    /// The client's load.
+    pub client: ClientConfig,
+    /// The mean time between two requests of the probe.
+    pub probe_every: Duration,
+    /// The seed of the probe's arrivals.
+    pub seed: u64,
+    /// Whether events are printed.
+    pub print: bool,
+    /// Leave the daemons out: the lab, the guest and the instruments only.
+    pub without_daemons: bool,
+}
+
+impl Default for StageConfig {
+    fn default() -> StageConfig {
+        StageConfig {
+            guest: GuestConfig::default(),
+            client: ClientConfig::default(),
+            probe_every: Duration::from_millis(15),
+            seed: 1,
+            print: false,
+            without_daemons: false,
+        }
+    }
+}
+
+/// Everything that runs. The fields are dropped in this order: the instruments, the daemons, the lab.
+#[derive(Debug)]
+pub struct Stage {
+    client: Option<Client>,
+    /// The open-loop probe.
+    pub probe: Probe,
+    _pinger: Pinger,
+    /// What comes from the primary.
+    pub from_primary: Sniffer,
+    /// What comes from the backup.
+    pub from_backup: Sniffer,
+    /// The primary's replicator, once there is one.
+    pub replicator: Option<Process>,
+    /// The guest on the primary.
+    pub guest: Guest,
+    /// The backup's agent.
+    pub agent: Option<Process>,
+    /// The witness.
+    pub witness: Option<Process>,
+    /// What happened.
+    pub timeline: Timeline,
+    /// The lab itself.
+    pub lab: Lab,
+}
+
+impl Stage {
+    /// Builds the lab, starts the daemons but for the replicator, boots the guest and puts it to work.
+    ///
+    /// # Errors
+    /// When any of that fails; the error has the end of the log.
+    pub fn raise(paths: &Paths, prefix: &str, config: &StageConfig) -> Result<Stage> {
+        let lab = Lab::new(paths.clone(), prefix)?;
+        let mut timeline = Timeline::new(config.print, &[]);
+        let note =
+            |timeline: &Timeline, name: &str, detail: &str| timeline.add(Stamp::now(), "lab", name, detail);
+        note(
+            &timeline,
+            "network_up",
+            "client, primary, backup, witness around a switch",
+        );
+        let mut guest = Guest::start(&lab, &config.guest)?;
+        let (witness, agent) = if config.without_daemons {
+            (None, None)
+        } else {
+            start_daemons(&lab)?
+        };
+        if let Some(agent) = &agent {
+            timeline.follow("backup", agent.log());
+        }
+        guest.wait_ready(BOOT_AT_MOST)?;
+        guest.wait_redis(&lab, BOOT_AT_MOST)?;
+        note(
+            &timeline,
+            "guest_serves",
+            "redis answers on 10.77.0.2:6379; nothing of ours is attached yet",
+        );
+        let from_primary = Sniffer::start(&lab, Host::Primary)?;
+        let from_backup = Sniffer::start(&lab, Host::Backup)?;
+        let pinger = Pinger::start(&lab, Duration::from_millis(10))?;
+        let client = Client::start(&lab, config.client)?;
+        let probe = Probe::start(&lab, config.probe_every, config.seed)?;
+        note(&timeline, "client_writes", "one TCP connection, pipelined SETs");
+        Ok(Stage {
+            client: Some(client),
+            probe,
+            _pinger: pinger,
+            from_primary,
+            from_backup,
+            replicator: None,
+            guest,
+            agent,
+            witness,
+            timeline,
+            lab,
+        })
+    }
+
+    /// Starts the replicator and waits until it says *protected*; returns the status that says so.
+    ///
+    /// # Errors
+    /// When it does not in time.
+    pub fn protect(&mut self, config: &ProtectConfig) -> Result<Value> {
+        let mut replicator = self.lab.start_replicator(config)?;
+        self.timeline.follow("primary", replicator.log());
+        let status = self.lab.wait_protected(&mut replicator, PROTECT_AT_MOST);
+        self.replicator = Some(replicator);
+        let status = status?;
+        self.timeline
+            .add(Stamp::now(), "lab", "protected", "`romulus status` says so");
+        Ok(status)
+    }
+
+    /// Kills QEMU and the replicator at once, as if their host had died, and returns when.
+    ///
+    /// # Errors
+    /// When one of them has ended before.
+    pub fn kill_primary(&mut self) -> Result<Stamp> {
+        let replicator = self
+            .replicator
+            .as_mut()
+            .ok_or_else(|| anyhow!("there is no replicator to kill"))?;
+        let at = Stamp::now();
+        self.guest
+            .kill_now()
+            .context("QEMU is gone before it was killed")?;
+        replicator
+            .signal(Signal::KILL)
+            .context("the replicator is gone before it was killed")?;
+        self.timeline
+            .add(at, "lab", "kill", "SIGKILL to QEMU and the replicator");
+        // Reaped, so that they do not stay as zombies that signals still reach.
+        replicator.kill();
+        self.guest.process_mut().kill();
+        Ok(at)
+    }
+
+    /// The running client.
+    ///
+    /// # Errors
+    /// When it has been finished.
+    pub fn client(&self) -> Result<&Client> {
+        self.client
+            .as_ref()
+            .ok_or_else(|| anyhow!("the client has been finished"))
+    }
+
+    /// Waits until the client has an answer that came after `from`.
+    ///
+    /// # Errors
+    /// When it does not, or the connection broke.
+    pub fn wait_ack_after(&self, from: Stamp, at_most: Duration) -> Result<Stamp> {
+        let client = self.client()?;
+        wait_for("an answer to the client", at_most, || {
+            if let Some(trouble) = client.trouble() {
+                return Some(Err(anyhow!("the client's connection: {trouble}")));
+            }
+            client.last_ack().filter(|at| *at > from).map(Ok)
+        })?
+    }
+
+    /// Stops the client and reads everything back.
+    ///
+    /// # Errors
+    /// As [`Client::finish`].
+    pub fn finish_client(&mut self) -> Result<ClientReport> {
+        let client = self
+            .client
+            .take()
+            .ok_or_else(|| anyhow!("the client has been finished"))?;
+        client.finish(&self.lab, DRAIN_AT_MOST)
+    }
+
+    /// By how much the guest's clock is ahead of this machine's, in microseconds.
+    ///
+    /// # Errors
+    /// When redis does not answer.
+    pub fn clock_ahead_us(&self) -> Result<i64> {
+        Redis::connect(&self.lab, Duration::from_secs(5))?.clock_ahead_us()
+    }
+}
+
+fn start_daemons(lab: &Lab) -> Result<(Option<Process>, Option<Process>)> {
+    lab.init_pki()?;
+    let witness = lab.start_witness()?;
+    let agent = lab.start_agent()?;
+    Ok((Some(witness), Some(agent)))
+}

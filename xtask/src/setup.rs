@@ -1,0 +1,79 @@
+//! `cargo xtask setup`: everything the demo and the end-to-end tests need, and nothing twice.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::SystemTime;
+
+use anyhow::{Context as _, Result, bail};
+use romulus_e2e::Paths;
+
+use crate::{initramfs, kernel, packages, sh};
+
+/// Runs the task.
+pub(crate) fn run() -> Result<ExitCode> {
+    prepare()?;
+    sh::step("setup: done");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Installs packages and builds the guest, as far as either is missing or out of date.
+pub(crate) fn prepare() -> Result<Paths> {
+    packages::install()?;
+    let paths = Paths::of_checkout(&sh::root());
+    fs::create_dir_all(&paths.assets).with_context(|| format!("cannot create {}", paths.assets.display()))?;
+    let kernel = kernel::fetch(&paths.assets)?;
+    let guest_tool = build_guest_tool(&paths)?;
+    let initramfs = paths.initramfs();
+    let sources = [
+        guest_tool.clone(),
+        sh::root().join("tests/guest/init"),
+        sh::root().join("xtask/src/initramfs.rs"),
+    ];
+    if is_newer_than_all(&initramfs, &sources) && paths.kernel().exists() {
+        sh::step("guest: the initramfs is up to date");
+        return Ok(paths);
+    }
+    sh::step("guest: building the initramfs");
+    fs::copy(&kernel.image, paths.kernel()).context("cannot copy the guest's kernel")?;
+    initramfs::build(&kernel, &guest_tool, &paths.assets.join("root"), &initramfs)?;
+    Ok(paths)
+}
+
+/// Fails early, with what to do, where the lab cannot be built.
+pub(crate) fn need_lab_rights() -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("the lab makes network namespaces and attaches to a process of another user: run this as root");
+    }
+    if !Path::new("/dev/net/tun").exists() {
+        bail!("/dev/net/tun is missing: `modprobe tun`, or start this container with --device /dev/net/tun");
+    }
+    Ok(())
+}
+
+/// A static binary for the guest, which has no libraries of its own.
+fn build_guest_tool(paths: &Paths) -> Result<PathBuf> {
+    sh::run(&mut sh::cargo(&[
+        "rustc",
+        "--quiet",
+        "--release",
+        "--package",
+        "romulus-guest-tool",
+        "--bin",
+        "guest-tool",
+        "--",
+        "-C",
+        "target-feature=+crt-static",
+        "-C",
+        "strip=symbols",
+    ]))?;
+    Ok(paths.release.join("guest-tool"))
+}
+
+fn is_newer_than_all(file: &Path, sources: &[PathBuf]) -> bool {
+    let changed = |path: &Path| -> Option<SystemTime> { fs::metadata(path).ok()?.modified().ok() };
+    let Some(built) = changed(file) else { return false };
+    sources
+        .iter()
+        .all(|source| changed(source).is_some_and(|when| when <= built))
+}

@@ -1,0 +1,150 @@
+//! The tasks that mostly run other programs: test, fuzz, deny, ci.
+
+use std::fs;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{demo, setup, sh};
+
+/// What `cargo xtask test` can be told.
+#[derive(clap::Args, Debug)]
+pub(crate) struct TestArgs {
+    /// Leave out the end-to-end tests, which need root
+    #[arg(long)]
+    no_e2e: bool,
+    /// Only the end-to-end tests
+    #[arg(long, conflicts_with = "no_e2e")]
+    only_e2e: bool,
+    /// Only tests whose names contain this
+    #[arg(value_name = "NAME")]
+    name: Option<String>,
+}
+
+/// What `cargo xtask fuzz` can be told.
+#[derive(clap::Args, Debug)]
+pub(crate) struct FuzzArgs {
+    /// Only this target
+    #[arg(value_name = "TARGET")]
+    target: Option<String>,
+    /// For so long each
+    #[arg(long, default_value_t = 60, value_name = "N")]
+    seconds: u64,
+}
+
+/// Runs every test.
+pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
+    if !args.only_e2e {
+        sh::step("tests of the workspace");
+        let mut command = sh::cargo(&["test", "--workspace", "--no-fail-fast"]);
+        if let Some(name) = &args.name {
+            command.arg(name);
+        }
+        sh::run(&mut command)?;
+    }
+    if !args.no_e2e {
+        setup::need_lab_rights()?;
+        setup::prepare()?;
+        demo::clean_up_on_signals();
+        sh::step("building the daemons (release)");
+        demo::build_daemons()?;
+        sh::step("end-to-end tests, one at a time");
+        end_to_end(args.name.as_deref())?;
+    }
+    sh::step("tests: all passed");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Each file of `tests/tests` by name: cargo then fails when one of them is not built, instead of leaving it out.
+fn end_to_end(name: Option<&str>) -> Result<()> {
+    let folder = sh::root().join("tests/tests");
+    let mut command = sh::cargo(&[
+        "test",
+        "--package",
+        "romulus-e2e",
+        "--features",
+        "e2e",
+        "--no-fail-fast",
+    ]);
+    let mut files = 0;
+    for entry in fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))? {
+        let path = entry
+            .with_context(|| format!("cannot read {}", folder.display()))?
+            .path();
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            command.arg("--test").arg(path.file_stem().unwrap_or_default());
+            files += 1;
+        }
+    }
+    if files == 0 {
+        bail!("there is no end-to-end test in {}", folder.display());
+    }
+    command.args(["--", "--test-threads=1", "--nocapture"]);
+    if let Some(name) = name {
+        command.arg(name);
+    }
+    sh::run(&mut command)
+}
+
+/// Runs the fuzz targets, which need a nightly compiler and cargo-fuzz.
+pub(crate) fn fuzz(args: &FuzzArgs) -> Result<ExitCode> {
+    let nightly =
+        sh::output(Command::new("rustup").args(["toolchain", "list"])).context("fuzzing needs rustup")?;
+    if !nightly.lines().any(|line| line.starts_with("nightly")) {
+        sh::step("installing the nightly toolchain");
+        sh::run(Command::new("rustup").args(["toolchain", "install", "nightly", "--profile", "minimal"]))?;
+    }
+    need_cargo_tool("cargo-fuzz")?;
+    let list = sh::output(
+        Command::new("cargo")
+            .args(["+nightly", "fuzz", "list"])
+            .current_dir(sh::root()),
+    )?;
+    let targets: Vec<&str> = list
+        .lines()
+        .filter(|name| args.target.as_deref().is_none_or(|wanted| wanted == *name))
+        .collect();
+    if targets.is_empty() {
+        bail!(
+            "there is no such fuzz target; there are: {}",
+            list.split_whitespace().collect::<Vec<_>>().join(", ")
+        );
+    }
+    for target in &targets {
+        sh::step(&format!("fuzzing {target} for {} s", args.seconds));
+        let limit = format!("-max_total_time={}", args.seconds);
+        sh::run(
+            Command::new("cargo")
+                .args(["+nightly", "fuzz", "run", target, "--", &limit])
+                .current_dir(sh::root()),
+        )?;
+    }
+    sh::step(&format!("fuzz: {} targets, nothing found", targets.len()));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Checks licences, bans and sources.
+pub(crate) fn deny() -> Result<ExitCode> {
+    need_cargo_tool("cargo-deny")?;
+    sh::run(&mut sh::cargo(&["deny", "check", "licenses", "bans", "sources"]))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Does what the CI does.
+pub(crate) fn ci() -> Result<ExitCode> {
+    sh::run(
+        Command::new("bash")
+            .arg(sh::root().join(".ci/run"))
+            .current_dir(sh::root()),
+    )?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn need_cargo_tool(name: &str) -> Result<()> {
+    let listed = sh::output(&mut sh::cargo(&["install", "--list"]))?;
+    if sh::has(name) || listed.lines().any(|line| line.trim() == name) {
+        return Ok(());
+    }
+    sh::step(&format!("installing {name}"));
+    sh::run(&mut sh::cargo(&["install", "--locked", name]))
+}
