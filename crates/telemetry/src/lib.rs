@@ -1,1 +1,27 @@
-//! Placeholder.
+//! How a daemon shows what it does: logs, metrics, an admin socket, and notes to systemd.
+//!
+//! ```text
+//!   log::init(settings.log)            one line an event, for people or as JSON
+//!   Metrics ── router ─┐
+//!   the daemon's routes ┴► serve_admin(/run/romulus/NAME.sock)  ◄── AdminClient (romulus, tests)
+//!   systemd::ready(), status(), watchdog(), stopping()
+//! ```
+//!
+//! Nothing here may hold the daemon up: a failed note to systemd is dropped, connections are bounded, and the
+//! client has a deadline.
+#![forbid(unsafe_code)]
+
+mod admin;
+mod client;
+mod error;
+mod histogram;
+pub mod log;
+mod metrics;
+pub mod systemd;
+
+pub use admin::{CONNECTIONS_MAX, Server, serve_admin, serve_metrics};
+pub use client::{ANSWER_BYTES_MAX, AdminClient};
+pub use error::TelemetryError;
+pub use histogram::{Histogram, Summary};
+pub use metrics::{Metrics, PREFIX, VmLabel};
+pub use prometheus_client;
