@@ -28,7 +28,9 @@ pub fn join_bridge(tap: &str, bridge: &str) -> Result<(), GateError> {
     message.header.flags = LinkFlags::Up;
     message.header.change_mask = LinkFlags::Up;
     message.attributes = vec![LinkAttribute::Controller(bridge.index)];
-    netlink.change(Route::SetLink(message), 0).map_err(failed("put the standby's tap on the bridge"))
+    netlink
+        .change(Route::SetLink(message), 0)
+        .map_err(failed("put the standby's tap on the bridge"))
 }
 
 /// Whether there is an interface of this name.

@@ -393,7 +393,12 @@ fn remove_clsact_if_empty(netlink: &mut Netlink, tap: u32) -> Result<(), GateErr
             Err(error) => return ignore_missing(Err(error)).map_err(netlink_error("list filters")),
         }
     }
-    ignore_missing(tc::remove_clsact(netlink, tap)).map_err(netlink_error("remove our clsact"))
+    let removed = match tc::remove_clsact(netlink, tap) {
+        // What the kernel says of a handle that is not there: somebody has removed the qdisc already.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        other => ignore_missing(other),
+    };
+    removed.map_err(netlink_error("remove our clsact"))
 }
 
 /// Removes a filter of ours. When the kernel says no, because the qdisc under it went, for instance, what counts is whether

@@ -44,8 +44,7 @@ pub struct GateStats {
     pub dropped_by_limit_frames: u64,
     /// Bytes dropped because the queue was full.
     pub dropped_by_limit_bytes: u64,
-    /// Frames that the kernel dropped before we read them (its queue of the relay was full), and frames that the host's own
-    /// stack tried to send through the relay.
+    /// Frames that the kernel dropped before we read them, because its queue of the relay was full.
     pub dropped_by_kernel_frames: u64,
     /// Frames dropped by `discard` or after it.
     pub discarded_frames: u64,

@@ -26,7 +26,6 @@ fn every_protocol_is_held_and_comes_out_whole_and_in_order() {
     let (large_header, large) = large_tcp();
     let plain = NO_OFFLOAD.to_vec();
     let ipv6 = announce::neighbour_advertisement(mac, None, "fe80::2".parse().unwrap(), false);
-    let multicast = ethernet(&[1, 0, 0x5e, 0, 0, 5], &GUEST, &[8, 0], &[0x45; 40]);
     let stacked = ethernet(
         &[0xff; 6],
         &GUEST,
@@ -40,26 +39,33 @@ fn every_protocol_is_held_and_comes_out_whole_and_in_order() {
         ),
         (plain.clone(), ipv6),
         (plain.clone(), announce::rarp(mac, Some(5))),
-        (plain.clone(), multicast),
+        (plain.clone(), lab::multicast()),
         (large_header, large),
         (plain.clone(), stacked),
         (plain, frame("no protocol at all")),
     ];
-    let gate = lab.closed_gate();
-    for (header, frame) in &sent {
-        send(&lab.guest, header, frame);
-    }
+    let send_all = || {
+        sent.iter()
+            .for_each(|(header, frame)| send(&lab.guest, header, frame))
+    };
+    // What arrives without a gate is the measure: a bridge may trim padding, for instance.
+    let gate = lab.gate();
+    send_all();
+    let reference = lab::receive(&lab.client, sent.len());
+    let large = &reference[4];
+    assert_eq!(
+        (large.0[1], large.1.len()),
+        (1, 8054),
+        "segmentation offload is not kept whole even without a gate"
+    );
+
+    gate.close().unwrap();
+    send_all();
     gate.barrier(Epoch(1)).unwrap();
     assert_eq!(lab.client_has(), Vec::<Vec<u8>>::new());
     assert_eq!(gate.stats().held_frames, sent.len());
-
     gate.release(Epoch(1)).unwrap();
-    let got = lab::receive(&lab.client, sent.len());
-    for ((header, frame), (got_header, got_frame)) in sent.iter().zip(&got) {
-        assert_eq!(frame, got_frame);
-        assert_eq!(header[1], got_header[1], "the kind of segmentation offload");
-        assert_eq!(header[4..6], got_header[4..6], "the segment length");
-    }
+    assert_eq!(lab::receive(&lab.client, sent.len()), reference);
     let stats = gate.stats();
     assert_eq!((stats.held_frames, stats.released_frames), (0, sent.len() as u64));
     assert_eq!(stats.dropped_by_kernel_frames, 0);
@@ -173,7 +179,7 @@ fn opening_releases_everything_in_order_and_leaves_no_trace() {
     assert_eq!(lab.client_gets(3), all);
     assert_eq!(run("tc filter show dev nbg0 ingress"), "");
     assert!(!run("tc qdisc show dev nbg0").contains("clsact"));
-    assert!(!run("ip -o link").contains(&relay));
+    lab::eventually("removing the relay", || !run("ip -o link").contains(&relay));
     // And again: a gate that was removed is no obstacle to the next.
     let again = lab.closed_gate();
     lab.guest_sends(&frame("fourth"));
@@ -245,11 +251,11 @@ fn what_the_host_itself_sends_through_the_relay_does_not_become_the_guests() {
         .unwrap();
     assert!(!ping.status.success());
     gate.barrier(Epoch(1)).unwrap();
-    let stats = gate.stats();
-    assert_eq!(stats.held_frames, 0);
+    assert_eq!(gate.stats().held_frames, 0);
+    let counters = run(&format!("tc -s qdisc show dev {relay} clsact"));
     assert!(
-        stats.dropped_by_kernel_frames > 0,
-        "the ARP requests were sent and dropped"
+        !counters.contains("dropped 0,"),
+        "the ARP requests were not sent: {counters}"
     );
 }
 

@@ -24,10 +24,37 @@ pub struct Lab {
     pub client: Tap,
 }
 
+/// Waits until `condition` holds. A tap that was closed can live a moment longer: a child that another test is just starting
+/// has a copy of the descriptor until it executes its program.
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    for _ in 0..1000 {
+        if condition() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("{what} did not happen");
+}
+
+/// Removes a gate whose process, or whose value, is gone.
+pub fn remove_stale() {
+    eventually("removing a stale gate", || match Gate::remove_stale("nbg0") {
+        Ok(found) => found,
+        Err(net_buffer::GateError::InUse { .. }) => false,
+        Err(error) => panic!("{error:?}"),
+    });
+}
+
 /// Runs a command and returns what it printed.
 pub fn run(command: &str) -> String {
+    run_with(command, &[])
+}
+
+/// Runs a command with further arguments, which may hold spaces.
+pub fn run_with(command: &str, arguments: &[&str]) -> String {
     let words: Vec<_> = command.split_whitespace().collect();
-    let output = Command::new(words[0]).args(&words[1..]).output().expect(command);
+    let mut child = Command::new(words[0]);
+    let output = child.args(&words[1..]).args(arguments).output().expect(command);
     assert!(
         output.status.success(),
         "{command}: {}",
@@ -151,18 +178,41 @@ fn checksum(parts: &[&[u8]]) -> u16 {
     !u16::try_from(sum).unwrap()
 }
 
+/// An IPv4 packet (no options) that carries `data`.
+fn ipv4(protocol: u8, to: [u8; 4], data: &[u8]) -> Vec<u8> {
+    let mut ip = vec![0x45, 0];
+    ip.extend(u16::try_from(20 + data.len()).unwrap().to_be_bytes());
+    ip.extend([0, 1, 0x40, 0, 64, protocol, 0, 0, 10, 99, 0, 2]);
+    ip.extend(to);
+    let sum = checksum(&[&ip]);
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    ip.extend(data);
+    ip
+}
+
+/// A UDP datagram without checksum to 224.0.0.5.
+pub fn multicast() -> Vec<u8> {
+    let udp = [4, 210, 0, 80, 0, 12, 0, 0, b'm', b'a', b'n', b'y'];
+    ethernet(
+        &[1, 0, 0x5e, 0, 0, 5],
+        &GUEST,
+        &[8, 0],
+        &ipv4(17, [224, 0, 0, 5], &udp),
+    )
+}
+
 /// A TCP segment of 8,000 bytes over IPv4 that asks to be cut into 1,448-byte segments: header and frame.
 pub fn large_tcp() -> (Vec<u8>, Vec<u8>) {
     let data = vec![b'x'; 8000];
-    let mut ip = vec![0x45, 0];
-    ip.extend(u16::try_from(40 + data.len()).unwrap().to_be_bytes());
-    ip.extend([0, 1, 0x40, 0, 64, 6, 0, 0, 10, 99, 0, 2, 10, 99, 0, 1]);
-    let sum = checksum(&[&ip]);
-    ip[10..12].copy_from_slice(&sum.to_be_bytes());
     let tcp = [
         4, 210, 0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0,
     ];
-    let frame = ethernet(&CLIENT, &GUEST, &[8, 0], &[&ip[..], &tcp, &data].concat());
+    let frame = ethernet(
+        &CLIENT,
+        &GUEST,
+        &[8, 0],
+        &ipv4(6, [10, 99, 0, 1], &[&tcp[..], &data].concat()),
+    );
     // NEEDS_CSUM, TCPv4, header length 54, segment 1448, checksum from 34 on at +16.
     let mut header = vec![1, 1];
     for field in [54u16, 1448, 34, 16] {
