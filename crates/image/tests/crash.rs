@@ -232,6 +232,16 @@ fn judge<F: Files>(files: impl Fn() -> F, allowed: &Allowed, second_crash: u64, 
     after.assert_allows(&image);
 }
 
+/// On tmpfs where there is one, as in production: a disk would take a while to sync at every step.
+fn tmpfs_dir() -> tempfile::TempDir {
+    let mut builder = tempfile::Builder::new();
+    let builder = builder.prefix("romulus-image-");
+    builder
+        .tempdir_in("/dev/shm")
+        .or_else(|_| builder.tempdir())
+        .unwrap()
+}
+
 /// Steps of the whole script when nothing crashes.
 fn steps_of(script: &[Step]) -> u64 {
     let fuse = Fuse::never();
