@@ -208,11 +208,15 @@ fn the_buffer_is_bounded_whatever_is_pushed() {
     let stream = [&largest[..], &largest, &largest].concat();
     let (mut rest, mut frames) = (&stream[..], 0);
     while !rest.is_empty() {
-        let taken = decoder.push(rest);
-        assert!(decoder.buffered_bytes() <= BUFFER_BYTES_MAX);
-        assert!(taken > 0, "a drained decoder takes bytes");
-        rest = &rest[taken..];
+        // The second push meets a buffer that is not empty, the third one that is full.
+        for bytes in [100, rest.len(), rest.len()] {
+            let taken = decoder.push(&rest[..bytes.min(rest.len())]);
+            assert!(decoder.buffered_bytes() <= BUFFER_BYTES_MAX);
+            rest = &rest[taken..];
+        }
+        let before = frames;
         frames += drain(&mut decoder).unwrap().len();
+        assert!(frames > before, "a full buffer has a frame");
     }
     assert_eq!(frames, 3);
 }
