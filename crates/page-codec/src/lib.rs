@@ -25,6 +25,7 @@ mod kind;
 mod previous;
 
 pub use decode::{DecodeError, decode};
+pub use delta::DeltaError;
 pub use digest::{ImageDigest, page_digest};
 pub use encode::{Scratch, encode};
 pub use kind::{Kind, PAYLOAD_BYTES_MAX, Page, UnknownKind};
