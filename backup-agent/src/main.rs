@@ -1,3 +1,84 @@
-//! Placeholder.
+//! `backup-agent`: receives checkpoints of VMs and takes over when their primary is lost.
+#![forbid(unsafe_code)]
 
-fn main() {}
+mod admin;
+mod admission;
+mod args;
+mod guest;
+mod inbox;
+mod listener;
+mod receive;
+mod registry;
+mod session;
+mod status;
+mod store;
+mod vm_driver;
+mod vm_image;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Parser;
+use romulus_host_sys::process_clock::Clock;
+use romulus_transport::{Endpoint, Identity, Service, WitnessClient};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{error, info};
+
+use crate::admission::Admission;
+use crate::args::{Args, Command};
+use crate::listener::Listener;
+use crate::registry::{Registry, Shared};
+
+fn main() -> ExitCode {
+    let Command::Run(options) = Args::parse().command;
+    match start(*options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!(error = format!("{error:#}"), "ended");
+            eprintln!("backup-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(options: args::RunOptions) -> anyhow::Result<()> {
+    let settings = options.settings()?;
+    romulus_telemetry::log::init(&settings.log)?;
+    romulus_host_sys::priority::raise();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(run(settings, options.state_dir))
+}
+
+async fn run(settings: romulus_config::BackupAgent, state_dir: std::path::PathBuf) -> anyhow::Result<()> {
+    std::fs::create_dir_all(&state_dir).with_context(|| format!("could not make {}", state_dir.display()))?;
+    let identity = Identity::load(&settings.pki_dir)?;
+    let host = settings.host.clone().unwrap_or_else(|| identity.host().clone());
+    anyhow::ensure!(host == *identity.host(), "this host is {host}, its certificates are those of {}", identity.host());
+    let endpoint = Arc::new(Endpoint::server(&identity, &settings.network, Service::Pair, settings.listen)?);
+    let witness_endpoint = Arc::new(Endpoint::client(&identity, &settings.network, Service::Witness)?);
+    let witness = WitnessClient::new(witness_endpoint, settings.witness.clone());
+    let (admin_socket, listen) = (settings.admin_socket.clone(), settings.listen);
+    let admission = Arc::new(Admission { image_bytes_max: settings.image_bytes_max.bytes() });
+    let registry =
+        Registry::new(Shared { settings, host: host.clone(), witness, clock: Clock::start(), state_dir });
+    registry.recover()?;
+    let admin = romulus_telemetry::serve_admin(&admin_socket, admin::router(registry.clone()))?;
+    let listener = Arc::new(Listener { endpoint: Arc::clone(&endpoint), registry, admission, host: host.clone() });
+    tokio::spawn(listener.run());
+    info!(event = "ready", host = host.as_str(), %listen);
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    info!(event = "terminate", "standbys that run a guest go on without the agent");
+    endpoint.shutdown("the agent is shutting down").await;
+    drop(admin);
+    Ok(())
+}
+
+/// A seed for a state machine's random numbers.
+fn seed() -> anyhow::Result<u128> {
+    romulus_host_sys::random::random_u128().context("the kernel gave no random numbers")
+}

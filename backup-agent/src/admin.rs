@@ -1,0 +1,85 @@
+//! The agent's admin API on its Unix socket.
+
+use axum::extract::{Query, State};
+use axum::http::StatusCode;
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use romulus_protocol::BackupOrder;
+use romulus_types::VmId;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::registry::Registry;
+use crate::status::STATUS_SCHEMA;
+
+/// What may be asked with a request.
+#[derive(Debug, Deserialize)]
+pub struct Parameters {
+    vm: Option<VmId>,
+    #[serde(default)]
+    force: bool,
+    #[serde(default)]
+    fenced: bool,
+}
+
+/// The routes.
+pub fn router(registry: Registry) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/events", get(events))
+        .route("/v1/failover", post(failover))
+        .with_state(registry)
+}
+
+async fn status(State(registry): State<Registry>, Query(wanted): Query<Parameters>) -> Json<Value> {
+    let vms = chosen(&registry, &wanted, |status| status.json());
+    Json(json!({"schema": STATUS_SCHEMA, "role": "backup", "refused_connections": registry.refused(), "vms": vms}))
+}
+
+async fn events(State(registry): State<Registry>, Query(wanted): Query<Parameters>) -> Json<Value> {
+    let mut all = Vec::new();
+    for answer in chosen(&registry, &wanted, |status| status.events()) {
+        for event in answer["events"].as_array().into_iter().flatten() {
+            let mut event = event.clone();
+            event["vm"] = answer["vm"].clone();
+            all.push(event);
+        }
+    }
+    all.sort_by_key(|event| event["unix_ms"].as_u64());
+    Json(json!({"schema": STATUS_SCHEMA, "events": all}))
+}
+
+fn chosen(
+    registry: &Registry,
+    wanted: &Parameters,
+    view: impl Fn(&crate::status::VmStatus) -> Value,
+) -> Vec<Value> {
+    let statuses = registry.statuses();
+    let keep = |name: &str| wanted.vm.as_ref().is_none_or(|vm| vm.as_str() == name);
+    statuses.iter().filter(|status| keep(status.vm())).map(|status| view(status)).collect()
+}
+
+async fn failover(
+    State(registry): State<Registry>,
+    Query(wanted): Query<Parameters>,
+) -> (StatusCode, Json<Value>) {
+    let statuses = registry.statuses();
+    let vm = match (wanted.vm, statuses.as_slice()) {
+        (Some(vm), _) => vm,
+        (None, [only]) => VmId::new(only.vm()).expect("it was a name before"),
+        (None, _) => {
+            let text = "name the VM with --vm: this agent has none or several";
+            return (StatusCode::BAD_REQUEST, Json(json!({"error": text})));
+        }
+    };
+    let order = if wanted.force {
+        BackupOrder::ForceFailover { fenced: wanted.fenced }
+    } else {
+        BackupOrder::Failover
+    };
+    if registry.order(&vm, order).await {
+        (StatusCode::ACCEPTED, Json(json!({"done": false, "next": "under way; see `romulus status`"})))
+    } else {
+        (StatusCode::NOT_FOUND, Json(json!({"error": format!("no VM {vm} is backed up here")})))
+    }
+}

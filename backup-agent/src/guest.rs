@@ -1,0 +1,179 @@
+//! The standby of one VM: proven by a trial load, waiting if it is warm, and the guest that it becomes.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use net_buffer::{Announcer, Announcing, LearntAddress, join_bridge};
+use romulus_config::StandbyKind;
+use romulus_hypervisor::qemu::standby::{QemuStandby, StandbyOptions};
+use romulus_hypervisor::standby::{Committed, Standby};
+use romulus_types::{BlockId, VmId};
+use romulus_wire::unpack_guest_state;
+use serde_json::{Value, json};
+use tracing::{info, warn};
+
+use crate::vm_image::VmImage;
+
+/// Where and how standbys run.
+pub struct GuestConfig {
+    /// The VM.
+    pub vm: VmId,
+    /// Warm or cold.
+    pub standby: StandbyKind,
+    /// The bridge that its taps join at activation.
+    pub bridge: Option<String>,
+    /// Folder for sockets and logs of its hypervisor.
+    pub run_dir: PathBuf,
+}
+
+/// The standby of one VM.
+pub struct Guest {
+    config: GuestConfig,
+    standby: Option<QemuStandby>,
+    announcing: Vec<Announcing>,
+}
+
+/// The last commit's files and state, taken apart.
+struct Checkpoint {
+    ram: Vec<PathBuf>,
+    state: Vec<u8>,
+}
+
+impl Checkpoint {
+    fn of(image: &VmImage) -> anyhow::Result<Self> {
+        Ok(Self { ram: ram_paths(image)?, state: image.guest_state()? })
+    }
+
+    /// The primary's notes, and the checkpoint as the hypervisor wants it.
+    fn parts(&self) -> anyhow::Result<(Vec<LearntAddress>, Committed<'_>)> {
+        let (notes, device_state) = unpack_guest_state(&self.state)?;
+        let learnt = serde_json::from_slice(notes).context("the addresses that the primary learnt")?;
+        Ok((learnt, Committed { ram: &self.ram, device_state }))
+    }
+}
+
+fn ram_paths(image: &VmImage) -> anyhow::Result<Vec<PathBuf>> {
+    let blocks = image.machine()?.layout.blocks().len();
+    (0..blocks).map(|block| image.ram_path(BlockId(u16::try_from(block)?))).collect()
+}
+
+impl Guest {
+    /// No standby yet.
+    pub fn new(config: GuestConfig) -> Self {
+        Self { config, standby: None, announcing: Vec::new() }
+    }
+
+    fn standby(&mut self, image: &VmImage) -> anyhow::Result<&mut QemuStandby> {
+        if self.standby.is_none() {
+            let machine = image.machine()?;
+            let options = StandbyOptions::new(&self.config.run_dir, self.tap_prefix());
+            let standby = QemuStandby::prepare(machine, options).context("the standby's command line")?;
+            for difference in standby.differences() {
+                info!(vm = self.config.vm.as_str(), difference, "the standby differs from the primary");
+            }
+            self.standby = Some(standby);
+        }
+        Ok(self.standby.as_mut().expect("made above"))
+    }
+
+    /// Shows that a standby with this configuration loads the last commit.
+    ///
+    /// # Errors
+    /// What the hypervisor said.
+    pub fn prove(&mut self, image: &VmImage) -> anyhow::Result<()> {
+        let checkpoint = Checkpoint::of(image)?;
+        let (_, committed) = checkpoint.parts()?;
+        let report = self.standby(image)?.trial_load(&committed)?;
+        info!(event = "trial", vm = self.config.vm.as_str(), detail = %json!(report));
+        Ok(())
+    }
+
+    /// Has a standby waiting, if they are warm here.
+    ///
+    /// # Errors
+    /// What the hypervisor said.
+    pub fn wait_warm(&mut self, image: &VmImage) -> anyhow::Result<Option<u32>> {
+        if self.config.standby == StandbyKind::Cold {
+            return Ok(None);
+        }
+        let ram = ram_paths(image)?;
+        let standby = self.standby(image)?;
+        standby.start_waiting(&ram)?;
+        Ok(standby.pid())
+    }
+
+    /// Lets the guest run from the last commit, joins its taps to the bridge and announces its addresses.
+    ///
+    /// # Errors
+    /// What the hypervisor said; no guest runs then.
+    pub fn activate(&mut self, image: &VmImage) -> anyhow::Result<Value> {
+        let checkpoint = Checkpoint::of(image)?;
+        let (learnt, committed) = checkpoint.parts()?;
+        let standby = self.standby(image)?;
+        if standby.is_waiting() {
+            // The guest's first frame must find the way out open.
+            self.join();
+        }
+        let report = self.standby(image)?.activate(&committed)?;
+        self.join();
+        self.announce(&learnt);
+        Ok(json!({"activation": report, "announced": learnt}))
+    }
+
+    fn taps(&self) -> Vec<String> {
+        self.standby.as_ref().map_or_else(Vec::new, |standby| standby.taps().to_vec())
+    }
+
+    fn join(&self) {
+        let Some(bridge) = &self.config.bridge else { return };
+        for tap in self.taps() {
+            if let Err(error) = join_bridge(&tap, bridge) {
+                warn!(vm = self.config.vm.as_str(), tap, %error, "the guest's tap is not on the bridge");
+            }
+        }
+    }
+
+    fn announce(&mut self, learnt: &[LearntAddress]) {
+        for tap in self.taps() {
+            match Announcer::prepare(&tap).and_then(|announcer| announcer.repeat(learnt.to_vec())) {
+                Ok(announcing) => self.announcing.push(announcing),
+                Err(error) => {
+                    warn!(vm = self.config.vm.as_str(), tap, %error, "the guest's addresses are not announced");
+                }
+            }
+        }
+    }
+
+    /// The process that waits or runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.standby.as_ref().and_then(Standby::pid)
+    }
+
+    /// Ends what waits; a new session may have another machine. A guest that runs is left alone.
+    pub fn dismiss(&mut self) {
+        if let Some(mut standby) = self.standby.take() {
+            if standby.is_active() {
+                self.standby = Some(standby);
+            } else {
+                standby.dismiss();
+            }
+        }
+    }
+
+    /// Ends the guest for good: another host speaks for it.
+    pub fn stop(&mut self) {
+        self.announcing.clear();
+        if let Some(mut standby) = self.standby.take() {
+            standby.kill();
+        }
+    }
+
+    /// The beginning of the standby's tap names: short, and different for each VM.
+    fn tap_prefix(&self) -> String {
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        for byte in self.config.vm.as_str().bytes() {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+        format!("rom{:06x}", hash >> 40)
+    }
+}

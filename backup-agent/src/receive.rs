@@ -1,0 +1,143 @@
+//! One session's checkpoints as they arrive: frames in, staged pages and verified commits out.
+//!
+//! Nothing here trusts the peer: a frame that does not fit where it stands is a named error, and the session ends.
+
+use anyhow::{Context, bail, ensure};
+use romulus_image::{Expected, device_state_digest};
+use romulus_page_codec::{Page, decode, page_digest};
+use romulus_types::{Digest, Epoch, PAGE_BYTES, Session, Term};
+use romulus_wire::{
+    CommitRecord, DeviceStateAssembler, DeviceStateChunk, Frame, FrameType, Pages, PagesSection,
+};
+
+use crate::vm_image::VmImage;
+
+/// What a frame led to.
+pub enum Received {
+    /// The checkpoint goes on.
+    More,
+    /// It is complete, verified and durable.
+    Committed(Epoch),
+}
+
+/// A checkpoint that is being received.
+struct Incoming {
+    epoch: Epoch,
+    sent: PagesSection,
+    pages_digest: Digest,
+    device_state: DeviceStateAssembler,
+}
+
+/// The receiving end of one session's data stream.
+pub struct Receiver {
+    session: Session,
+    term: Term,
+    incoming: Option<Incoming>,
+    last: Epoch,
+}
+
+impl Receiver {
+    /// Nothing received yet. `term` is the record's term that the primary named.
+    pub fn new(session: Session, term: Term) -> Self {
+        Self { session, term, incoming: None, last: Epoch::NONE }
+    }
+
+    /// The session.
+    pub fn session(&self) -> Session {
+        self.session
+    }
+
+    /// The epoch that is being received, or the last one.
+    pub fn epoch(&self) -> Epoch {
+        self.incoming.as_ref().map_or(self.last, |incoming| incoming.epoch)
+    }
+
+    /// Takes one frame.
+    ///
+    /// # Errors
+    /// Anything that is not exactly what may come next. What was staged must be discarded then.
+    pub fn frame(&mut self, frame: &Frame, image: &mut VmImage) -> anyhow::Result<Received> {
+        match frame.frame_type {
+            FrameType::Pages => self.pages(&Pages::parse(frame)?, image)?,
+            FrameType::DeviceState => {
+                let chunk = DeviceStateChunk::parse(frame)?;
+                self.incoming(chunk.epoch, image)?.device_state.push(chunk)?;
+            }
+            FrameType::Commit => return self.commit(&CommitRecord::from_frame(frame)?, image),
+            other => bail!("a {other:?} frame has no place in the data stream"),
+        }
+        Ok(Received::More)
+    }
+
+    fn pages(&mut self, pages: &Pages<'_>, image: &mut VmImage) -> anyhow::Result<()> {
+        let (mut base, mut page): (Page, Page) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
+        if pages.epoch() == Epoch::NONE {
+            ensure!(self.last == Epoch::NONE, "pages of the first copy came after the first checkpoint");
+            for entry in pages.entries() {
+                image.image()?.read_page(entry.page, &mut base)?;
+                decode(entry.kind, entry.payload, Some(&base), &mut page)
+                    .with_context(|| format!("page {} of the first copy", entry.page.0))?;
+                image.image()?.sync_page(entry.page, &page)?;
+            }
+            return Ok(());
+        }
+        let incoming = self.incoming(pages.epoch(), image)?;
+        incoming.sent.add(pages.section());
+        for entry in pages.entries() {
+            image.image()?.read_page(entry.page, &mut base)?;
+            decode(entry.kind, entry.payload, Some(&base), &mut page)
+                .with_context(|| format!("page {} of epoch {}", entry.page.0, pages.epoch()))?;
+            let digest = page_digest(entry.page, &page);
+            incoming.pages_digest = Digest(incoming.pages_digest.0.wrapping_add(digest.0));
+            image.image()?.stage_page(entry.page, &page)?;
+        }
+        Ok(())
+    }
+
+    /// The checkpoint of `epoch`, begun with its first frame.
+    fn incoming(&mut self, epoch: Epoch, image: &mut VmImage) -> anyhow::Result<&mut Incoming> {
+        if let Some(incoming) = &self.incoming {
+            ensure!(
+                incoming.epoch == epoch,
+                "a frame of epoch {epoch} came inside the checkpoint of epoch {}",
+                incoming.epoch
+            );
+        } else {
+            image.image()?.begin(self.session, epoch)?;
+            self.incoming = Some(Incoming {
+                epoch,
+                sent: PagesSection::default(),
+                pages_digest: Digest(0),
+                device_state: DeviceStateAssembler::new(epoch),
+            });
+        }
+        Ok(self.incoming.as_mut().expect("there is one now"))
+    }
+
+    fn commit(&mut self, record: &CommitRecord, image: &mut VmImage) -> anyhow::Result<Received> {
+        let first = self.last == Epoch::NONE;
+        self.incoming(record.epoch, image)?;
+        let incoming = self.incoming.take().expect("there is one now");
+        ensure!(
+            incoming.sent == record.pages,
+            "the pages that came ({} of them) are not the {} that the commit record names",
+            incoming.sent.pages,
+            record.pages.pages
+        );
+        let device_state = incoming.device_state.finish(&record.device_state)?;
+        image.image()?.stage_device_state(&device_state)?;
+        image.image()?.verify_and_commit(&Expected {
+            session: self.session,
+            epoch: record.epoch,
+            term: self.term,
+            page_count: record.pages.pages,
+            pages_digest: incoming.pages_digest,
+            device_state_bytes: record.device_state.bytes,
+            device_state_digest: device_state_digest(&device_state),
+            image_digest: record.image_digest,
+            first,
+        })?;
+        self.last = record.epoch;
+        Ok(Received::Committed(record.epoch))
+    }
+}

@@ -1,0 +1,217 @@
+//! The VMs of this agent: each has a driver task, a store thread and a witness task. Bounded in number.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, bail};
+use romulus_config::BackupAgent;
+use romulus_host_sys::durable;
+use romulus_host_sys::process_clock::Clock;
+use romulus_hypervisor::spec::MachineSpec;
+use romulus_protocol::{Backup, BackupConfig, BackupEvent, BackupOrder, Remembered, WitnessRequest};
+use romulus_transport::WitnessClient;
+use romulus_types::{HostId, VmId};
+use tokio::sync::mpsc;
+use tracing::{debug, error};
+
+use crate::guest::{Guest, GuestConfig};
+use crate::inbox::{EventSink, INBOX_MAX, Input};
+use crate::status::VmStatus;
+use crate::store::{Store, StoreSender, store_channel};
+use crate::vm_driver::VmDriver;
+use crate::vm_image::VmImage;
+
+/// Largest state file, in bytes.
+const STATE_BYTES_MAX: u64 = 64 << 10;
+/// Requests to the witness that wait, at most.
+const REQUESTS_MAX: usize = 8;
+
+/// What every VM's parts are made with.
+pub struct Shared {
+    /// Settings.
+    pub settings: BackupAgent,
+    /// This host.
+    pub host: HostId,
+    /// The witness.
+    pub witness: WitnessClient,
+    /// The process's clock.
+    pub clock: Clock,
+    /// Where state files lie.
+    pub state_dir: PathBuf,
+}
+
+/// One VM's handle.
+#[derive(Clone)]
+pub struct VmHandle {
+    /// Its driver's inbox.
+    pub inbox: mpsc::Sender<Input>,
+    /// Its figures.
+    pub status: Arc<VmStatus>,
+    image_bytes: u64,
+}
+
+/// All VMs.
+#[derive(Clone)]
+pub struct Registry {
+    shared: Arc<Shared>,
+    vms: Arc<Mutex<BTreeMap<VmId, VmHandle>>>,
+    refused: Arc<AtomicU64>,
+}
+
+impl Registry {
+    /// No VM yet.
+    pub fn new(shared: Shared) -> Self {
+        Self { shared: Arc::new(shared), vms: Arc::default(), refused: Arc::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<VmId, VmHandle>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts the parts of every VM that an earlier life of the agent left an image of.
+    ///
+    /// # Errors
+    /// When the image folder can't be used.
+    pub fn recover(&self) -> anyhow::Result<()> {
+        let dir = &self.shared.settings.image_dir;
+        std::fs::create_dir_all(dir).with_context(|| format!("could not make {}", dir.display()))?;
+        for entry in std::fs::read_dir(dir)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if entry.file_type()?.is_dir()
+                && let Ok(vm) = VmId::new(name)
+            {
+                self.vm(&vm, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The VM's handle; its parts are started when it is new.
+    ///
+    /// # Errors
+    /// When there are too many VMs, or its image folder can't be used.
+    pub fn vm(&self, vm: &VmId, machine: Option<&MachineSpec>) -> anyhow::Result<VmHandle> {
+        let mut vms = self.lock();
+        if let Some(handle) = vms.get_mut(vm) {
+            handle.image_bytes = machine.map_or(handle.image_bytes, |machine| machine.layout.bytes());
+            return Ok(handle.clone());
+        }
+        let vms_max = usize::from(self.shared.settings.vms_max);
+        if vms.len() >= vms_max {
+            bail!("this agent backs up {vms_max} VMs already (setting vms_max)");
+        }
+        let handle = self.start(vm, machine.map_or(0, |machine| machine.layout.bytes()))?;
+        vms.insert(vm.clone(), handle.clone());
+        Ok(handle)
+    }
+
+    fn start(&self, vm: &VmId, image_bytes: u64) -> anyhow::Result<VmHandle> {
+        let shared = &self.shared;
+        let status = Arc::new(VmStatus::new(vm.clone(), shared.host.as_str()));
+        let (inbox, inputs) = mpsc::channel(INBOX_MAX);
+        let events = EventSink(inbox.clone());
+        let limits = romulus_image::Limits {
+            staging_bytes_max: shared.settings.staging_bytes_max.bytes(),
+            ..romulus_image::Limits::default()
+        };
+        let image = VmImage::open(&shared.settings.image_dir, vm, limits)?;
+        let image_status = image.status();
+        let state_file = shared.state_dir.join(format!("{vm}.json"));
+        let remembered = durable::read_small(&state_file, STATE_BYTES_MAX)?
+            .map(|bytes| serde_json::from_slice::<Remembered>(&bytes))
+            .transpose()
+            .with_context(|| format!("{} is damaged: restore or remove it", state_file.display()))?;
+        let config = BackupConfig {
+            vm: vm.clone(),
+            host: shared.host.clone(),
+            suspicion_ns: nanoseconds(shared.settings.failover.suspicion_timeout),
+            retry_ns: 100_000_000,
+            mute_ns_max: nanoseconds(shared.settings.failover.mute_limit),
+        };
+        let backup = Backup::new(config, remembered, image_status, crate::seed()?, shared.clock.now());
+        let store = self.start_store(vm, image, &events, &status)?;
+        let (witness, requests) = mpsc::channel(REQUESTS_MAX);
+        tokio::spawn(ask_witness(shared.witness.clone(), requests, events.clone()));
+        let driver = VmDriver {
+            backup,
+            inbox: inputs,
+            events,
+            store,
+            witness,
+            session: None,
+            status: Arc::clone(&status),
+            clock: shared.clock,
+            state_file,
+        };
+        let name = vm.clone();
+        tokio::spawn(async move {
+            if let Err(error) = driver.run().await {
+                error!(event = "vm_driver_failed", vm = name.as_str(), error = format!("{error:#}"));
+            }
+        });
+        Ok(VmHandle { inbox, status, image_bytes })
+    }
+
+    fn start_store(
+        &self,
+        vm: &VmId,
+        image: VmImage,
+        events: &EventSink,
+        status: &Arc<VmStatus>,
+    ) -> anyhow::Result<StoreSender> {
+        let (sender, jobs) = store_channel();
+        let settings = &self.shared.settings;
+        let guest = Guest::new(GuestConfig {
+            vm: vm.clone(),
+            standby: settings.standby,
+            bridge: settings.bridge.clone(),
+            run_dir: settings.image_dir.join(format!("{vm}.run")),
+        });
+        let store =
+            Store { jobs, events: events.clone(), image, guest, receiver: None, status: Arc::clone(status) };
+        std::thread::Builder::new().name(format!("store-{vm}")).spawn(move || store.run())?;
+        Ok(sender)
+    }
+
+    /// Bytes of the images of all other VMs.
+    pub fn image_bytes_except(&self, vm: &VmId) -> u64 {
+        self.lock().iter().filter(|(other, _)| *other != vm).map(|(_, handle)| handle.image_bytes).sum()
+    }
+
+    /// A connection was refused before it had a session.
+    pub fn count_refused(&self) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Connections refused so far.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// The statuses, by name.
+    pub fn statuses(&self) -> Vec<Arc<VmStatus>> {
+        self.lock().values().map(|handle| Arc::clone(&handle.status)).collect()
+    }
+
+    /// Gives an order to a VM's driver; `false` when there is no such VM.
+    pub async fn order(&self, vm: &VmId, order: BackupOrder) -> bool {
+        let Some(inbox) = self.lock().get(vm).map(|handle| handle.inbox.clone()) else { return false };
+        inbox.send(Input::Event(BackupEvent::Order(order))).await.is_ok()
+    }
+}
+
+async fn ask_witness(client: WitnessClient, mut requests: mpsc::Receiver<WitnessRequest>, events: EventSink) {
+    while let Some(request) = requests.recv().await {
+        match client.ask(request).await {
+            Ok(reply) => events.send_async(BackupEvent::Witness(reply)).await,
+            Err(error) => debug!(%error, "the witness did not answer"),
+        }
+    }
+}
+
+fn nanoseconds(duration: std::time::Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

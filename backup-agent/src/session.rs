@@ -1,0 +1,214 @@
+//! One session's connection on the backup: the answer to its `Hello`, its control stream, its page data.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::bail;
+use romulus_hypervisor::spec::MachineSpec;
+use romulus_protocol::{BackupEvent, BackupMessage, ToBackup, ToPrimary};
+use romulus_transport::{CloseCode, Connection, FrameError, FrameReader, SendStream};
+use romulus_types::{HostId, Session, Term};
+use romulus_wire::{decode_control, encode_control};
+use std::sync::Mutex;
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use crate::inbox::EventSink;
+use crate::status::VmStatus;
+use crate::store::StoreSender;
+
+/// Control messages that wait to be sent, at most. Answers to heartbeats are dropped past that: they are cumulative.
+const CONTROL_WAITING_MAX: usize = 64;
+/// How long a refusal may take to reach the primary before the connection is closed under it.
+const REFUSE_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// A session that asks to be accepted, and then the session.
+pub struct SessionIn {
+    session: Session,
+    primary: HostId,
+    term: Term,
+    machine: Arc<MachineSpec>,
+    connection: Connection,
+    backup: HostId,
+    status: Arc<VmStatus>,
+    control: mpsc::Sender<ToPrimary>,
+    reader: Mutex<Option<FrameReader>>,
+}
+
+/// What the listener found out about a session.
+pub struct Asking {
+    /// The session.
+    pub session: Session,
+    /// The primary, by its certificate.
+    pub primary: HostId,
+    /// The term that it knows.
+    pub term: Term,
+    /// The machine.
+    pub machine: Arc<MachineSpec>,
+    /// Its connection.
+    pub connection: Connection,
+    /// Towards the primary.
+    pub sender: SendStream,
+    /// From the primary, after its hello.
+    pub reader: FrameReader,
+    /// This host.
+    pub backup: HostId,
+}
+
+impl SessionIn {
+    /// Takes the streams over; nothing is answered yet.
+    pub fn new(asking: Asking, status: Arc<VmStatus>) -> Self {
+        let (control, messages) = mpsc::channel(CONTROL_WAITING_MAX);
+        tokio::spawn(write_control(asking.session, asking.sender, messages));
+        Self {
+            session: asking.session,
+            primary: asking.primary,
+            term: asking.term,
+            machine: asking.machine,
+            connection: asking.connection,
+            backup: asking.backup,
+            status,
+            control,
+            reader: Mutex::new(Some(asking.reader)),
+        }
+    }
+
+    /// The session.
+    pub fn id(&self) -> Session {
+        self.session
+    }
+
+    /// The primary's host.
+    pub fn primary(&self) -> &HostId {
+        &self.primary
+    }
+
+    /// The record's term that the primary named.
+    pub fn term(&self) -> Term {
+        self.term
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> Arc<MachineSpec> {
+        Arc::clone(&self.machine)
+    }
+
+    /// Whether the connection is known to be gone.
+    pub fn is_closed(&self) -> bool {
+        self.connection.close_reason().is_some()
+    }
+
+    /// Says yes, and begins to read.
+    pub fn start(&self, store: &StoreSender, events: &EventSink) {
+        let reader = self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let Some(reader) = reader else { return };
+        self.queue(ToPrimary::Welcome { backup: self.backup.clone() });
+        let task = ReadTask {
+            session: self.session,
+            connection: self.connection.clone(),
+            store: store.clone(),
+            events: events.clone(),
+            status: Arc::clone(&self.status),
+        };
+        tokio::spawn(task.run(reader));
+    }
+
+    /// For the protocol's messages.
+    pub fn send(&self, message: BackupMessage) {
+        self.queue(ToPrimary::Peer(message));
+    }
+
+    fn queue(&self, message: ToPrimary) {
+        if self.control.try_send(message).is_err() {
+            warn!(vm = self.status.vm(), "the control stream does not keep up; a message was dropped");
+        }
+    }
+
+    /// Says no, and why, and closes.
+    pub fn refuse(self: Box<Self>, reason: &str, passing: bool) {
+        info!(event = "refused", vm = self.status.vm(), primary = self.primary.as_str(), reason);
+        refuse(self.connection.clone(), self.control.clone(), reason, passing);
+    }
+
+    /// Ends the session.
+    pub fn close(self: Box<Self>, reason: &str) {
+        self.connection.close(CloseCode::DONE, reason);
+    }
+}
+
+/// Says no on a control stream, and closes the connection once that can have arrived.
+fn refuse(connection: Connection, control: mpsc::Sender<ToPrimary>, reason: &str, passing: bool) {
+    let _ = control.try_send(ToPrimary::Refused { reason: reason.into(), passing });
+    tokio::spawn(async move {
+        let _ = tokio::time::timeout(REFUSE_TIMEOUT, connection.closed()).await;
+        connection.close(CloseCode::REFUSED, "see the refusal");
+    });
+}
+
+/// Refuses a session that did not come as far as a [`SessionIn`].
+pub async fn refuse_early(session: Session, mut sender: SendStream, connection: Connection, reason: &str) {
+    info!(event = "refused", reason);
+    if let Ok(frame) = encode_control(session, &ToPrimary::Refused { reason: reason.into(), passing: false }) {
+        let _ = sender.send(frame).await;
+    }
+    let _ = tokio::time::timeout(REFUSE_TIMEOUT, connection.closed()).await;
+    connection.close(CloseCode::REFUSED, "see the refusal");
+}
+
+async fn write_control(session: Session, mut stream: SendStream, mut messages: mpsc::Receiver<ToPrimary>) {
+    while let Some(message) = messages.recv().await {
+        let Ok(frame) = encode_control(session, &message) else { return };
+        if stream.send(frame).await.is_err() {
+            return;
+        }
+    }
+}
+
+struct ReadTask {
+    session: Session,
+    connection: Connection,
+    store: StoreSender,
+    events: EventSink,
+    status: Arc<VmStatus>,
+}
+
+impl ReadTask {
+    /// Reads both streams until one ends; says `Disconnected` exactly once.
+    async fn run(self, control: FrameReader) {
+        let result = tokio::select! {
+            result = self.control(control) => result,
+            result = self.data() => result,
+        };
+        match result {
+            Ok(()) => info!(event = "session_ended", vm = self.status.vm()),
+            Err(error) => {
+                warn!(event = "session_ended", vm = self.status.vm(), error = format!("{error:#}"));
+                if error.downcast_ref::<FrameError>().is_none_or(|e| !matches!(e, FrameError::Transport(_))) {
+                    self.status.count_refused_input();
+                    self.connection.close(CloseCode::BAD_INPUT, &format!("{error:#}"));
+                }
+            }
+        }
+        self.events.send_async(BackupEvent::Disconnected(self.session)).await;
+    }
+
+    async fn control(&self, mut reader: FrameReader) -> anyhow::Result<()> {
+        while let Some(frame) = reader.next().await? {
+            let ToBackup::Peer(message) = decode_control(&frame)?;
+            self.events.send_async(BackupEvent::Peer(self.session, message)).await;
+        }
+        Ok(())
+    }
+
+    async fn data(&self) -> anyhow::Result<()> {
+        let stream = self.connection.accept_data().await.map_err(FrameError::Transport)?;
+        let mut reader = FrameReader::for_session(stream, self.session);
+        while let Some(frame) = reader.next().await? {
+            if !self.store.frame(self.session, frame).await {
+                bail!("the store of this VM is gone");
+            }
+        }
+        // The data stream may end first; the control stream says what the session does.
+        std::future::pending().await
+    }
+}

@@ -1,0 +1,154 @@
+//! What the agent tells its operator of one VM.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use hdrhistogram::Histogram;
+use romulus_protocol::{NotProtected, Protection};
+use romulus_telemetry::EventLog;
+use romulus_types::{Epoch, Session, Term, VmId};
+use serde_json::{Value, json};
+
+/// Version of the JSON that `romulus status --json` prints.
+pub const STATUS_SCHEMA: u32 = 1;
+
+struct Inner {
+    protection: Protection,
+    detail: Option<String>,
+    term: Term,
+    session: Option<Session>,
+    committed: Epoch,
+    standby: &'static str,
+    standby_pid: Option<u32>,
+    image_bytes: u64,
+    commits: u64,
+    verify: Histogram<u64>,
+    apply: Histogram<u64>,
+    refused_input: u64,
+    activation: Option<Value>,
+    events: EventLog,
+}
+
+/// The shared snapshot.
+pub struct VmStatus {
+    vm: VmId,
+    host: String,
+    inner: Mutex<Inner>,
+}
+
+fn histogram() -> Histogram<u64> {
+    Histogram::new(3).expect("three significant digits are allowed")
+}
+
+fn percentiles_us(histogram: &Histogram<u64>) -> Value {
+    let at = |quantile: f64| histogram.value_at_quantile(quantile) / 1000;
+    json!({"p50": at(0.5), "p99": at(0.99), "max": histogram.max() / 1000})
+}
+
+impl VmStatus {
+    /// Nothing has happened yet.
+    pub fn new(vm: VmId, host: &str) -> Self {
+        let inner = Inner {
+            protection: Protection::NotProtected(NotProtected::Starting),
+            detail: None,
+            term: Term(0),
+            session: None,
+            committed: Epoch::NONE,
+            standby: "none",
+            standby_pid: None,
+            image_bytes: 0,
+            commits: 0,
+            verify: histogram(),
+            apply: histogram(),
+            refused_input: 0,
+            activation: None,
+            events: EventLog::default(),
+        };
+        Self { vm, host: host.into(), inner: Mutex::new(inner) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The VM.
+    pub fn vm(&self) -> &str {
+        self.vm.as_str()
+    }
+
+    /// The operator's word for the state.
+    pub fn set_protection(&self, protection: Protection) {
+        self.lock().protection = protection;
+    }
+
+    /// What went wrong last, in words.
+    pub fn set_detail(&self, detail: String) {
+        self.lock().detail = Some(detail);
+    }
+
+    /// Where the protocol stands.
+    pub fn set_progress(&self, term: Term, session: Option<Session>, committed: Epoch) {
+        let mut inner = self.lock();
+        (inner.term, inner.session, inner.committed) = (term, session, committed);
+    }
+
+    /// What the standby is doing: "none", "proven", "waiting", "active".
+    pub fn set_standby(&self, standby: &'static str, pid: Option<u32>) {
+        let mut inner = self.lock();
+        (inner.standby, inner.standby_pid) = (standby, pid);
+    }
+
+    /// One checkpoint was verified and applied; nanoseconds, and the image's size in bytes.
+    pub fn add_commit(&self, verify_ns: u64, apply_ns: u64, image_bytes: Option<u64>) {
+        let mut inner = self.lock();
+        inner.commits += 1;
+        inner.verify.saturating_record(verify_ns);
+        inner.apply.saturating_record(apply_ns);
+        inner.image_bytes = image_bytes.unwrap_or(inner.image_bytes);
+    }
+
+    /// A peer sent something that was refused.
+    pub fn count_refused_input(&self) {
+        self.lock().refused_input += 1;
+    }
+
+    /// How the activation went.
+    pub fn set_activation(&self, report: Value) {
+        self.lock().activation = Some(report);
+    }
+
+    /// Keeps an event for `romulus events`.
+    pub fn event(&self, name: &str, detail: &Value) {
+        self.lock().events.add(name, detail);
+    }
+
+    /// The events kept, oldest first.
+    pub fn events(&self) -> Value {
+        json!({"schema": STATUS_SCHEMA, "vm": self.vm, "events": self.lock().events.events()})
+    }
+
+    /// The snapshot as JSON, schema [`STATUS_SCHEMA`].
+    pub fn json(&self) -> Value {
+        let inner = self.lock();
+        let (state, reason) = inner.protection.words();
+        json!({
+            "schema": STATUS_SCHEMA,
+            "role": "backup",
+            "vm": self.vm,
+            "host": self.host,
+            "state": state,
+            "reason": reason,
+            "detail": inner.detail,
+            "term": inner.term.0,
+            "session": inner.session.map(|s| s.to_string()),
+            "committed": inner.committed.0,
+            "commits": inner.commits,
+            "standby": inner.standby,
+            "standby_pid": inner.standby_pid,
+            "image_bytes": inner.image_bytes,
+            "verify_us": percentiles_us(&inner.verify),
+            "apply_us": percentiles_us(&inner.apply),
+            "refused_input": inner.refused_input,
+            "activation": inner.activation,
+        })
+    }
+}

@@ -1,0 +1,253 @@
+//! The store thread of one VM: the only one that touches its image and its standby. Jobs come in order from the driver
+//! and from the reader of the session's data stream.
+//!
+//! ```text
+//!   Pages ─► decode against the applied image ─► stage
+//!   Commit ─► verify count, digests ─► durable slot ─► Verified (the driver acks) ─► apply ─► next epoch
+//! ```
+//!
+//! Epoch n+1 is decoded only after n was applied, so deltas always refer to the applied image.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, anyhow};
+use romulus_hypervisor::spec::MachineSpec;
+use romulus_protocol::BackupEvent;
+use romulus_types::{Epoch, Session, Term};
+use romulus_wire::Frame;
+use serde_json::json;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tracing::{error, info, warn};
+
+use crate::guest::Guest;
+use crate::inbox::EventSink;
+use crate::receive::{Receiver, Received};
+use crate::status::VmStatus;
+use crate::vm_image::VmImage;
+
+/// Frames of page data that wait for the store, at most; the wire format bounds each.
+const FRAMES_WAITING_MAX: usize = 32;
+/// Jobs of the driver that wait besides, at most.
+const JOBS_WAITING_MAX: usize = 64;
+/// Commits between two looks at the image's size.
+const SIZE_EVERY_COMMITS: u64 = 64;
+
+/// What the store is asked to do.
+pub enum StoreJob {
+    /// A session was accepted: make an image for this machine and receive its memory.
+    Begin {
+        /// The session.
+        session: Session,
+        /// The record's term that the primary named.
+        term: Term,
+        /// The machine.
+        machine: Arc<MachineSpec>,
+    },
+    /// A frame of the session's data stream; the permit bounds how many wait.
+    Frame(Session, Frame, OwnedSemaphorePermit),
+    /// The session ended: what is staged and not committed is dropped.
+    End(Session),
+    /// The image must never be used again as it is.
+    MarkUnusable(oneshot::Sender<()>),
+    /// Show that a standby loads this commit, then have one waiting.
+    TryStandby {
+        /// The session.
+        session: Session,
+        /// The epoch, or a newer one.
+        epoch: Epoch,
+    },
+    /// Let the guest run from the last commit.
+    Activate {
+        /// Its session.
+        session: Session,
+        /// The epoch, or a newer one.
+        epoch: Epoch,
+        /// The term in which this host speaks.
+        term: Term,
+    },
+    /// Stop the guest that a forced takeover started, for good.
+    StopGuest,
+}
+
+/// The sending end.
+#[derive(Clone)]
+pub struct StoreSender {
+    jobs: mpsc::Sender<StoreJob>,
+    frames: Arc<Semaphore>,
+}
+
+/// The channel to a store thread.
+pub fn store_channel() -> (StoreSender, mpsc::Receiver<StoreJob>) {
+    let (jobs, receiver) = mpsc::channel(FRAMES_WAITING_MAX + JOBS_WAITING_MAX);
+    (StoreSender { jobs, frames: Arc::new(Semaphore::new(FRAMES_WAITING_MAX)) }, receiver)
+}
+
+impl StoreSender {
+    /// Hands in a job of the driver. Never waits: frames can't fill the room for jobs.
+    ///
+    /// # Errors
+    /// When the store thread is gone, or so many jobs wait that it must hang.
+    pub fn send(&self, job: StoreJob) -> anyhow::Result<()> {
+        self.jobs.try_send(job).map_err(|_| anyhow!("the store thread is gone or hangs"))
+    }
+
+    /// Hands in a frame; waits while too many do. `false` when the store is gone.
+    pub async fn frame(&self, session: Session, frame: Frame) -> bool {
+        let Ok(permit) = Arc::clone(&self.frames).acquire_owned().await else { return false };
+        self.jobs.send(StoreJob::Frame(session, frame, permit)).await.is_ok()
+    }
+}
+
+/// The thread's state.
+pub struct Store {
+    /// Jobs.
+    pub jobs: mpsc::Receiver<StoreJob>,
+    /// To the driver.
+    pub events: EventSink,
+    /// The image's place and limits.
+    pub image: VmImage,
+    /// The standby and the guest that it becomes.
+    pub guest: Guest,
+    /// The checkpoint being received.
+    pub receiver: Option<Receiver>,
+    /// Figures.
+    pub status: Arc<VmStatus>,
+}
+
+impl Store {
+    /// Works until the driver is gone.
+    pub fn run(mut self) {
+        while let Some(job) = self.jobs.blocking_recv() {
+            self.job(job);
+        }
+    }
+
+    fn job(&mut self, job: StoreJob) {
+        match job {
+            StoreJob::Begin { session, term, machine } => {
+                self.receiver = None;
+                self.guest.dismiss();
+                match self.image.begin(session, machine) {
+                    Ok(()) => self.receiver = Some(Receiver::new(session, term)),
+                    Err(error) => self.invalid(session, Epoch::NONE, &error),
+                }
+            }
+            StoreJob::Frame(session, frame, permit) => {
+                self.frame(session, &frame);
+                drop(permit);
+            }
+            StoreJob::End(session) => {
+                if self.receiver.as_ref().is_some_and(|receiver| receiver.session() == session) {
+                    self.receiver = None;
+                    self.image.discard_staging();
+                }
+            }
+            StoreJob::MarkUnusable(done) => match self.image.mark_unusable() {
+                Ok(()) => drop(done.send(())),
+                // The sender is dropped: the driver ends rather than go on with an image that may be used by mistake.
+                Err(error) => error!(error = format!("{error:#}"), "could not mark the image unusable"),
+            },
+            StoreJob::TryStandby { session, epoch } => self.try_standby(session, epoch),
+            StoreJob::Activate { session, epoch, term } => self.activate(session, epoch, term),
+            StoreJob::StopGuest => self.guest.stop(),
+        }
+    }
+
+    fn frame(&mut self, session: Session, frame: &Frame) {
+        let Some(receiver) = self.receiver.as_mut().filter(|receiver| receiver.session() == session) else {
+            return;
+        };
+        let began = Instant::now();
+        match receiver.frame(frame, &mut self.image) {
+            Ok(Received::More) => {}
+            Ok(Received::Committed(epoch)) => self.committed(session, epoch, began),
+            Err(error) => {
+                let epoch = receiver.epoch();
+                self.invalid(session, epoch, &error);
+            }
+        }
+    }
+
+    fn committed(&mut self, session: Session, epoch: Epoch, began: Instant) {
+        let verify_ns = elapsed_ns(began);
+        self.events.send(BackupEvent::Verified(session, epoch));
+        let began = Instant::now();
+        if let Err(error) = self.image.apply() {
+            return self.invalid(session, epoch, &error);
+        }
+        let image_bytes = epoch.0.is_multiple_of(SIZE_EVERY_COMMITS).then(|| self.image.touched_bytes());
+        self.status.add_commit(verify_ns, elapsed_ns(began), image_bytes);
+    }
+
+    fn invalid(&mut self, session: Session, epoch: Epoch, error: &anyhow::Error) {
+        error!(event = "invalid_checkpoint", vm = self.status.vm(), epoch = epoch.0, error = format!("{error:#}"));
+        self.status.count_refused_input();
+        self.status.set_detail(format!("checkpoint {epoch} was refused: {error:#}"));
+        self.receiver = None;
+        self.image.discard_staging();
+        self.events.send(BackupEvent::Invalid(session, epoch));
+    }
+
+    fn try_standby(&mut self, session: Session, epoch: Epoch) {
+        let began = Instant::now();
+        match self.prove_standby(session) {
+            Ok(pid) => {
+                let elapsed_ms = elapsed_ns(began) / 1_000_000;
+                info!(event = "standby_loaded", vm = self.status.vm(), epoch = epoch.0, elapsed_ms);
+                self.status.event("standby_loaded", &json!({"epoch": epoch.0, "elapsed_ms": elapsed_ms}));
+                self.status.set_standby(if pid.is_some() { "waiting" } else { "proven" }, pid);
+                self.events.send(BackupEvent::StandbyLoaded(session, epoch));
+            }
+            Err(error) => {
+                warn!(event = "standby_failed", vm = self.status.vm(), error = format!("{error:#}"));
+                self.status.set_detail(format!("the standby could not load a checkpoint: {error:#}"));
+                self.events.send(BackupEvent::StandbyFailed(session));
+            }
+        }
+    }
+
+    fn prove_standby(&mut self, session: Session) -> anyhow::Result<Option<u32>> {
+        let committed = self.image.committed().context("nothing is committed")?;
+        anyhow::ensure!(committed.session == session, "the last commit is of another session");
+        self.guest.prove(&self.image).context("trial load")?;
+        self.guest.wait_warm(&self.image).context("start of the waiting standby")
+    }
+
+    fn activate(&mut self, session: Session, epoch: Epoch, term: Term) {
+        let began = Instant::now();
+        match self.try_activate(session, epoch) {
+            Ok(report) => {
+                let elapsed_us = elapsed_ns(began) / 1000;
+                let detail = json!({"term": term.0, "elapsed_us": elapsed_us, "report": report});
+                info!(event = "activated", vm = self.status.vm(), detail = %detail);
+                self.status.event("activated", &detail);
+                self.status.set_activation(detail);
+                self.status.set_standby("active", self.guest.pid());
+                self.events.send(BackupEvent::Activated);
+            }
+            Err(error) => {
+                error!(event = "activation_failed", vm = self.status.vm(), error = format!("{error:#}"));
+                self.status.event("activation_failed", &json!({"error": format!("{error:#}")}));
+                self.status.set_detail(format!("activation failed: {error:#}"));
+                self.events.send(BackupEvent::ActivationFailed);
+            }
+        }
+    }
+
+    fn try_activate(&mut self, session: Session, epoch: Epoch) -> anyhow::Result<serde_json::Value> {
+        self.receiver = None;
+        self.image.discard_staging();
+        self.image.apply()?;
+        let committed = self.image.committed().context("nothing is committed")?;
+        // Output commit: what was acknowledged is in the image, and the image is of the session that was granted.
+        assert_eq!(committed.session, session, "an activation names the session of the commit");
+        assert!(committed.epoch >= epoch, "a commit that was acknowledged is gone");
+        self.image.mark_consumed()?;
+        self.guest.activate(&self.image)
+    }
+}
+
+fn elapsed_ns(began: Instant) -> u64 {
+    u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,203 @@
+//! The driver of one VM on the backup: event → protocol → carry out commands.
+//!
+//! ```text
+//!   listener (Hello, control, data) ─┐                 ┌─► store thread (image, standby)
+//!   store thread (verified, loaded) ─┤► inbox ► Backup ┼─► session's connection
+//!   witness task, admin ─────────────┘                 └─► witness task
+//! ```
+//!
+//! The store thread owns the image and the standby; the driver waits for it only where a mark must be durable before
+//! the next command.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use romulus_host_sys::process_clock::Clock;
+use romulus_protocol::{Backup, BackupCommand, BackupEvent, Notice, RefuseReason, Remembered, WitnessRequest};
+use romulus_telemetry::notice_event;
+use romulus_types::{Epoch, Session, Term};
+use serde_json::json;
+use tokio::sync::{mpsc, oneshot};
+use tracing::info;
+
+use crate::inbox::{EventSink, Input};
+use crate::session::SessionIn;
+use crate::status::VmStatus;
+use crate::store::{StoreJob, StoreSender};
+
+/// How long what already arrived may take to reach the inbox.
+const DRAIN: Duration = Duration::from_millis(2);
+
+/// What the driver works with.
+pub struct VmDriver {
+    /// The protocol.
+    pub backup: Backup,
+    /// The inbox.
+    pub inbox: mpsc::Receiver<Input>,
+    /// For tasks that report back.
+    pub events: EventSink,
+    /// The image and the standby.
+    pub store: StoreSender,
+    /// Requests to the witness.
+    pub witness: mpsc::Sender<WitnessRequest>,
+    /// The connection that said the last `Hello`.
+    pub session: Option<Box<SessionIn>>,
+    /// Figures.
+    pub status: Arc<VmStatus>,
+    /// The process's clock.
+    pub clock: Clock,
+    /// Where what must be remembered is kept.
+    pub state_file: PathBuf,
+}
+
+impl VmDriver {
+    /// Runs as long as the agent.
+    ///
+    /// # Errors
+    /// When what must be durable can't be written.
+    pub async fn run(mut self) -> anyhow::Result<()> {
+        loop {
+            while let Some(command) = self.backup.poll_command() {
+                self.execute(command).await?;
+            }
+            self.progress();
+            let deadline = self.deadline();
+            tokio::select! {
+                biased;
+                input = self.inbox.recv() => match input {
+                    Some(input) => self.take(input),
+                    None => return Ok(()),
+                },
+                () = tokio::time::sleep_until(deadline) => self.backup.handle_timeout(self.clock.now()),
+            }
+        }
+    }
+
+    fn progress(&self) {
+        let term = self.backup.term().unwrap_or(Term(0));
+        let committed = self.backup.committed().map_or(Epoch::NONE, |(_, epoch)| epoch);
+        self.status.set_progress(term, self.backup.session(), committed);
+    }
+
+    fn deadline(&self) -> tokio::time::Instant {
+        let idle = Instant::now() + Duration::from_secs(1);
+        let deadline = self.backup.poll_timeout().map_or(idle, |time| self.clock.instant(time).min(idle));
+        tokio::time::Instant::from_std(deadline)
+    }
+
+    fn take(&mut self, input: Input) {
+        let now = self.clock.now();
+        match input {
+            Input::Event(event) => self.backup.handle(now, event),
+            Input::Hello { session, primary, term, instance } => {
+                // One connection at a time. A broken one is noticed by its own reader first.
+                if self.session.as_ref().is_some_and(|current| !current.is_closed()) {
+                    session.refuse(refusal(RefuseReason::Busy), true);
+                    return;
+                }
+                let id = session.id();
+                self.session = Some(session);
+                self.backup.handle(now, BackupEvent::Hello { session: id, primary, term, instance });
+            }
+        }
+        if self.backup.poll_timeout().is_some_and(|time| time <= now) {
+            self.backup.handle_timeout(now);
+        }
+    }
+
+    async fn execute(&mut self, command: BackupCommand) -> anyhow::Result<()> {
+        match command {
+            BackupCommand::Remember(remembered) => self.remember(&remembered)?,
+            BackupCommand::AskWitness(request) => {
+                // A full queue means that the witness is slow; the protocol repeats the request.
+                let _ = self.witness.try_send(request);
+            }
+            BackupCommand::MarkUnusable => {
+                let (done, wait) = oneshot::channel();
+                self.store.send(StoreJob::MarkUnusable(done))?;
+                wait.await.context("the image could not be marked unusable")?;
+            }
+            BackupCommand::Accept(session) => self.accept(session)?,
+            BackupCommand::Refuse(session, reason) => {
+                if let Some(refused) = self.take_session(session) {
+                    refused.refuse(refusal(reason), true);
+                }
+            }
+            BackupCommand::Disconnect(session) => {
+                self.store.send(StoreJob::End(session))?;
+                if let Some(ended) = self.take_session(session) {
+                    ended.close("the backup ended the session");
+                }
+            }
+            BackupCommand::Send(session, message) => {
+                if let Some(current) = self.session.as_ref().filter(|s| s.id() == session) {
+                    current.send(message);
+                }
+            }
+            BackupCommand::TryStandby(session, epoch) => {
+                self.store.send(StoreJob::TryStandby { session, epoch })?;
+            }
+            BackupCommand::Activate { session, epoch, term } => {
+                self.status.event("activation_begin", &json!({"epoch": epoch.0, "term": term.0}));
+                self.store.send(StoreJob::Activate { session, epoch, term })?;
+            }
+            BackupCommand::DrainSockets => self.drain(),
+            BackupCommand::StopGuest => self.store.send(StoreJob::StopGuest)?,
+            BackupCommand::Report(notice) => self.notice(&notice),
+        }
+        Ok(())
+    }
+
+    fn take_session(&mut self, session: Session) -> Option<Box<SessionIn>> {
+        if self.session.as_ref().is_some_and(|current| current.id() == session) {
+            self.session.take()
+        } else {
+            None
+        }
+    }
+
+    fn accept(&mut self, session: Session) -> anyhow::Result<()> {
+        let Some(current) = self.session.as_ref().filter(|s| s.id() == session) else { return Ok(()) };
+        self.store.send(StoreJob::Begin { session, term: current.term(), machine: current.machine() })?;
+        current.start(&self.store, &self.events);
+        self.status.event("session", &json!({"session": session.to_string(), "primary": current.primary().as_str()}));
+        Ok(())
+    }
+
+    fn remember(&self, remembered: &Remembered) -> anyhow::Result<()> {
+        romulus_host_sys::durable::replace(&self.state_file, &serde_json::to_vec(remembered)?)
+            .with_context(|| format!("could not write {}", self.state_file.display()))
+    }
+
+    /// The readers share this thread: after a short sleep what had arrived is in the inbox, before this.
+    fn drain(&self) {
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(DRAIN).await;
+            events.send_async(BackupEvent::Drained).await;
+        });
+    }
+
+    fn notice(&self, notice: &Notice) {
+        if let Notice::Protection(protection) = notice {
+            self.status.set_protection(*protection);
+        }
+        let (name, detail) = notice_event(notice);
+        info!(event = name, vm = self.status.vm(), detail = %detail);
+        self.status.event(name, &detail);
+    }
+}
+
+fn refusal(reason: RefuseReason) -> &'static str {
+    match reason {
+        RefuseReason::ActiveHere => "the VM runs on this backup host, or is about to: it was taken over",
+        RefuseReason::Busy => "another session of this VM is connected: is it protected by someone else?",
+        RefuseReason::OldTerm => "the primary's record is older than what this host knows: it was taken over since",
+        RefuseReason::OtherWitness => {
+            "the primary uses another witness than this host, or one restored from an old copy"
+        }
+        RefuseReason::Unresolved => "this host waits for the witness's answer; try again",
+    }
+}

@@ -1,0 +1,194 @@
+//! Where one VM's image lies, what machine it is of, and its life from session to session.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow};
+use romulus_host_sys::durable;
+use romulus_hypervisor::spec::MachineSpec;
+use romulus_image::{HostFiles, Image, ImageState, Limits};
+use romulus_protocol::ImageStatus;
+use romulus_types::{BlockId, Epoch, Session, VmId};
+use tracing::{info, warn};
+
+/// Largest description of a machine that is read back, in bytes.
+const MACHINE_BYTES_MAX: u64 = 4 << 20;
+
+/// The last commit.
+#[derive(Clone, Copy, Debug)]
+pub struct Committed {
+    /// Its session.
+    pub session: Session,
+    /// Its epoch.
+    pub epoch: Epoch,
+}
+
+/// One VM's image in its folder.
+pub struct VmImage {
+    dir: PathBuf,
+    vm: VmId,
+    limits: Limits,
+    image: Option<Image<HostFiles>>,
+    machine: Option<Arc<MachineSpec>>,
+}
+
+impl VmImage {
+    /// Opens what an earlier life left in `dir`, if it is whole; anything else is removed and copied again.
+    ///
+    /// # Errors
+    /// When the folder can't be used.
+    pub fn open(dir: &Path, vm: &VmId, limits: Limits) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(dir).with_context(|| format!("could not make {}", dir.display()))?;
+        let mut this = Self { dir: dir.into(), vm: vm.clone(), limits, image: None, machine: None };
+        if !dir.join(vm.as_str()).exists() {
+            return Ok(this);
+        }
+        match Image::open_in(dir, vm, limits) {
+            Ok(image) => {
+                info!(vm = vm.as_str(), state = %image.state(), "found an image");
+                this.image = Some(image);
+                this.machine = this.read_machine();
+            }
+            Err(error) => {
+                warn!(vm = vm.as_str(), %error, "the image of an earlier life can't be used; it will be copied again");
+                std::fs::remove_dir_all(dir.join(vm.as_str())).context("could not remove it")?;
+            }
+        }
+        Ok(this)
+    }
+
+    fn machine_file(&self) -> PathBuf {
+        self.dir.join(format!("{}.machine.json", self.vm))
+    }
+
+    fn consumed_file(&self) -> PathBuf {
+        self.dir.join(format!("{}.consumed", self.vm))
+    }
+
+    fn read_machine(&self) -> Option<Arc<MachineSpec>> {
+        let bytes = durable::read_small(&self.machine_file(), MACHINE_BYTES_MAX).ok().flatten()?;
+        MachineSpec::from_json(&bytes).ok().map(Arc::new)
+    }
+
+    /// What the protocol is told at the start.
+    pub fn status(&self) -> ImageStatus {
+        if self.consumed_file().exists() {
+            return ImageStatus::Consumed;
+        }
+        match (self.committed(), &self.machine) {
+            (Some(Committed { session, epoch }), Some(_)) => ImageStatus::Committed { session, epoch },
+            _ => ImageStatus::Unusable,
+        }
+    }
+
+    /// Makes the image ready for a new session of this machine: unusable, all zeros, receiving.
+    ///
+    /// # Errors
+    /// When the files can't be made.
+    pub fn begin(&mut self, session: Session, machine: Arc<MachineSpec>) -> anyhow::Result<()> {
+        let same_layout = self.image.as_ref().is_some_and(|image| *image.layout() == machine.layout);
+        if let Some(image) = self.image.take() {
+            if same_layout {
+                self.image = Some(image);
+            } else {
+                image.remove().context("could not remove the image of another machine")?;
+            }
+        }
+        let image = match &mut self.image {
+            Some(image) => image,
+            None => self.image.insert(
+                Image::create_in(&self.dir, &self.vm, machine.layout.clone(), self.limits)
+                    .context("could not make the image")?,
+            ),
+        };
+        image.mark_unusable()?;
+        image.begin_sync(session)?;
+        image.reset_to_zero()?;
+        durable::replace(&self.machine_file(), &machine.to_json()).context("could not keep the machine")?;
+        self.machine = Some(machine);
+        if self.consumed_file().exists() {
+            std::fs::remove_file(self.consumed_file())?;
+        }
+        Ok(())
+    }
+
+    /// The image, when a session has made one.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn image(&mut self) -> anyhow::Result<&mut Image<HostFiles>> {
+        self.image.as_mut().ok_or_else(|| anyhow!("there is no image"))
+    }
+
+    /// The machine that the image is of.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn machine(&self) -> anyhow::Result<&Arc<MachineSpec>> {
+        self.machine.as_ref().ok_or_else(|| anyhow!("no machine is known"))
+    }
+
+    /// The last commit, if it can be used.
+    pub fn committed(&self) -> Option<Committed> {
+        match self.image.as_ref()?.state() {
+            ImageState::Committed { session, epoch, .. } => Some(Committed { session, epoch }),
+            ImageState::Unusable { .. } | ImageState::Syncing { .. } => None,
+        }
+    }
+
+    /// Writes the last commit into the memory files.
+    ///
+    /// # Errors
+    /// When a file can't be written; the commit still stands and is redone when the image is opened again.
+    pub fn apply(&mut self) -> anyhow::Result<()> {
+        Ok(self.image()?.apply()?)
+    }
+
+    /// Drops what is staged and not committed.
+    pub fn discard_staging(&mut self) {
+        if let Some(image) = &mut self.image {
+            image.discard_staging();
+        }
+    }
+
+    /// *Durable*: the image must never be used again as it is.
+    ///
+    /// # Errors
+    /// When that can't be written.
+    pub fn mark_unusable(&mut self) -> anyhow::Result<()> {
+        match &mut self.image {
+            Some(image) => Ok(image.mark_unusable()?),
+            None => Ok(()),
+        }
+    }
+
+    /// *Durable*: a guest was started from it, so it is no checkpoint any more.
+    ///
+    /// # Errors
+    /// When that can't be written; the guest must not be started then.
+    pub fn mark_consumed(&self) -> anyhow::Result<()> {
+        durable::replace(&self.consumed_file(), b"consumed\n").context("could not mark the image as consumed")
+    }
+
+    /// Device state of the last commit, with the primary's notes in front.
+    ///
+    /// # Errors
+    /// When nothing is committed.
+    pub fn guest_state(&self) -> anyhow::Result<Vec<u8>> {
+        let image = self.image.as_ref().context("there is no image")?;
+        Ok(image.device_state()?)
+    }
+
+    /// The file of a memory block.
+    ///
+    /// # Errors
+    /// When there is no image.
+    pub fn ram_path(&self, block: BlockId) -> anyhow::Result<PathBuf> {
+        Ok(self.image.as_ref().context("there is no image")?.ram_path(block))
+    }
+
+    /// Bytes that the guest has touched.
+    pub fn touched_bytes(&self) -> u64 {
+        self.image.as_ref().and_then(|image| image.touched_bytes().ok()).unwrap_or(0)
+    }
+}

@@ -1,0 +1,66 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+
+/// Remus-style fault tolerance for KVM virtual machines: the operator's command.
+#[derive(Parser)]
+#[command(name = "romulus", version, after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not protected (status), 4 daemon unreachable.")]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Is the VM protected, and if not, why?
+    Status(AdminOptions),
+    /// What happened lately, oldest first.
+    Events(AdminOptions),
+    /// Stop protecting: the guest runs on here, and nothing of ours is left in its hypervisor.
+    Unprotect(AdminOptions),
+    /// Planned failover: move the guest to its backup without losing anything. On a backup host: ask the primary for it.
+    Failover(AdminOptions),
+    /// Certificates for mutual TLS.
+    #[command(subcommand)]
+    Pki(PkiCommand),
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct AdminOptions {
+    /// The daemon's admin socket; by default the only one in /run/romulus.
+    #[arg(long, env = "ROMULUS_ADMIN", value_name = "SOCKET")]
+    pub(crate) admin: Option<PathBuf>,
+    /// The VM, where the daemon has several.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) vm: Option<String>,
+    /// Print JSON with a versioned schema.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum PkiCommand {
+    /// Make a certificate authority and a folder of certificates for each host.
+    Init(PkiInit),
+    /// Say whether a host's certificates are complete, matching and in date.
+    Check {
+        /// The host's certificate folder.
+        #[arg(long, value_name = "DIR")]
+        dir: PathBuf,
+    },
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct PkiInit {
+    /// Where to make them: DIR/ca and one folder a host.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+    /// A host: its name, then further names or addresses. May be given several times.
+    #[arg(long = "host", value_name = "NAME[,NAME|IP]...", required = true)]
+    pub(crate) hosts: Vec<String>,
+    /// How long the hosts' certificates are valid.
+    #[arg(long, default_value_t = 825, value_name = "DAYS")]
+    pub(crate) days: u32,
+}

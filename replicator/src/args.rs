@@ -1,0 +1,113 @@
+//! The command line; what it sets wins over the settings file.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+use romulus_config::{LogFormat, PeerAddress, Replicator, Settings, load};
+use romulus_types::{HostId, VmId};
+
+/// Protects a running VM by checkpointing it to a backup host many times a second.
+#[derive(Parser)]
+#[command(name = "replicator", version)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Attach to a running QEMU and protect its guest until told to stop.
+    Protect(Box<ProtectOptions>),
+    /// Started by `protect`: frees the guest when the replicator dies.
+    #[command(hide = true)]
+    Guardian {
+        /// What `protect` tells it.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
+}
+
+/// Options of `protect`.
+#[derive(ClapArgs)]
+pub struct ProtectOptions {
+    /// The VM's name at the witness.
+    #[arg(long, value_name = "NAME")]
+    pub vm: VmId,
+    /// QEMU's QMP socket.
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: PathBuf,
+    /// A tap of the guest; may be given several times. Every network device of the guest must be on one.
+    #[arg(long = "tap", value_name = "TAP")]
+    pub taps: Vec<String>,
+    /// Output or content that need not survive: the id of a network, character or block device. May be repeated.
+    #[arg(long = "disposable", value_name = "ID")]
+    pub disposable: Vec<String>,
+    /// The VM is new to the witness (or was ended): register it as running here.
+    #[arg(long)]
+    pub register: bool,
+    /// Settings file. Default /etc/romulus/replicator.toml and its .d folder.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// This host's name, as in its certificates.
+    #[arg(long, value_name = "NAME")]
+    host: Option<HostId>,
+    /// The backup's agent.
+    #[arg(long, value_name = "[NAME@]HOST:PORT")]
+    backup: Option<PeerAddress>,
+    /// The backup's host name at the witness. Default: the name in its certificate that --backup asks for.
+    #[arg(long, value_name = "NAME")]
+    pub backup_host: Option<HostId>,
+    /// The witness; may be given several times for several addresses of the one witness.
+    #[arg(long, value_name = "[NAME@]HOST:PORT")]
+    witness: Vec<PeerAddress>,
+    /// Folder with this host's certificates.
+    #[arg(long, value_name = "DIR")]
+    pki: Option<PathBuf>,
+    /// Length of an epoch.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    epoch: Option<Duration>,
+    /// Silence of the backup after which it is suspected. Use the same on both hosts.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    suspicion_timeout: Option<Duration>,
+    /// Folder for what must survive a crash.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/romulus/replicator")]
+    pub state_dir: PathBuf,
+    /// Folder for FIFOs that QEMU can reach by the same path.
+    #[arg(long, value_name = "DIR", default_value = "/run/romulus")]
+    pub fifo_dir: PathBuf,
+    /// Admin socket. Default /run/romulus/replicator-VM.sock.
+    #[arg(long, value_name = "SOCKET")]
+    admin: Option<PathBuf>,
+    /// text or json.
+    #[arg(long, value_name = "FORMAT")]
+    log_format: Option<LogFormat>,
+}
+
+impl ProtectOptions {
+    /// The file's settings with these on top.
+    ///
+    /// # Errors
+    /// What is missing or not allowed.
+    pub fn settings(&self) -> anyhow::Result<Replicator> {
+        let mut settings: Replicator = load(self.config.as_deref())?;
+        settings.host = self.host.clone().or(settings.host);
+        settings.backup = self.backup.clone().or(settings.backup);
+        if !self.witness.is_empty() {
+            settings.witness.clone_from(&self.witness);
+        }
+        settings.pki_dir = self.pki.clone().unwrap_or(settings.pki_dir);
+        settings.admin_socket = self.admin.clone().or(settings.admin_socket);
+        settings.epochs.length = self.epoch.unwrap_or(settings.epochs.length);
+        if let Some(timeout) = self.suspicion_timeout {
+            settings.failover.suspicion_timeout = timeout;
+        }
+        settings.log.format = self.log_format.unwrap_or(settings.log.format);
+        settings.check()?;
+        anyhow::ensure!(settings.backup.is_some(), "name the backup with --backup or in the settings");
+        anyhow::ensure!(!settings.witness.is_empty(), "name the witness with --witness or in the settings");
+        Ok(settings)
+    }
+}

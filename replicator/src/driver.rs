@@ -1,0 +1,247 @@
+//! The replicator's driver: event → protocol → carry out commands, in one loop.
+//!
+//! ```text
+//!   capture thread ─┐                    ┌─► capture thread (jobs)
+//!   link tasks ─────┤► inbox ► Primary ──┼─► link (connect, send)
+//!   witness task ───┤     (sans-IO)      ├─► witness task (ask)
+//!   admin, signals ─┘                    └─► gates (release, open)
+//! ```
+//!
+//! The loop never waits for the network, the disk's data or the hypervisor: it writes one small state file (which must
+//! be durable before the next command) and moves frames out of the gates.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use romulus_protocol::{
+    Notice, Primary, PrimaryCommand, PrimaryEvent, PrimaryOrder, Protection, Remembered, WitnessRequest,
+};
+use romulus_telemetry::notice_event;
+use romulus_types::{Epoch, Term, Time};
+use serde_json::json;
+use tokio::sync::{mpsc, oneshot};
+use tracing::{error, info, warn};
+
+use crate::capture::Job;
+use romulus_host_sys::process_clock::Clock;
+use crate::events::Input;
+use crate::gates::Gates;
+use crate::link::Link;
+use crate::session_cell::SessionCell;
+use crate::status::Status;
+
+/// How long what already arrived may take to reach the inbox.
+const DRAIN: Duration = Duration::from_millis(2);
+/// How often figures that nobody pushes are looked at.
+const GATE_STATUS_INTERVAL_NS: u64 = 100_000_000;
+
+/// What the driver works with.
+pub struct Driver {
+    /// The protocol.
+    pub primary: Primary,
+    /// The inbox.
+    pub inbox: mpsc::Receiver<Input>,
+    /// For tasks that report back.
+    pub inbox_sender: mpsc::Sender<Input>,
+    /// The capture thread.
+    pub jobs: SyncSender<Job>,
+    /// The connection to the backup.
+    pub link: Link,
+    /// Requests to the witness.
+    pub witness: mpsc::Sender<WitnessRequest>,
+    /// The packet gates.
+    pub gates: Gates,
+    /// The session that is current.
+    pub current: SessionCell,
+    /// Figures.
+    pub status: Arc<Status>,
+    /// The process's clock.
+    pub clock: Clock,
+    /// Where what must be remembered is kept.
+    pub state_file: PathBuf,
+    /// When epochs ended, until they are committed: for the commit lag.
+    pub captured_at: std::collections::VecDeque<(Epoch, Time)>,
+    /// Whoever ordered something and waits for the end.
+    pub waiting: Vec<oneshot::Sender<()>>,
+}
+
+/// How the loop went on.
+enum Step {
+    Continue,
+    Finished,
+}
+
+impl Driver {
+    /// Runs until the protocol has nothing further to do.
+    ///
+    /// # Errors
+    /// When what must be durable can't be written: the process ends, the guest stays mute while paired, and the
+    /// backup takes over.
+    pub async fn run(mut self) -> anyhow::Result<()> {
+        let mut gates_seen = self.clock.now();
+        loop {
+            if matches!(self.carry_out().await?, Step::Finished) {
+                return Ok(());
+            }
+            let now = self.clock.now();
+            if now.since_ns(gates_seen) >= GATE_STATUS_INTERVAL_NS {
+                gates_seen = now;
+                self.status.set_gates(self.gates.status());
+            }
+            let deadline = self.deadline();
+            tokio::select! {
+                biased;
+                input = self.inbox.recv() => match input {
+                    Some(input) => self.take(input),
+                    None => return Ok(()),
+                },
+                () = tokio::time::sleep_until(deadline) => self.primary.handle_timeout(self.clock.now()),
+            }
+        }
+    }
+
+    fn deadline(&self) -> tokio::time::Instant {
+        let idle = Instant::now() + Duration::from_millis(100);
+        let deadline = self.primary.poll_timeout().map_or(idle, |time| self.clock.instant(time).min(idle));
+        tokio::time::Instant::from_std(deadline)
+    }
+
+    fn take(&mut self, input: Input) {
+        let now = self.clock.now();
+        match input {
+            Input::Event(event) => {
+                if let PrimaryEvent::Captured(_, epoch) = &event {
+                    self.captured_at.push_back((*epoch, now));
+                }
+                self.primary.handle(now, event);
+            }
+            Input::Order(order, answer) => {
+                info!(event = "order", order = ?order);
+                self.waiting.push(answer);
+                self.primary.handle(now, PrimaryEvent::Order(order));
+            }
+            Input::Terminate => {
+                info!(event = "terminate", "going to not protected before ending");
+                self.primary.handle(now, PrimaryEvent::Order(PrimaryOrder::Unprotect));
+            }
+        }
+        // A deadline that passed while inputs kept coming must not starve.
+        if self.primary.poll_timeout().is_some_and(|time| time <= now) {
+            self.primary.handle_timeout(now);
+        }
+    }
+
+    async fn carry_out(&mut self) -> anyhow::Result<Step> {
+        while let Some(command) = self.primary.poll_command() {
+            if matches!(self.execute(command).await?, Step::Finished) {
+                return Ok(Step::Finished);
+            }
+        }
+        let committed = self.primary.committed();
+        let now = self.clock.now();
+        while self.captured_at.front().is_some_and(|(epoch, _)| *epoch <= committed) {
+            let (_, captured) = self.captured_at.pop_front().expect("front was there");
+            self.status.add_commit_lag(now.since_ns(captured));
+        }
+        self.status.set_progress(
+            self.primary.term().unwrap_or(Term(0)),
+            self.primary.session(),
+            self.primary.captured(),
+            committed,
+        );
+        Ok(Step::Continue)
+    }
+
+    async fn execute(&mut self, command: PrimaryCommand) -> anyhow::Result<Step> {
+        match command {
+            PrimaryCommand::Remember(remembered) => self.remember(&remembered)?,
+            PrimaryCommand::AskWitness(request) => {
+                // A full queue means that the witness is slow; the protocol repeats the request.
+                let _ = self.witness.try_send(request);
+            }
+            PrimaryCommand::Connect { session, term, instance } => {
+                self.captured_at.clear();
+                self.current.set(Some(session));
+                self.link.connect(session, term, instance);
+            }
+            PrimaryCommand::Disconnect(session) => {
+                if self.current.is(session) {
+                    self.current.set(None);
+                }
+                self.link.disconnect(session);
+            }
+            PrimaryCommand::Send(session, message) => self.link.send(session, message),
+            PrimaryCommand::StartFirstCopy(session) => self.job(Job::FirstCopy(session))?,
+            PrimaryCommand::Capture { session, epoch, at, close_gate, stay_stopped } => {
+                self.job(Job::Capture { session, epoch, at, close_gate, stay_stopped })?;
+            }
+            PrimaryCommand::Release(epoch) => self.gate_result("release frames", |g| g.release(epoch)),
+            PrimaryCommand::OpenGate => self.gate_result("open the gate", Gates::open_and_remove),
+            PrimaryCommand::StopGuest => {
+                self.job(Job::StopGuest)?;
+                self.gates.discard();
+            }
+            PrimaryCommand::SuspendGuest => self.job(Job::Suspend)?,
+            PrimaryCommand::ResumeGuest => self.job(Job::Resume)?,
+            PrimaryCommand::DrainSockets => self.drain(),
+            PrimaryCommand::Report(notice) => self.notice(&notice),
+            PrimaryCommand::Finish => {
+                self.finish().await;
+                return Ok(Step::Finished);
+            }
+        }
+        Ok(Step::Continue)
+    }
+
+    fn job(&self, job: Job) -> anyhow::Result<()> {
+        self.jobs.try_send(job).map_err(|_| anyhow::anyhow!("the capture thread is gone or does not keep up"))
+    }
+
+    fn gate_result(&self, what: &str, action: impl FnOnce(&Gates) -> Result<(), net_buffer::GateError>) {
+        if let Err(error) = action(&self.gates) {
+            error!(event = "gate_failed", %error, "could not {what}: the guest stays mute");
+            self.status.set_detail(format!("could not {what}: {error}"));
+        }
+    }
+
+    fn remember(&self, remembered: &Remembered) -> anyhow::Result<()> {
+        romulus_host_sys::durable::replace(&self.state_file, &serde_json::to_vec(remembered)?)
+            .with_context(|| format!("could not write {}", self.state_file.display()))
+    }
+
+    /// The readers share this thread: after a short sleep what had arrived is in the inbox, before this.
+    fn drain(&self) {
+        let inbox = self.inbox_sender.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(DRAIN).await;
+            let _ = inbox.send(Input::Event(PrimaryEvent::Drained)).await;
+        });
+    }
+
+    fn notice(&self, notice: &Notice) {
+        if let Notice::Protection(protection) = notice {
+            self.status.set_protection(*protection);
+            if *protection == Protection::Protected {
+                self.status.reset_measurements();
+            }
+        }
+        let (name, detail) = notice_event(notice);
+        info!(event = name, detail = %detail);
+        self.status.add_event(name, &detail);
+    }
+
+    /// Detaches and lets the last messages out.
+    async fn finish(&mut self) {
+        if self.jobs.try_send(Job::Detach).is_err() {
+            warn!("the capture thread was gone before it could detach");
+        }
+        self.link.close().await;
+        self.status.add_event("finished", &json!({}));
+        for answer in self.waiting.drain(..) {
+            let _ = answer.send(());
+        }
+    }
+}

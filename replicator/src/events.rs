@@ -1,0 +1,34 @@
+//! The driver's inbox: everything that happens reaches it through one bounded channel, in the order it happened.
+
+use romulus_protocol::{PrimaryEvent, PrimaryOrder};
+use tokio::sync::{mpsc, oneshot};
+
+/// Most inputs that wait for the driver. A producer thread waits when it is full.
+pub const INBOX_MAX: usize = 1024;
+
+/// Something for the driver.
+#[derive(Debug)]
+pub enum Input {
+    /// For the protocol.
+    Event(PrimaryEvent),
+    /// An operator's order; the answer says whether it was taken.
+    Order(PrimaryOrder, oneshot::Sender<()>),
+    /// SIGTERM or SIGINT: go to not protected, leave no trace, end.
+    Terminate,
+}
+
+/// The sending end, for threads.
+#[derive(Clone)]
+pub struct EventSink(pub mpsc::Sender<Input>);
+
+impl EventSink {
+    /// Hands an event in from a thread; waits while the inbox is full. A driver that is gone needs no events.
+    pub fn send(&self, event: PrimaryEvent) {
+        let _ = self.0.blocking_send(Input::Event(event));
+    }
+
+    /// Hands an event in from a task.
+    pub async fn send_async(&self, event: PrimaryEvent) {
+        let _ = self.0.send(Input::Event(event)).await;
+    }
+}

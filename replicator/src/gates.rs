@@ -1,0 +1,127 @@
+//! The packet gates of all of the guest's taps, moved as one.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use net_buffer::{Gate, GateError, GateOptions, GateStats, LearntAddress};
+use romulus_types::Epoch;
+use serde_json::{Value, json};
+
+/// What every gate is made with.
+#[derive(Clone, Debug)]
+pub struct GateLimits {
+    /// The taps of the guest's network devices.
+    pub taps: Vec<String>,
+    /// Most bytes held by one gate.
+    pub held_bytes_max: usize,
+    /// Most frames held by one gate.
+    pub held_frames_max: usize,
+}
+
+/// The gates, shared by the driver and the capture thread.
+#[derive(Clone)]
+pub struct Gates {
+    limits: GateLimits,
+    open: Arc<Mutex<Vec<Gate>>>,
+}
+
+impl Gates {
+    /// No gate yet: the guest speaks freely.
+    pub fn new(limits: GateLimits) -> Self {
+        Self { limits, open: Arc::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Gate>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes ready all but the last filter on each tap. Gates that are there already stay.
+    ///
+    /// # Errors
+    /// [`GateError`] of the first tap that can't be gated; none is ready then.
+    pub fn prepare(&self) -> Result<(), GateError> {
+        let mut gates = self.lock();
+        if !gates.is_empty() {
+            return Ok(());
+        }
+        let mut made = Vec::with_capacity(self.limits.taps.len());
+        for tap in &self.limits.taps {
+            made.push(Gate::prepare(&GateOptions {
+                held_bytes_max: self.limits.held_bytes_max,
+                held_frames_max: self.limits.held_frames_max,
+                ..GateOptions::new(tap)
+            })?);
+        }
+        *gates = made;
+        Ok(())
+    }
+
+    /// The barrier of `epoch`, while the guest is stopped and drained; with `close`, nothing leaves from here on.
+    ///
+    /// # Errors
+    /// [`GateError`] when a gate failed: the checkpoint must not count.
+    pub fn barrier(&self, epoch: Epoch, close: bool) -> Result<(), GateError> {
+        for gate in self.lock().iter() {
+            if close {
+                gate.close()?;
+            }
+            gate.barrier(epoch)?;
+        }
+        Ok(())
+    }
+
+    /// The frames of all epochs up to `epoch` leave.
+    ///
+    /// # Errors
+    /// [`GateError`] when a gate failed.
+    pub fn release(&self, epoch: Epoch) -> Result<(), GateError> {
+        self.lock().iter().try_for_each(|gate| gate.release(epoch))
+    }
+
+    /// Everything held leaves in order, the gates are removed, and so is what an earlier life left behind.
+    ///
+    /// # Errors
+    /// [`GateError`] when a filter could not be removed: the guest is mute then, and the operator must know.
+    pub fn open_and_remove(&self) -> Result<(), GateError> {
+        for gate in self.lock().drain(..) {
+            gate.open_and_remove()?;
+        }
+        for tap in &self.limits.taps {
+            Gate::remove_stale(tap)?;
+        }
+        Ok(())
+    }
+
+    /// What is held is dropped; the gates stay closed.
+    pub fn discard(&self) {
+        self.lock().iter().for_each(Gate::discard);
+    }
+
+    /// The addresses that the guest was heard to use.
+    pub fn learnt(&self) -> Vec<LearntAddress> {
+        self.lock().iter().flat_map(Gate::learnt).collect()
+    }
+
+    /// Figures for `status`.
+    pub fn status(&self) -> Vec<Value> {
+        let gates = self.lock();
+        gates.iter().map(|gate| figures(gate, &gate.stats())).collect()
+    }
+}
+
+fn figures(gate: &Gate, stats: &GateStats) -> Value {
+    let mean_ns = stats.hold.sum_ns.checked_div(stats.released_frames).unwrap_or(0);
+    json!({
+        "tap": gate.tap_name(),
+        "closed": gate.is_closed(),
+        "held_frames": stats.held_frames,
+        "held_bytes": stats.held_bytes,
+        "held_frames_peak": stats.held_frames_peak,
+        "held_bytes_peak": stats.held_bytes_peak,
+        "released_frames": stats.released_frames,
+        "released_bytes": stats.released_bytes,
+        "dropped_frames": stats.dropped_by_limit_frames + stats.dropped_by_kernel_frames,
+        "discarded_frames": stats.discarded_frames,
+        "hold_mean_us": mean_ns / 1000,
+        "hold_max_us": stats.hold.max_ns / 1000,
+    })
+}

@@ -1,0 +1,272 @@
+//! The connection to the backup: one session at a time, its control stream, and the stream of page data.
+//!
+//! ```text
+//!   connect ─► QUIC, mutual TLS ─► Hello ─► Welcome ─► Connected ┬─► control reader (Alive, StandbyLoaded)
+//!                                      └─► Refused ─► Disconnected ├─► control writer (Heartbeat, …)
+//!                                                                  └─► data writer  (frames from the encoder)
+//! ```
+//!
+//! Whatever ends the session ends its task, which says `Disconnected` exactly once.
+
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use bytes::Bytes;
+use romulus_protocol::{Hello, PrimaryEvent, PrimaryMessage, ToBackup, ToPrimary};
+use romulus_transport::{CloseCode, Connection, Control, Endpoint, FrameReader, PeerAddress, SendStream};
+use romulus_types::{HostId, Session, Term, VmId, WitnessInstance};
+use romulus_wire::{FrameType, decode_control, encode_control, encode_message};
+use serde_json::json;
+use tokio::sync::{mpsc, oneshot};
+use tracing::{info, warn};
+
+use crate::capture::Job;
+use crate::encode::EncodeJob;
+use crate::events::EventSink;
+use crate::status::Status;
+
+/// Control messages that wait to be sent, at most. Heartbeats are dropped past that: they would be stale.
+const CONTROL_WAITING_MAX: usize = 64;
+/// Frames of page data that wait to be sent, at most.
+const DATA_WAITING_MAX: usize = 16;
+/// How long a backup may take to answer a `Hello`: it may have to make an image first.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the last messages may take to get out at the end.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// What every session is opened with.
+pub struct LinkConfig {
+    /// The VM.
+    pub vm: VmId,
+    /// This host.
+    pub host: HostId,
+    /// The backup's address.
+    pub backup: PeerAddress,
+    /// Length of an epoch in nanoseconds, for the backup's status.
+    pub epoch_ns: u64,
+    /// The capture thread, which describes the machine afresh: it may have changed since the last session.
+    pub jobs: SyncSender<Job>,
+}
+
+struct Running {
+    session: Session,
+    control: mpsc::Sender<PrimaryMessage>,
+    end: oneshot::Sender<()>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+/// The link's handle in the driver.
+pub struct Link {
+    config: Arc<LinkConfig>,
+    endpoint: Arc<Endpoint>,
+    encoder: SyncSender<EncodeJob>,
+    events: EventSink,
+    status: Arc<Status>,
+    running: Option<Running>,
+}
+
+impl Link {
+    /// No session yet.
+    pub fn new(
+        config: LinkConfig,
+        endpoint: Arc<Endpoint>,
+        encoder: SyncSender<EncodeJob>,
+        events: EventSink,
+        status: Arc<Status>,
+    ) -> Self {
+        Self { config: Arc::new(config), endpoint, encoder, events, status, running: None }
+    }
+
+    /// Begins a session in a task of its own; how it goes comes as events.
+    pub fn connect(&mut self, session: Session, term: Term, instance: WitnessInstance) {
+        let (control, control_receiver) = mpsc::channel(CONTROL_WAITING_MAX);
+        let (end, ended) = oneshot::channel();
+        let task = SessionTask {
+            config: Arc::clone(&self.config),
+            endpoint: Arc::clone(&self.endpoint),
+            encoder: self.encoder.clone(),
+            events: self.events.clone(),
+            status: Arc::clone(&self.status),
+            session,
+        };
+        let task = tokio::spawn(task.run(term, instance, control_receiver, ended));
+        self.running = Some(Running { session, control, end, task });
+    }
+
+    /// Ends a session; its task says `Disconnected`.
+    pub fn disconnect(&mut self, session: Session) {
+        if self.running.as_ref().is_some_and(|running| running.session == session) {
+            let running = self.running.take().expect("it was there");
+            let _ = running.end.send(());
+        }
+    }
+
+    /// Sends a control message; a full queue drops it, which only heartbeats ever meet.
+    pub fn send(&mut self, session: Session, message: PrimaryMessage) {
+        if let Some(running) = self.running.as_ref().filter(|running| running.session == session)
+            && running.control.try_send(message).is_err()
+        {
+            warn!("the control stream does not keep up; a message was dropped");
+        }
+    }
+
+    /// Lets the last messages out, and ends the session.
+    pub async fn close(&mut self) {
+        if let Some(running) = self.running.take() {
+            drop(running.control);
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, running.task).await;
+        }
+    }
+}
+
+struct SessionTask {
+    config: Arc<LinkConfig>,
+    endpoint: Arc<Endpoint>,
+    encoder: SyncSender<EncodeJob>,
+    events: EventSink,
+    status: Arc<Status>,
+    session: Session,
+}
+
+impl SessionTask {
+    async fn run(
+        self,
+        term: Term,
+        instance: WitnessInstance,
+        control: mpsc::Receiver<PrimaryMessage>,
+        ended: oneshot::Receiver<()>,
+    ) {
+        let result = tokio::select! {
+            result = self.session(term, instance, control) => result,
+            _ = ended => Ok(()),
+        };
+        if let Err(error) = result {
+            warn!(event = "session_ended", error = format!("{error:#}"));
+            self.status.set_detail(format!("{error:#}"));
+            self.status.add_event("session_ended", &json!({"error": format!("{error:#}")}));
+        }
+        self.events.send_async(PrimaryEvent::Disconnected(self.session)).await;
+    }
+
+    async fn session(
+        &self,
+        term: Term,
+        instance: WitnessInstance,
+        control: mpsc::Receiver<PrimaryMessage>,
+    ) -> anyhow::Result<()> {
+        let (machine, page_count) = self.describe().await?;
+        let connection = self
+            .endpoint
+            .connect(&self.config.backup)
+            .await
+            .with_context(|| format!("the backup {} can't be reached", self.config.backup))?;
+        let Control { mut sender, receiver } = connection.open_control().await?;
+        let hello = Hello {
+            vm: self.config.vm.clone(),
+            primary: self.config.host.clone(),
+            session: self.session,
+            term,
+            instance,
+            epoch_ns: self.config.epoch_ns,
+            machine,
+        };
+        sender.send(encode_message(FrameType::Hello, self.session, &hello)?).await?;
+        let mut reader = FrameReader::for_session(receiver, self.session);
+        tokio::time::timeout(WELCOME_TIMEOUT, self.welcome(&mut reader))
+            .await
+            .context("the backup did not answer in time")??;
+        let data = connection.open_data().await?;
+        let (sink, frames) = mpsc::channel(DATA_WAITING_MAX);
+        self.begin_encoding(page_count, sink).await?;
+        info!(event = "session", session = %self.session);
+        self.events.send_async(PrimaryEvent::Connected(self.session)).await;
+        tokio::select! {
+            result = self.read_control(&mut reader) => result,
+            result = write_control(self.session, sender, control, &connection) => result,
+            result = write_data(data, frames) => result,
+        }
+    }
+
+    async fn describe(&self) -> anyhow::Result<(Vec<u8>, u64)> {
+        let jobs = self.config.jobs.clone();
+        tokio::task::spawn_blocking(move || {
+            let (answer, described) = std::sync::mpsc::sync_channel(1);
+            jobs.send(Job::Describe(answer)).context("the capture thread is gone")?;
+            described.recv().context("the capture thread is gone")?
+        })
+        .await?
+        .context("the machine could not be described")
+    }
+
+    async fn begin_encoding(&self, page_count: u64, sink: mpsc::Sender<Bytes>) -> anyhow::Result<()> {
+        let (encoder, session) = (self.encoder.clone(), self.session);
+        tokio::task::spawn_blocking(move || {
+            encoder.send(EncodeJob::Begin { session, page_count, sink }).context("the encoder is gone")
+        })
+        .await?
+    }
+
+    async fn welcome(&self, reader: &mut FrameReader) -> anyhow::Result<()> {
+        let frame = reader.next().await?.context("the backup closed the stream")?;
+        match decode_control::<ToPrimary>(&frame)? {
+            ToPrimary::Welcome { backup } => {
+                info!(backup = backup.as_str(), "the backup accepted the session");
+                Ok(())
+            }
+            ToPrimary::Refused { reason, .. } => bail!("the backup refused: {reason}"),
+            ToPrimary::Peer(_) => bail!("the backup spoke before it answered the hello"),
+        }
+    }
+
+    async fn read_control(&self, reader: &mut FrameReader) -> anyhow::Result<()> {
+        loop {
+            let frame = match reader.next().await {
+                Ok(Some(frame)) => frame,
+                Ok(None) => bail!("the backup ended the session"),
+                Err(error) => {
+                    self.count_if_refused(&error);
+                    return Err(error.into());
+                }
+            };
+            match decode_control::<ToPrimary>(&frame)? {
+                ToPrimary::Peer(message) => {
+                    self.events.send_async(PrimaryEvent::Peer(self.session, message)).await;
+                }
+                ToPrimary::Refused { reason, .. } => bail!("the backup ended the session: {reason}"),
+                ToPrimary::Welcome { .. } => bail!("the backup welcomed twice"),
+            }
+        }
+    }
+
+    fn count_if_refused(&self, error: &romulus_transport::FrameError) {
+        if matches!(error, romulus_transport::FrameError::Wire(_)) {
+            self.status.count_refused_input();
+        }
+    }
+}
+
+async fn write_control(
+    session: Session,
+    mut stream: SendStream,
+    mut messages: mpsc::Receiver<PrimaryMessage>,
+    connection: &Connection,
+) -> anyhow::Result<()> {
+    while let Some(message) = messages.recv().await {
+        stream.send(encode_control(session, &ToBackup::Peer(message))?).await?;
+    }
+    let _ = tokio::time::timeout(CLOSE_TIMEOUT, stream.finish_and_flush()).await;
+    connection.close(CloseCode::DONE, "the replicator is done");
+    Ok(())
+}
+
+async fn write_data(mut stream: SendStream, mut frames: mpsc::Receiver<Bytes>) -> anyhow::Result<()> {
+    let mut batch = Vec::with_capacity(DATA_WAITING_MAX);
+    while frames.recv_many(&mut batch, DATA_WAITING_MAX).await > 0 {
+        stream.send_all(&mut batch).await?;
+        batch.clear();
+    }
+    // The encoder dropped the session; what ends it comes from elsewhere.
+    std::future::pending().await
+}

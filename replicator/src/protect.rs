@@ -1,0 +1,217 @@
+//! `replicator protect`: puts the parts together and runs the driver.
+//!
+//! ```text
+//!   driver (this thread, tokio)   capture thread   encoder thread   a relay thread a tap   guardian (a process)
+//! ```
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::time::Duration;
+
+use anyhow::Context;
+use romulus_config::Replicator;
+use romulus_host_sys::process_clock::Clock;
+use romulus_host_sys::{durable, priority, random};
+use romulus_hypervisor::source::GuestSource;
+use romulus_hypervisor::qemu::source::{Allowances, AttachOptions, GuardianProgram, QemuSource};
+use romulus_protocol::{Primary, PrimaryConfig, Remembered};
+use romulus_transport::{Endpoint, Identity, Service, WitnessClient};
+use romulus_types::HostId;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use crate::admin::{Admin, router};
+use crate::args::ProtectOptions;
+use crate::buffers::buffer_pool;
+use crate::capture::CaptureThread;
+use crate::driver::Driver;
+use crate::encode::Encoder;
+use crate::events::{EventSink, INBOX_MAX, Input};
+use crate::gates::{GateLimits, Gates};
+use crate::link::{Link, LinkConfig};
+use crate::session_cell::SessionCell;
+use crate::status::Status;
+use crate::witness_task;
+
+/// Jobs that wait for the capture thread, at most.
+const JOBS_MAX: usize = 64;
+/// Jobs that wait for the encoder, at most.
+const ENCODE_JOBS_MAX: usize = 4;
+/// Largest state file, in bytes.
+const STATE_BYTES_MAX: u64 = 64 << 10;
+/// Between two tries to reach the backup or the witness.
+const RETRY: Duration = Duration::from_millis(100);
+/// Longest hold of output before the backup is given up.
+const HOLD_MAX: Duration = Duration::from_secs(10);
+
+/// Protects until told to stop.
+///
+/// # Errors
+/// Whatever keeps the guest from being protected, with the cause and what to do.
+pub fn run(options: &ProtectOptions) -> anyhow::Result<()> {
+    let settings = options.settings()?;
+    romulus_telemetry::log::init(&settings.log)?;
+    if !priority::raise() {
+        warn!("no permission for a higher scheduling priority: epochs may start late on a busy host");
+    }
+    let identity = Identity::load(&settings.pki_dir)?;
+    let host = settings.host.clone().unwrap_or_else(|| identity.host().clone());
+    anyhow::ensure!(
+        host == *identity.host(),
+        "this host is {host}, its certificates in {} are those of {}",
+        settings.pki_dir.display(),
+        identity.host()
+    );
+    let source = attach(options, &settings)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let result = runtime.block_on(drive(options, &settings, &identity, host, source));
+    // The capture thread detaches from the hypervisor; nothing else is worth waiting for.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    result
+}
+
+fn attach(options: &ProtectOptions, settings: &Replicator) -> anyhow::Result<Box<dyn GuestSource>> {
+    let guardian = GuardianProgram { exe: std::env::current_exe()?, args: vec!["guardian".into()] };
+    let mut attach = AttachOptions::new(&options.qmp, guardian);
+    attach.taps.clone_from(&options.taps);
+    attach.allow = Allowances { disposable: options.disposable.iter().cloned().collect() };
+    attach.fifo_dir.clone_from(&options.fifo_dir);
+    attach.pause_limit_ns = nanoseconds(settings.epochs.pause_kill_limit);
+    let source = QemuSource::attach(attach).context("this guest can't be protected")?;
+    info!(event = "attach", vm = options.vm.as_str(), qmp = %options.qmp.display());
+    Ok(Box::new(source))
+}
+
+fn protocol(options: &ProtectOptions, settings: &Replicator, host: HostId, backup: HostId) -> PrimaryConfig {
+    let suspicion_ns = nanoseconds(settings.failover.suspicion_timeout);
+    PrimaryConfig {
+        vm: options.vm.clone(),
+        host,
+        backup,
+        register: options.register,
+        epoch_ns: nanoseconds(settings.epochs.length),
+        heartbeat_interval_ns: nanoseconds(settings.failover.heartbeat_interval),
+        // Earlier than the backup, so that a mere link failure leaves the VM where it is.
+        suspicion_ns: suspicion_ns / 4 * 3,
+        release_age_ns_max: suspicion_ns,
+        retry_ns: nanoseconds(RETRY),
+        epochs_in_flight_max: settings.epochs.in_flight_max.into(),
+        hold_ns_max: nanoseconds(HOLD_MAX),
+        mute_ns_max: nanoseconds(settings.failover.mute_limit),
+    }
+}
+
+async fn drive(
+    options: &ProtectOptions,
+    settings: &Replicator,
+    identity: &Identity,
+    host: HostId,
+    source: Box<dyn GuestSource>,
+) -> anyhow::Result<()> {
+    let backup_address = settings.backup.clone().context("no backup")?;
+    let backup = match &options.backup_host {
+        Some(backup) => backup.clone(),
+        None => HostId::new(backup_address.certificate_name())
+            .context("name the backup's host with --backup-host")?,
+    };
+    let clock = Clock::start();
+    let epoch_ns = nanoseconds(settings.epochs.length);
+    let status = Arc::new(Status::new(options.vm.as_str(), host.as_str(), backup.as_str(), epoch_ns));
+    status.add_event("attach", &serde_json::json!({"qmp": options.qmp}));
+    let (inbox_sender, inbox) = mpsc::channel(INBOX_MAX);
+    let events = EventSink(inbox_sender.clone());
+    let gates = Gates::new(GateLimits {
+        taps: options.taps.clone(),
+        held_bytes_max: usize::try_from(settings.memory.held_bytes_max.bytes())?,
+        held_frames_max: usize::try_from(settings.memory.held_frames_max)?,
+    });
+    let current = SessionCell::default();
+    let (jobs, job_receiver) = sync_channel(JOBS_MAX);
+    let (encoder, encode_jobs) = sync_channel(ENCODE_JOBS_MAX);
+    let (buffers, buffer_return) = buffer_pool(usize::from(settings.epochs.in_flight_max) + 2);
+    let delta_bytes = settings.memory.delta_memory.bytes();
+    let encode = Encoder::new(delta_bytes, buffer_return, events.clone(), Arc::clone(&status));
+    std::thread::Builder::new().name("encoder".into()).spawn(move || encode.run(&encode_jobs))?;
+    let capture = CaptureThread {
+        source,
+        jobs: job_receiver,
+        events: events.clone(),
+        encoder: encoder.clone(),
+        buffers,
+        gates: gates.clone(),
+        current: current.clone(),
+        status: Arc::clone(&status),
+        clock,
+    };
+    let capture = std::thread::Builder::new().name("capture".into()).spawn(move || capture.run())?;
+
+    let witness_endpoint = Arc::new(Endpoint::client(identity, &settings.network, Service::Witness)?);
+    let witness = WitnessClient::new(witness_endpoint, settings.witness.clone());
+    let (asks, requests) = mpsc::channel(witness_task::REQUESTS_MAX);
+    tokio::spawn(witness_task::run(witness, requests, events.clone()));
+    let endpoint = Arc::new(Endpoint::client(identity, &settings.network, Service::Pair)?);
+    let link_config = LinkConfig {
+        vm: options.vm.clone(),
+        host: host.clone(),
+        backup: backup_address,
+        epoch_ns,
+        jobs: jobs.clone(),
+    };
+    let link = Link::new(link_config, endpoint, encoder, events, Arc::clone(&status));
+    let state_file = options.state_dir.join(format!("{}.json", options.vm));
+    let remembered = remembered(&options.state_dir, &state_file)?;
+    let config = protocol(options, settings, host, backup);
+    let primary = Primary::new(config, remembered, random::random_u128()?, clock.now());
+    let admin_socket = settings.admin_socket(&options.vm);
+    let routes = router(Admin { status: Arc::clone(&status), inbox: inbox_sender.clone() });
+    let admin = romulus_telemetry::serve_admin(&admin_socket, routes)?;
+    forward_signals(inbox_sender.clone())?;
+    let driver = Driver {
+        primary,
+        inbox,
+        inbox_sender,
+        jobs,
+        link,
+        witness: asks,
+        gates,
+        current,
+        status,
+        clock,
+        state_file,
+        captured_at: VecDeque::new(),
+        waiting: Vec::new(),
+    };
+    let result = driver.run().await;
+    tokio::task::spawn_blocking(move || capture.join())
+        .await?
+        .map_err(|_| anyhow::anyhow!("the capture thread panicked"))?;
+    drop(admin);
+    result
+}
+
+fn remembered(dir: &Path, file: &Path) -> anyhow::Result<Option<Remembered>> {
+    std::fs::create_dir_all(dir).with_context(|| format!("could not make {}", dir.display()))?;
+    durable::read_small(file, STATE_BYTES_MAX)?
+        .map(|bytes| serde_json::from_slice(&bytes))
+        .transpose()
+        .with_context(|| format!("{} is damaged: restore it, or remove it and say --register", file.display()))
+}
+
+fn forward_signals(inbox: mpsc::Sender<Input>) -> anyhow::Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        let _ = inbox.send(Input::Terminate).await;
+    });
+    Ok(())
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
