@@ -1,5 +1,7 @@
 //! QEMU, reached from outside through nothing but its QMP monitor.
 
 pub mod bootstrap;
+pub mod cmdline;
 pub mod qmp;
+pub mod source;
 pub mod stream;

@@ -1,0 +1,337 @@
+//! The epochs of an attached guest.
+
+use std::time::{Duration, Instant};
+
+use romulus_host_sys::monotonic_ns;
+use romulus_types::{PageIndex, RamLayout};
+use serde_json::Value;
+
+use super::attach::{QemuSource, list_devices};
+use super::error::CaptureError;
+use super::events::meaning;
+use super::guardian::Guardian;
+use crate::fault;
+use crate::qemu::qmp::{Monitor, QmpError};
+use crate::source::{BarrierError, CaptureReport, Checkpoint, GuestEvent, GuestSource, SourceError};
+use crate::spec::MachineSpec;
+
+/// What is protected in one pause: about 2 ms.
+const SLICE_BYTES: u64 = 256 << 20;
+/// The guest runs so long between two of those pauses.
+const SLICE_BREATH: Duration = Duration::from_millis(2);
+/// How often the list of devices is compared.
+const DEVICES_EVERY: Duration = Duration::from_secs(1);
+
+type Barrier<'a> = &'a mut dyn FnMut() -> Result<(), BarrierError>;
+
+impl QemuSource {
+    fn protect_all(&mut self) -> Result<(), CaptureError> {
+        self.ensure_guardian()?;
+        self.armed = false;
+        let tracker = self.tracker.as_mut().ok_or(CaptureError::NotArmed)?;
+        tracker.forget_pending();
+        for slice in tracker.slices(SLICE_BYTES) {
+            let held = self.pauser.hold(&mut self.monitor)?;
+            fault::point("arm.holding");
+            let protected = tracker.protect(slice);
+            let ended = self.pauser.release(held, &mut self.monitor)?;
+            self.events.extend(ended.events.iter().filter_map(meaning));
+            protected?;
+            std::thread::sleep(SLICE_BREATH);
+        }
+        self.armed = true;
+        Ok(())
+    }
+
+    /// Harvests in a pause and copies after it: pages that change meanwhile are dirty again.
+    fn precopy_round(&mut self, into: &mut Checkpoint) -> Result<(), CaptureError> {
+        self.ensure_guardian()?;
+        into.clear();
+        let armed = self.armed;
+        let tracker = self
+            .tracker
+            .as_mut()
+            .filter(|_| armed)
+            .ok_or(CaptureError::NotArmed)?;
+        let held = self.pauser.hold(&mut self.monitor)?;
+        let harvested = tracker.harvest();
+        let ended = self.pauser.release(held, &mut self.monitor);
+        let copied = harvested.and_then(|_| {
+            let ended = ended?;
+            self.events.extend(ended.events.iter().filter_map(meaning));
+            Ok(tracker.copy(into)?)
+        });
+        match copied {
+            Ok(()) => tracker.settle(),
+            Err(error) => {
+                tracker.give_back();
+                into.clear();
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn checkpoint(
+        &mut self,
+        barrier: Barrier<'_>,
+        stay_stopped: bool,
+        into: &mut Checkpoint,
+    ) -> Result<CaptureReport, CaptureError> {
+        self.ensure_guardian()?;
+        into.clear();
+        let stopping = stay_stopped && !self.suspended;
+        if stopping {
+            self.stop_for_now()?;
+        }
+        let captured = self.checkpoint_held(barrier, into);
+        if stopping {
+            match captured {
+                Ok(_) => self.suspended = true,
+                Err(_) => self.run_again()?,
+            }
+            self.guardian.settled().map_err(CaptureError::Guardian)?;
+        }
+        captured
+    }
+
+    fn checkpoint_held(
+        &mut self,
+        barrier: Barrier<'_>,
+        into: &mut Checkpoint,
+    ) -> Result<CaptureReport, CaptureError> {
+        let armed = self.armed;
+        let tracker = self
+            .tracker
+            .as_mut()
+            .filter(|_| armed)
+            .ok_or(CaptureError::NotArmed)?;
+        let held = self.pauser.hold(&mut self.monitor)?;
+        let (sent_ns, stopped_ns) = (held.sent_ns, held.stopped_ns);
+        let mut marks = [stopped_ns; 3];
+        let taken = barrier().map_err(CaptureError::from).and_then(|()| {
+            fault::point("capture.after_barrier");
+            marks = [monotonic_ns(); 3];
+            let pages = tracker.harvest()?;
+            fault::point("capture.after_harvest");
+            marks[1] = monotonic_ns();
+            tracker.copy(into)?;
+            fault::point("capture.after_copy");
+            marks[2] = monotonic_ns();
+            Ok(pages)
+        });
+        let ended = self.pauser.release(held, &mut self.monitor);
+        let outcome = taken.and_then(|pages| Ok((pages, ended?)));
+        let (dirty_pages, ended) = match outcome {
+            Ok(both) => both,
+            Err(error) => {
+                tracker.give_back();
+                into.clear();
+                return Err(error);
+            }
+        };
+        tracker.settle();
+        into.device_state.extend_from_slice(self.pauser.state(&ended));
+        self.events.extend(ended.events.iter().filter_map(meaning));
+        let [barrier_done, scan_done, copy_done] = marks;
+        Ok(CaptureReport {
+            stop_ns: stopped_ns - sent_ns,
+            barrier_ns: barrier_done - stopped_ns,
+            scan_ns: scan_done - barrier_done,
+            copy_ns: copy_done - scan_done,
+            device_state_ns: ended.drained_ns - copy_done,
+            pause_ns: ended.pause_ns.unwrap_or(ended.drained_ns - sent_ns),
+            dirty_pages,
+        })
+    }
+
+    /// Stops the guest under the guardian's eyes: if we die before it is settled, the guest runs on.
+    fn stop_for_now(&mut self) -> Result<(), CaptureError> {
+        self.guardian.stopping_for_now().map_err(CaptureError::Guardian)?;
+        let stopped = self
+            .pauser
+            .guarded(1, |_| self.monitor.execute("stop", Value::Null));
+        fault::point("capture.stopped");
+        if let Err(error) = stopped {
+            let _ = self.run_again();
+            self.guardian.settled().map_err(CaptureError::Guardian)?;
+            return Err(error.into());
+        }
+        self.take_own("STOP")
+    }
+
+    fn run_again(&mut self) -> Result<(), CaptureError> {
+        self.monitor.execute("cont", Value::Null)?;
+        self.take_own("RESUME")
+    }
+
+    /// Takes the events that are there; the first with this name is ours.
+    fn take_own(&mut self, name: &str) -> Result<(), CaptureError> {
+        let mut ours = false;
+        while let Some(event) = self.monitor.next_event(Instant::now())? {
+            if !ours && event.name == name {
+                ours = true;
+            } else {
+                self.events.extend(meaning(&event));
+            }
+        }
+        Ok(())
+    }
+
+    fn stop_to_stay(&mut self) -> Result<(), CaptureError> {
+        if !self.suspended {
+            self.monitor.execute("stop", Value::Null)?;
+            self.suspended = true;
+            self.take_own("STOP")?;
+        }
+        Ok(())
+    }
+
+    fn go_on(&mut self) -> Result<(), CaptureError> {
+        if self.suspended {
+            self.run_again()?;
+            self.suspended = false;
+        }
+        Ok(())
+    }
+
+    /// A pause without a guardian could outlive us.
+    fn ensure_guardian(&mut self) -> Result<(), CaptureError> {
+        if self.guardian.is_alive() {
+            return Ok(());
+        }
+        tracing::warn!(
+            pid = self.process(),
+            "the guardian process is gone, starting another"
+        );
+        let lock = self.lair.share_lock().map_err(CaptureError::Guardian)?;
+        self.guardian = Guardian::spawn(&self.options.guardian, &self.guardian_args, lock)
+            .map_err(CaptureError::Guardian)?;
+        Ok(())
+    }
+
+    fn take_events(&mut self) -> Result<(), QmpError> {
+        while let Some(event) = self.monitor.next_event(Instant::now())? {
+            self.events.extend(meaning(&event));
+        }
+        if self.monitor.take_events_lost() > 0 {
+            self.events.push_back(GuestEvent::DevicesChanged);
+        }
+        if self.devices_looked_at.elapsed() >= DEVICES_EVERY && !self.ended {
+            self.devices_looked_at = Instant::now();
+            let devices = list_devices(&mut self.monitor)?;
+            if devices != self.devices {
+                self.devices = devices;
+                self.events.push_back(GuestEvent::DevicesChanged);
+            }
+        }
+        Ok(())
+    }
+
+    fn leave(mut self) -> Result<(), CaptureError> {
+        fault::point("detach.begin");
+        let unregistered = self
+            .tracker
+            .take()
+            .map_or(Ok(()), super::tracker::Tracker::unregister);
+        fault::point("detach.unregistered");
+        drop(self.pauser);
+        self.guardian.dismiss();
+        self.lair.leave();
+        // A QEMU that is gone has nothing left of us.
+        if self.ended { Ok(()) } else { Ok(unregistered?) }
+    }
+}
+
+impl GuestSource for QemuSource {
+    fn bootstrap(&mut self) -> Result<(), SourceError> {
+        let changed = self
+            .events
+            .iter()
+            .any(|e| matches!(e, GuestEvent::Reset | GuestEvent::DevicesChanged));
+        if self.learnt_is_fresh && !changed {
+            self.learnt_is_fresh = false;
+            return Ok(());
+        }
+        self.ensure_guardian()
+            .map_err(|e| failed("reading the machine failed", e))?;
+        self.learn_again()
+            .map_err(|e| failed("reading the machine failed", e))
+    }
+
+    fn machine(&self) -> &MachineSpec {
+        &self.machine
+    }
+
+    fn layout(&self) -> &RamLayout {
+        &self.learnt.layout
+    }
+
+    fn arm(&mut self) -> Result<(), SourceError> {
+        self.protect_all()
+            .map_err(|e| failed("arming the dirty tracking failed", e))
+    }
+
+    fn read_pages(&mut self, first: PageIndex, into: &mut [u8]) -> Result<(), SourceError> {
+        let tracker = self
+            .tracker
+            .as_mut()
+            .ok_or_else(|| failed("reading memory failed", CaptureError::NotArmed))?;
+        tracker
+            .read(first, into)
+            .map_err(|e| failed("reading memory failed", e))
+    }
+
+    fn precopy(&mut self, into: &mut Checkpoint) -> Result<(), SourceError> {
+        self.precopy_round(into)
+            .map_err(|e| failed("copying in advance failed", e))
+    }
+
+    fn capture(
+        &mut self,
+        barrier: Barrier<'_>,
+        stay_stopped: bool,
+        into: &mut Checkpoint,
+    ) -> Result<CaptureReport, SourceError> {
+        self.checkpoint(barrier, stay_stopped, into)
+            .map_err(|e| failed("taking a checkpoint failed", e))
+    }
+
+    fn poll_events(&mut self) -> Vec<GuestEvent> {
+        if let Err(error) = self.take_events() {
+            if !self.ended && !self.events.contains(&GuestEvent::PoweredOff) {
+                tracing::warn!(%error, pid = self.process(), "QEMU's monitor is gone");
+                self.events.push_back(GuestEvent::Gone);
+            }
+            self.ended = true;
+        }
+        let events: Vec<GuestEvent> = self.events.drain(..).collect();
+        self.ended |= events.contains(&GuestEvent::PoweredOff);
+        self.learnt_is_fresh &= !events
+            .iter()
+            .any(|e| matches!(e, GuestEvent::Reset | GuestEvent::DevicesChanged));
+        events
+    }
+
+    fn stop_guest(&mut self) -> Result<(), SourceError> {
+        self.stop_to_stay()
+            .map_err(|e| failed("stopping the guest failed", e))
+    }
+
+    fn suspend(&mut self) -> Result<(), SourceError> {
+        self.stop_to_stay()
+            .map_err(|e| failed("suspending the guest failed", e))
+    }
+
+    fn resume(&mut self) -> Result<(), SourceError> {
+        self.go_on().map_err(|e| failed("resuming the guest failed", e))
+    }
+
+    fn detach(self: Box<Self>) -> Result<(), SourceError> {
+        self.leave().map_err(|e| failed("detaching failed", e))
+    }
+}
+
+fn failed(what: &str, error: impl std::error::Error + Send + Sync + 'static) -> SourceError {
+    SourceError::new(format!("{what}: {error}"), error)
+}
