@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use romulus_protocol::{Hello, PrimaryEvent, PrimaryMessage, ToBackup, ToPrimary};
 use romulus_transport::{CloseCode, Connection, Control, Endpoint, FrameReader, PeerAddress, SendStream};
@@ -44,6 +44,8 @@ pub struct LinkConfig {
     pub host: HostId,
     /// The backup's address.
     pub backup: PeerAddress,
+    /// The backup's host, as the record will name it.
+    pub backup_host: HostId,
     /// Length of an epoch in nanoseconds, for the backup's status.
     pub epoch_ns: u64,
     /// The capture thread, which describes the machine afresh: it may have changed since the last session.
@@ -212,6 +214,12 @@ impl SessionTask {
         let frame = reader.next().await?.context("the backup closed the stream")?;
         match decode_control::<ToPrimary>(&frame)? {
             ToPrimary::Welcome { backup } => {
+                // The record names the backup; one that is named otherwise could never take over.
+                ensure!(
+                    backup == self.config.backup_host,
+                    "the backup calls itself {backup}, not {}: say --backup-host {backup}",
+                    self.config.backup_host
+                );
                 info!(backup = backup.as_str(), "the backup accepted the session");
                 Ok(())
             }

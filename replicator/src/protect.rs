@@ -5,13 +5,14 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use anyhow::Context;
-use romulus_config::Replicator;
+use romulus_config::{PeerAddress, Replicator};
 use romulus_host_sys::process_clock::Clock;
 use romulus_host_sys::{durable, priority, random};
 use romulus_hypervisor::source::GuestSource;
@@ -112,11 +113,7 @@ async fn drive(
     source: Box<dyn GuestSource>,
 ) -> anyhow::Result<()> {
     let backup_address = settings.backup.clone().context("no backup")?;
-    let backup = match &options.backup_host {
-        Some(backup) => backup.clone(),
-        None => HostId::new(backup_address.certificate_name())
-            .context("name the backup's host with --backup-host")?,
-    };
+    let backup = backup_host(options, &backup_address)?;
     let clock = Clock::start();
     let epoch_ns = nanoseconds(settings.epochs.length);
     let status = Arc::new(Status::new(options.vm.as_str(), host.as_str(), backup.as_str(), epoch_ns));
@@ -157,6 +154,7 @@ async fn drive(
         vm: options.vm.clone(),
         host: host.clone(),
         backup: backup_address,
+        backup_host: backup.clone(),
         epoch_ns,
         jobs: jobs.clone(),
     };
@@ -190,6 +188,20 @@ async fn drive(
         .map_err(|_| anyhow::anyhow!("the capture thread panicked"))?;
     drop(admin);
     result
+}
+
+/// The backup's name in the record: what its certificate is asked for, which must be a name then.
+fn backup_host(options: &ProtectOptions, address: &PeerAddress) -> anyhow::Result<HostId> {
+    if let Some(backup) = &options.backup_host {
+        return Ok(backup.clone());
+    }
+    let name = address.certificate_name();
+    anyhow::ensure!(
+        name.parse::<IpAddr>().is_err(),
+        "name the backup's host: --backup NAME@{name}:{} or --backup-host NAME",
+        address.port()
+    );
+    Ok(HostId::new(name)?)
 }
 
 fn remembered(dir: &Path, file: &Path) -> anyhow::Result<Option<Remembered>> {

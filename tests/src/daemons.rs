@@ -16,6 +16,8 @@ pub const VM: &str = "demo";
 
 const AGENT_PORT: u16 = 7700;
 const WITNESS_PORT: u16 = 7701;
+/// The exit code of `romulus status` for a VM that is not protected.
+const NOT_PROTECTED: i32 = 3;
 
 /// How `replicator protect` is called.
 #[derive(Clone, Debug, Default)]
@@ -96,6 +98,7 @@ impl Lab {
         );
         push(&mut argv, "--pki", &word(&self.pki(Host::Backup)));
         push(&mut argv, "--image-dir", &word(&self.images));
+        push(&mut argv, "--state-dir", &word(&self.run_path("agent-state")));
         push(&mut argv, "--bridge", BRIDGE);
         push(&mut argv, "--admin", &word(&self.admin(Host::Backup)));
         push(&mut argv, "--log-format", "json");
@@ -114,7 +117,7 @@ impl Lab {
         push(
             &mut argv,
             "--backup",
-            &format!("{}:{AGENT_PORT}", Host::Backup.ip()),
+            &format!("{}@{}:{AGENT_PORT}", Host::Backup.name(), Host::Backup.ip()),
         );
         push(
             &mut argv,
@@ -143,7 +146,8 @@ impl Lab {
     /// # Errors
     /// When the daemon does not answer, or not in JSON.
     pub fn status(&self, host: Host) -> Result<Value> {
-        let text = self.romulus(host, &["status", "--json"])?;
+        let argv = self.romulus_argv(host, &["status", "--json"])?;
+        let text = self.output_or(host, &argv, &[NOT_PROTECTED])?;
         serde_json::from_str(&text).context("`romulus status --json` printed something else than JSON")
     }
 
@@ -152,10 +156,14 @@ impl Lab {
     /// # Errors
     /// When it fails; the error has what it said.
     pub fn romulus(&self, host: Host, words: &[&str]) -> Result<String> {
+        self.output(host, &self.romulus_argv(host, words)?)
+    }
+
+    fn romulus_argv(&self, host: Host, words: &[&str]) -> Result<Vec<String>> {
         let mut argv = vec![self.program("romulus")?];
         argv.extend(words.iter().map(|word| (*word).to_owned()));
         push(&mut argv, "--admin", &word(&self.admin(host)));
-        self.output(host, &argv)
+        Ok(argv)
     }
 
     /// Waits until the primary's daemon says that the guest is protected, and returns that status.
