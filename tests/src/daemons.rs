@@ -127,6 +127,7 @@ impl Lab {
         push(&mut argv, "--tap", TAP);
         push(&mut argv, "--pki", &word(&self.pki(Host::Primary)));
         push(&mut argv, "--admin", &word(&self.admin(Host::Primary)));
+        push(&mut argv, "--state-dir", &word(&self.run_path("replicator-state")));
         argv.push("--register".into());
         push(&mut argv, "--log-format", "json");
         argv.extend(config.extra.iter().cloned());
