@@ -24,6 +24,8 @@
 //! - Every commit is checked against count and digest of each section *and* the digest of the whole image
 //!   after applying it. A base that is not what it should be cannot go unnoticed.
 //! - A peer can use no more than [`Limits`] allow.
+//! - An image that a standby has activated is that guest's memory and no longer an image: whoever activates
+//!   must remember it durably and neither open nor synchronise the image again while the guest lives.
 //!
 //! What survives is as durable as the folder: on tmpfs the death of the agent, not of the host. On a disk,
 //! `sync` makes it survive a loss of power as well, at a disk's speed.

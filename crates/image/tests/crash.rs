@@ -301,7 +301,7 @@ proptest! {
     #[test]
     fn real_files_keep_the_same_promise(script in script(), cut in 0..=1000u16) {
         for step in 0..steps_of(&script) {
-            let dir = tempfile::Builder::new().prefix("romulus-image-").tempdir().unwrap();
+            let dir = tmpfs_dir();
             let mut allowed = Allowed::default();
             let files = Crashing::new(HostFiles::create(dir.path(), &vm()).unwrap(), Fuse::at(step, cut));
             run(files, &mut allowed, &script).expect_err("the fuse blows before the script ends");

@@ -3,7 +3,7 @@
 mod support;
 
 use romulus_image::{HostFiles, Image, ImageError};
-use romulus_types::{BlockId, Digest, PAGE_BYTES, PageIndex, RamBlock, RamLayout, Session, VmId};
+use romulus_types::{BlockId, Digest, PageIndex, RamBlock, RamLayout, Session, VmId};
 use support::{committed, layout, limits, page, vm};
 
 #[test]
