@@ -43,7 +43,7 @@ pub fn choose(paths: &Paths, prefix: &str) -> Result<Accel> {
         Err(error) => tcg(&format!(
             "KVM does not boot Linux here{}: {}",
             backend(),
-            first_line(&error.to_string())
+            first_part(&error.to_string())
         )),
     })
 }
@@ -67,6 +67,6 @@ fn backend() -> &'static str {
     }
 }
 
-fn first_line(text: &str) -> &str {
-    text.lines().next().unwrap_or(text)
+fn first_part(text: &str) -> &str {
+    text.split(['\n', ';']).next().unwrap_or(text)
 }

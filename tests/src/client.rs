@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
+use crate::ledger::{key_of, lost_writes, number_of};
 use crate::resp::{Redis, Reply, connect, push_command, read_reply};
 use crate::{Lab, Stamp};
 
@@ -207,7 +208,7 @@ impl Client {
         let mut resets = u64::from(trouble.is_some());
         let lost = if trouble.is_none() {
             match same_connection(&self.stream, &mut reading, self.connection) {
-                Ok(()) => lost_writes(&self.config, acked, sent, |key| {
+                Ok(()) => lost_writes(self.config.keys, acked, sent, |key| {
                     get(&self.stream, &mut reading, key)
                 })?,
                 Err(error) => {
@@ -343,10 +344,6 @@ fn drain(shared: &Shared, at_most: Duration) -> bool {
     true
 }
 
-fn key_of(key: u64) -> String {
-    format!("w:{key}")
-}
-
 fn ask(mut stream: &TcpStream, reading: &mut BufReader<TcpStream>, words: &[&[u8]]) -> Result<Reply> {
     let mut out = Vec::new();
     push_command(&mut out, words);
@@ -373,115 +370,17 @@ fn get(stream: &TcpStream, reading: &mut BufReader<TcpStream>, key: &str) -> Res
     number_of(ask(stream, reading, &[b"GET", key.as_bytes()])?)
 }
 
-fn number_of(reply: Reply) -> Result<Option<u64>> {
-    match reply {
-        Reply::Bulk(None) => Ok(None),
-        Reply::Bulk(Some(bytes)) => {
-            let text = String::from_utf8_lossy(&bytes).into_owned();
-            Ok(Some(
-                text.split(' ')
-                    .next()
-                    .unwrap_or_default()
-                    .parse()
-                    .context("a key holds what was never written")?,
-            ))
-        }
-        other => bail!("redis answered GET with {other:?}"),
-    }
-}
-
-/// How many acknowledged writes are missing: for each key, the last one and those before it that are newer than what is there.
-fn lost_writes(
-    config: &ClientConfig,
-    acked: u64,
-    sent: u64,
-    mut get: impl FnMut(&str) -> Result<Option<u64>>,
-) -> Result<u64> {
-    let mut lost = 0;
-    for key in 0..config.keys.min(sent) {
-        let found = get(&key_of(key))?;
-        if found.is_some_and(|number| number % config.keys != key || number >= sent) {
-            bail!(
-                "the key {} holds {found:?}, which was never written to it",
-                key_of(key)
-            );
-        }
-        let mut expected = last_of_key(key, config.keys, acked);
-        while let Some(number) = expected.filter(|number| found.is_none_or(|found| found < *number)) {
-            lost += 1;
-            expected = number.checked_sub(config.keys);
-        }
-    }
-    Ok(lost)
-}
-
-/// The last acknowledged write to a key.
-fn last_of_key(key: u64, keys: u64, acked: u64) -> Option<u64> {
-    let last = acked.checked_sub(1)?;
-    let back = (last % keys + keys - key) % keys;
-    last.checked_sub(back)
-}
-
 fn lost_by_another_connection(lab: &Lab, config: &ClientConfig, acked: u64, sent: u64) -> Result<u64> {
     let mut redis =
         Redis::connect(lab, Duration::from_secs(10)).context("no connection to redis at the end")?;
-    lost_writes(config, acked, sent, |key| {
+    lost_writes(config.keys, acked, sent, |key| {
         number_of(redis.ask(&[b"GET", key.as_bytes()])?)
     })
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
-
     use super::*;
-
-    fn count(keys: u64, acked: u64, sent: u64, change: impl Fn(&mut HashMap<String, u64>)) -> Result<u64> {
-        let mut store = HashMap::new();
-        for number in 0..acked {
-            store.insert(key_of(number % keys), number);
-        }
-        change(&mut store);
-        let config = ClientConfig {
-            keys,
-            ..ClientConfig::default()
-        };
-        lost_writes(&config, acked, sent, |key| Ok(store.get(key).copied()))
-    }
-
-    #[test]
-    fn nothing_is_lost_when_every_key_holds_its_last_write() {
-        for acked in [0, 1, 9, 10, 11, 25] {
-            assert_eq!(count(10, acked, acked + 4, |_| ()).unwrap(), 0, "{acked} writes");
-        }
-    }
-
-    #[test]
-    fn a_write_that_was_sent_but_not_acknowledged_may_be_there() {
-        assert_eq!(
-            count(10, 25, 27, |store| drop(store.insert("w:6".to_owned(), 26))).unwrap(),
-            0
-        );
-    }
-
-    #[test]
-    fn an_older_value_is_as_many_lost_writes_as_came_after_it() {
-        assert_eq!(
-            count(10, 25, 25, |store| drop(store.insert("w:3".to_owned(), 13))).unwrap(),
-            1
-        );
-        assert_eq!(
-            count(10, 25, 25, |store| drop(store.insert("w:3".to_owned(), 3))).unwrap(),
-            2
-        );
-        assert_eq!(count(10, 25, 25, |store| drop(store.remove("w:3"))).unwrap(), 3);
-    }
-
-    #[test]
-    fn a_value_that_was_never_written_is_an_error() {
-        assert!(count(10, 25, 25, |store| drop(store.insert("w:3".to_owned(), 14))).is_err());
-        assert!(count(10, 25, 25, |store| drop(store.insert("w:3".to_owned(), 33))).is_err());
-    }
 
     #[test]
     fn the_longest_gap_is_found_even_when_it_began_before() {

@@ -127,7 +127,11 @@ impl Lab {
         push(&mut argv, "--tap", TAP);
         push(&mut argv, "--pki", &word(&self.pki(Host::Primary)));
         push(&mut argv, "--admin", &word(&self.admin(Host::Primary)));
-        push(&mut argv, "--state-dir", &word(&self.run_path("replicator-state")));
+        push(
+            &mut argv,
+            "--state-dir",
+            &word(&self.run_path("replicator-state")),
+        );
         argv.push("--register".into());
         push(&mut argv, "--log-format", "json");
         argv.extend(config.extra.iter().cloned());

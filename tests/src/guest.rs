@@ -42,6 +42,8 @@ pub struct GuestConfig {
     pub workload: String,
     /// Whether the guest steers its clock by the RTC.
     pub clock_remedy: bool,
+    /// Give it a second monitor, as an operator may, so that a test can ask beside the replicator.
+    pub second_monitor: bool,
     /// Leave out QEMU's default devices.
     pub no_defaults: bool,
     /// Further arguments of QEMU.
@@ -58,6 +60,7 @@ impl Default for GuestConfig {
             vcpus: 1,
             workload: "redis".to_owned(),
             clock_remedy: false,
+            second_monitor: false,
             no_defaults: true,
             extra: Vec::new(),
         }
@@ -108,6 +111,12 @@ impl GuestConfig {
         ]);
         add(&["-serial", "chardev:console"]);
         add(&["-qmp", &format!("unix:{},server=on,wait=off", word(&qmp(lab)))]);
+        if self.second_monitor {
+            add(&[
+                "-qmp",
+                &format!("unix:{},server=on,wait=off", word(&second_qmp(lab))),
+            ]);
+        }
         argv.extend(self.extra.iter().cloned());
         argv
     }
@@ -125,6 +134,12 @@ impl GuestConfig {
 #[must_use]
 pub fn qmp(lab: &Lab) -> PathBuf {
     lab.run_path("qmp.sock")
+}
+
+/// The socket of its second monitor.
+#[must_use]
+pub fn second_qmp(lab: &Lab) -> PathBuf {
+    lab.run_path("qmp2.sock")
 }
 
 /// Where the guest's console goes.

@@ -69,13 +69,21 @@ impl Lab {
     /// # Errors
     /// When it fails; the error has what it said.
     pub fn output(&self, host: Host, argv: &[String]) -> Result<String> {
+        self.output_or(host, argv, &[])
+    }
+
+    /// The same, for a command that may also end with one of these exit codes.
+    ///
+    /// # Errors
+    /// When it ends otherwise.
+    pub fn output_or(&self, host: Host, argv: &[String], codes: &[i32]) -> Result<String> {
         let out = Command::new("ip")
             .args(["netns", "exec", &self.net.namespace(host)])
             .args(argv)
             .stdin(Stdio::null())
             .output()
             .context("cannot start `ip`")?;
-        if !out.status.success() {
+        if !out.status.success() && !out.status.code().is_some_and(|code| codes.contains(&code)) {
             bail!(
                 "`{}` failed ({}): {}",
                 argv.join(" "),

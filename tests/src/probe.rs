@@ -109,8 +109,8 @@ impl Probe {
 /// The quantiles of some latencies; zero when there are none.
 #[must_use]
 pub fn quantiles(latencies: &[Duration]) -> Quantiles {
-    // Three digits from a microsecond up; the constructor fails for no such number.
-    let Ok(mut histogram) = Histogram::<u64>::new(3) else {
+    // Three digits from a microsecond to ten minutes; the constructor does not refuse these numbers.
+    let Ok(mut histogram) = Histogram::<u64>::new_with_bounds(1, 600_000_000, 3) else {
         return Quantiles::default();
     };
     for latency in latencies {

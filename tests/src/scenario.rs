@@ -168,11 +168,14 @@ fn judge(kill: &mut Kill, client: &ClientReport, unanswered: Option<anyhow::Erro
 }
 
 /// The part of the time that the guest's clock lost; negative when it ran fast.
+///
+/// It was ahead of ours by so much before and after.
 #[expect(
     clippy::cast_precision_loss,
     reason = "differences of seconds, in microseconds, are far below 2^53"
 )]
-fn slip_ratio(ahead_before_us: i64, ahead_after_us: i64, elapsed_s: f64) -> f64 {
+#[must_use]
+pub fn slip_ratio(ahead_before_us: i64, ahead_after_us: i64, elapsed_s: f64) -> f64 {
     ahead_before_us.saturating_sub(ahead_after_us) as f64 / 1e6 / elapsed_s
 }
 

@@ -2,7 +2,6 @@
 //!
 //! Daemons log JSON; a line with an `event` is a notable moment. The lab adds what it does and sees itself.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -12,9 +11,21 @@ use std::thread::{JoinHandle, sleep};
 use std::time::Duration;
 
 use anyhow::Result;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{Stamp, wait_for};
+
+/// Fields of a log line that are the same in all lines, or are shown elsewhere.
+const NOT_DETAILS: &[&str] = &[
+    "event",
+    "timestamp",
+    "level",
+    "target",
+    "message",
+    "spans",
+    "span",
+    "vm",
+];
 
 /// A notable moment.
 #[derive(Clone, Debug)]
@@ -175,23 +186,19 @@ fn event_of(source: &str, line: &[u8]) -> Option<Event> {
     let at = Stamp::parse_rfc3339(value.get("timestamp")?.as_str()?)?;
     let fields = value.get("fields").unwrap_or(&value).as_object()?;
     let name = fields.get("event")?.as_str()?.to_owned();
-    let known: HashMap<&str, ()> = [
-        "event",
-        "timestamp",
-        "level",
-        "target",
-        "message",
-        "spans",
-        "span",
-    ]
-    .map(|name| (name, ()))
-    .into();
     let mut parts: Vec<String> = Vec::new();
-    for (key, value) in fields.iter().filter(|(key, _)| !known.contains_key(key.as_str())) {
-        parts.push(match value {
-            Value::String(text) => format!("{key}={text}"),
-            other => format!("{key}={other}"),
-        });
+    for (key, value) in fields
+        .iter()
+        .filter(|(key, _)| !NOT_DETAILS.contains(&key.as_str()))
+    {
+        // The daemons put the details of the protocol's notices into one field, as JSON again.
+        let inner = value
+            .as_str()
+            .and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok());
+        match inner {
+            Some(inner) if key == "detail" => parts.extend(inner.iter().map(|(key, value)| part(key, value))),
+            _ => parts.push(part(key, value)),
+        }
     }
     Some(Event {
         at,
@@ -199,6 +206,13 @@ fn event_of(source: &str, line: &[u8]) -> Option<Event> {
         name,
         detail: parts.join(" "),
     })
+}
+
+fn part(key: &str, value: &Value) -> String {
+    match value {
+        Value::String(text) => format!("{key}={text}"),
+        other => format!("{key}={other}"),
+    }
 }
 
 #[cfg(test)]
@@ -213,6 +227,8 @@ mod tests {
             (event.name.as_str(), event.detail.as_str()),
             ("paired", "epoch=7")
         );
+        let detailed = br#"{"timestamp":"2026-01-02T03:04:05.000006Z","fields":{"event":"grant","vm":"x","detail":"{\"term\":3}"}}"#;
+        assert_eq!(event_of("backup", detailed).unwrap().detail, "term=3");
         let flat = br#"{"timestamp":"2026-01-02T03:04:05.000006Z","event":"grant","term":"3"}"#;
         assert_eq!(event_of("backup", flat).unwrap().detail, "term=3");
         for other in [

@@ -1,10 +1,12 @@
 //! The lab by itself: instruments that are not known to be right prove nothing about the daemons.
 
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use romulus_e2e::guest::GuestConfig;
+use romulus_e2e::qmp::Qmp;
+use romulus_e2e::scenario::slip_ratio;
 use romulus_e2e::stage::{Stage, StageConfig};
 use romulus_e2e::{Host, Paths, Stamp};
 
@@ -88,6 +90,49 @@ fn a_cut_cable_is_an_outage_that_the_client_measures() -> Result<()> {
         to.ms_since(from) > 400.0,
         "the client waited {} ms",
         to.ms_since(from)
+    );
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_steers_by_its_rtc_keeps_time_although_it_is_paused_forty_times_a_second() -> Result<()> {
+    let slip = |clock_remedy: bool| -> Result<f64> {
+        let mut config = config();
+        config.guest.clock_remedy = clock_remedy;
+        config.guest.second_monitor = true;
+        let stage = Stage::raise(&Paths::here(), PREFIX, &config)?;
+        let mut monitor = Qmp::connect(&stage.lab)?;
+        let mut pause_for = |seconds: u64| -> Result<()> {
+            let end = Instant::now() + Duration::from_secs(seconds);
+            while Instant::now() < end {
+                monitor.execute("stop")?;
+                // The kernel can speed its clock up by a tenth at most: stay below.
+                sleep(Duration::from_micros(300));
+                monitor.execute("cont")?;
+                sleep(Duration::from_millis(23));
+            }
+            Ok(())
+        };
+        // The controller needs a while to find the rate.
+        pause_for(if clock_remedy { 25 } else { 2 })?;
+        let (from, ahead) = (Stamp::now(), stage.clock_ahead_us()?);
+        pause_for(if clock_remedy { 20 } else { 5 })?;
+        Ok(slip_ratio(
+            ahead,
+            stage.clock_ahead_us()?,
+            Stamp::now().ms_since(from) / 1e3,
+        ))
+    };
+    let (without, with) = (slip(false)?, slip(true)?);
+    println!(
+        "the clock slips by {:.2} % without the remedy and by {:.3} % with it",
+        without * 1e2,
+        with * 1e2
+    );
+    assert!(without > 0.03, "pauses that do not stop the clock: {without}");
+    assert!(
+        with.abs() < without / 10.0,
+        "{with} with the remedy, {without} without"
     );
     Ok(())
 }

@@ -15,8 +15,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 const RTC_SECONDS: &str = "/sys/class/rtc/rtc0/since_epoch";
 /// The kernel accepts ticks within 10 % of the nominal one.
 const CORRECTION_MAX: f64 = 0.1;
-const PROPORTIONAL: f64 = 0.5;
-const INTEGRAL: f64 = 0.15;
+const PROPORTIONAL: f64 = 0.3;
+const INTEGRAL: f64 = 0.08;
 
 /// A proportional-integral controller from the clock's error to its rate.
 #[derive(Debug, Default)]
@@ -40,7 +40,7 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
     let mut controller = Controller::default();
     let mut edges = 0_u64;
     loop {
-        sleep(Duration::from_millis(900));
+        sleep(Duration::from_millis(800));
         let (rtc, guest) = next_edge()?;
         let error_s = guest - f64_of(rtc) - offset;
         let correction = controller.correct(error_s, f64_of(rtc - rtc_before));
