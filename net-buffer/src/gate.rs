@@ -30,6 +30,12 @@ use crate::stats::GateStats;
 const FRAME_BYTES_MAX: usize = 128 * 1024;
 /// Frames that the relay thread reads before it lets go of the lock.
 const BATCH_FRAMES: usize = 16;
+/// After reading, the relay thread leaves the relay alone for this long: waking it for every frame would take time from the guest,
+/// and make it more likely that a barrier finds the queue locked by a thread that is not running.
+const REST: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 1_000_000,
+};
 /// How long `open_and_remove` waits for frames that were on their way when the filter went.
 const LINGER: Timespec = Timespec {
     tv_sec: 0,
@@ -302,11 +308,12 @@ impl Shared {
             }
             let relay = fds[0].revents();
             if relay.contains(PollFlags::IN) {
-                let mut held = lock(&self.held);
-                self.read_batch(&mut held);
-                if held.lost.is_some() {
+                while self.read_some() == BATCH_FRAMES {}
+                if lock(&self.held).lost.is_some() {
                     return;
                 }
+                // Only being told to stop ends the rest early; anything else shows in the next round.
+                let _ = event::poll(&mut fds[1..], Some(&REST));
             } else if !relay.is_empty() {
                 return self.lose(rustix::io::Errno::BADFD);
             }
@@ -343,9 +350,13 @@ impl Shared {
         count
     }
 
+    /// Reads a batch; between two of them a barrier can have the lock.
+    fn read_some(&self) -> usize {
+        self.read_batch(&mut lock(&self.held))
+    }
+
     fn read_all(&self) {
-        let mut held = lock(&self.held);
-        while self.read_batch(&mut held) == BATCH_FRAMES {}
+        while self.read_some() == BATCH_FRAMES {}
     }
 
     /// Writes out what is held up to `up_to`. The caller holds `writer`.
