@@ -25,6 +25,7 @@ pub mod memory;
 pub mod pki;
 mod quic;
 mod tls;
+mod witness_client;
 
 pub use accept::AcceptCounts;
 pub use code::{CloseCode, REASON_BYTES_MAX};
@@ -35,3 +36,4 @@ pub use frames::{FrameError, FrameReader};
 pub use identity::Identity;
 pub use romulus_config::{Network, PeerAddress};
 pub use tls::Service;
+pub use witness_client::{WitnessClient, WitnessFailure, WitnessUnreachable};

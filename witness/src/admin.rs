@@ -1,0 +1,121 @@
+//! The witness's admin API and metrics.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use axum::extract::{Query, State};
+use axum::http::StatusCode;
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use romulus_protocol::Record;
+use romulus_telemetry::Metrics;
+use romulus_types::{VmId, WitnessInstance};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::desk::Desk;
+use crate::server::Counts;
+
+/// Version of the JSON.
+const SCHEMA: u32 = 1;
+
+/// What the handlers need.
+#[derive(Clone)]
+pub(crate) struct Admin {
+    pub(crate) desk: Arc<Desk>,
+    pub(crate) counts: Arc<Counts>,
+}
+
+#[derive(Deserialize)]
+struct Wanted {
+    vm: VmId,
+}
+
+/// The routes.
+pub(crate) fn router(admin: Admin) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/records", get(records))
+        .route("/v1/forget", post(forget))
+        .with_state(admin)
+}
+
+/// Counters and gauges, read from the counts.
+pub(crate) fn metrics(admin: &Admin) -> Metrics {
+    let metrics = Metrics::new();
+    let vms = metrics.gauge("witness_vms", "VMs that have a record");
+    let answered = metrics.counter("witness_requests", "Requests answered");
+    let granted = metrics.counter(
+        "witness_grants",
+        "Changes of a record granted, repetitions included",
+    );
+    let bad = metrics.counter(
+        "witness_bad_requests",
+        "Requests that were malformed or for another host",
+    );
+    let admin = admin.clone();
+    metrics.on_read(move || {
+        vms.set(i64::try_from(admin.desk.records().len()).unwrap_or(i64::MAX));
+        for (counter, count) in [
+            (&answered, &admin.counts.answered),
+            (&granted, &admin.counts.granted),
+            (&bad, &admin.counts.bad),
+        ] {
+            counter.inner().store(load(count), Ordering::Relaxed);
+        }
+    });
+    metrics
+}
+
+fn load(count: &AtomicU64) -> u64 {
+    count.load(Ordering::Relaxed)
+}
+
+async fn status(State(admin): State<Admin>) -> Json<Value> {
+    Json(json!({
+        "schema": SCHEMA,
+        "role": "witness",
+        "instance": admin.desk.instance().to_string(),
+        "vms": admin.desk.records().len(),
+        "answered": load(&admin.counts.answered),
+        "granted": load(&admin.counts.granted),
+        "bad": load(&admin.counts.bad),
+    }))
+}
+
+async fn records(State(admin): State<Admin>) -> Json<Value> {
+    Json(view(admin.desk.instance(), &admin.desk.records()))
+}
+
+async fn forget(
+    State(admin): State<Admin>,
+    Query(Wanted { vm }): Query<Wanted>,
+) -> (StatusCode, Json<Value>) {
+    let desk = admin.desk.clone();
+    let name = vm.clone();
+    let done = tokio::task::spawn_blocking(move || desk.forget(&vm))
+        .await
+        .expect("the desk does not panic");
+    match done {
+        Ok(()) => {
+            tracing::warn!(event = "forgotten", vm = %name, "an operator removed a record");
+            (StatusCode::OK, Json(json!({"done": true})))
+        }
+        Err(error) => (StatusCode::NOT_FOUND, Json(json!({"error": error.to_string()}))),
+    }
+}
+
+/// Records as JSON, for the API and for `witness show --json`.
+pub(crate) fn view(instance: WitnessInstance, records: &[(VmId, Record)]) -> Value {
+    let one = |(vm, record): &(VmId, Record)| {
+        json!({
+            "vm": vm,
+            "term": record.term.0,
+            "mode": record.mode,
+            "instance": record.instance.to_string(),
+            "usable": record.instance == instance,
+        })
+    };
+    let records: Vec<Value> = records.iter().map(one).collect();
+    json!({"schema": SCHEMA, "instance": instance.to_string(), "records": records})
+}

@@ -1,0 +1,139 @@
+//! Requests from the network: who asks is checked against the certificate, then the desk answers.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use romulus_protocol::{Answer, WitnessReply, WitnessRequest};
+use romulus_transport::{CloseCode, Connection, Control, FrameReader};
+use romulus_types::Session;
+use romulus_wire::{FrameType, decode_message, encode_message};
+use tokio::sync::mpsc;
+use tracing::{debug, info, warn};
+
+use crate::desk::Desk;
+use crate::fault;
+use crate::store::StoreError;
+
+/// A request must have arrived this long after its stream began.
+const REQUEST_MAX: Duration = Duration::from_secs(5);
+
+/// What has become of requests.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) answered: AtomicU64,
+    pub(crate) granted: AtomicU64,
+    pub(crate) bad: AtomicU64,
+}
+
+/// What a connection's tasks share.
+#[derive(Clone, Debug)]
+pub(crate) struct Server {
+    pub(crate) desk: Arc<Desk>,
+    pub(crate) counts: Arc<Counts>,
+    /// Where an error of the store goes; the process ends with it.
+    pub(crate) fatal: mpsc::Sender<StoreError>,
+}
+
+/// Why a connection is not worth having.
+#[derive(Debug, thiserror::Error)]
+enum Bad {
+    #[error("the request asks for {asked}, the certificate is that of {certified}")]
+    OtherHost { asked: String, certified: String },
+    #[error("the request's nonce is not its frame's")]
+    OtherNonce,
+    #[error("the request did not arrive in time")]
+    Late,
+    #[error("the stream ended before the request")]
+    Empty,
+    #[error(transparent)]
+    Frame(#[from] romulus_transport::FrameError),
+    #[error(transparent)]
+    Wire(#[from] romulus_wire::WireError),
+}
+
+impl Server {
+    /// Serves a connection until it ends. QUIC bounds the streams, hence the tasks, of each.
+    pub(crate) async fn serve(self, connection: Connection) {
+        debug!(host = %connection.peer(), "connected");
+        while let Ok(control) = connection.accept_control().await {
+            let (server, connection) = (self.clone(), connection.clone());
+            tokio::spawn(async move {
+                if let Err(error) = server.request(&connection, control).await {
+                    server.refuse(&connection, &error);
+                }
+            });
+        }
+    }
+
+    fn refuse(&self, connection: &Connection, error: &Bad) {
+        if matches!(error, Bad::Frame(romulus_transport::FrameError::Transport(_))) {
+            return;
+        }
+        self.counts.bad.fetch_add(1, Ordering::Relaxed);
+        warn!(host = %connection.peer(), %error, "a request was refused");
+        let code = match error {
+            Bad::OtherHost { .. } => CloseCode::IDENTITY,
+            _ => CloseCode::BAD_INPUT,
+        };
+        connection.close(code, &error.to_string());
+    }
+
+    async fn request(&self, connection: &Connection, control: Control) -> Result<(), Bad> {
+        let Control { mut sender, receiver } = control;
+        let mut reader = FrameReader::first_frame(receiver, FrameType::WitnessRequest);
+        let frame = tokio::time::timeout(REQUEST_MAX, reader.next())
+            .await
+            .map_err(|_| Bad::Late)??;
+        let frame = frame.ok_or(Bad::Empty)?;
+        let request: WitnessRequest = decode_message(FrameType::WitnessRequest, &frame)?;
+        if request.host != *connection.peer() {
+            let (asked, certified) = (request.host.to_string(), connection.peer().to_string());
+            return Err(Bad::OtherHost { asked, certified });
+        }
+        if frame.session != Session(request.nonce.0) {
+            return Err(Bad::OtherNonce);
+        }
+        let Some(reply) = self.ask_desk(request.clone()).await else {
+            return Ok(());
+        };
+        self.note(&request, &reply);
+        let bytes = encode_message(FrameType::WitnessReply, frame.session, &reply)?;
+        // An asker that is gone asks again.
+        if sender.send(bytes).await.is_ok() && sender.finish_and_flush().await.is_ok() {
+            fault::point("reply.sent");
+        }
+        Ok(())
+    }
+
+    /// The desk's answer, off this thread, as it waits for the disk. `None` when the process is to end.
+    async fn ask_desk(&self, request: WitnessRequest) -> Option<WitnessReply> {
+        let desk = self.desk.clone();
+        let answer = tokio::task::spawn_blocking(move || desk.answer(&request)).await;
+        match answer.expect("the desk does not panic") {
+            Ok(reply) => reply,
+            Err(error) => {
+                // Full only when another error is on its way already.
+                let _ = self.fatal.try_send(error);
+                None
+            }
+        }
+    }
+
+    fn note(&self, request: &WitnessRequest, reply: &WitnessReply) {
+        self.counts.answered.fetch_add(1, Ordering::Relaxed);
+        let (vm, host) = (&request.vm, &request.host);
+        match &reply.answer {
+            Answer::Granted(record) => {
+                self.counts.granted.fetch_add(1, Ordering::Relaxed);
+                info!(event = "grant", %vm, %host, term = record.term.0, mode = ?record.mode);
+            }
+            Answer::Refused(record) => {
+                info!(event = "refusal", %vm, %host, term = record.term.0, mode = ?record.mode);
+            }
+            Answer::UnknownVm => info!(event = "unknown_vm", %vm, %host),
+            Answer::WrongInstance(instance) => info!(event = "wrong_instance", %vm, %host, %instance),
+            Answer::Current(record) => debug!(%vm, %host, term = record.term.0, "read"),
+        }
+    }
+}
