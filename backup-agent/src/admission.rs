@@ -1,16 +1,21 @@
 //! What this host can back up: memory, the hypervisor's version, the files that the guest was started with.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, ensure};
+use romulus_hypervisor::qemu::standby::{QemuStandby, StandbyOptions};
 use romulus_hypervisor::spec::MachineSpec;
 
 /// Memory left to the host besides images and checkpoints, in bytes.
 const RESERVE_BYTES: u64 = 256 << 20;
 
 /// The limits of this host.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Admission {
     /// Bytes of all images together.
     pub image_bytes_max: u64,
+    /// A folder that a check may use; nothing is kept in it.
+    pub scratch_dir: PathBuf,
 }
 
 impl Admission {
@@ -35,7 +40,9 @@ impl Admission {
             wanted >> 20,
             available >> 20
         );
-        machine.check_on_this_host()?;
+        // Everything that a standby needs, short of starting one: rules for its command line, files, processor.
+        let options = StandbyOptions::new(&self.scratch_dir, "romchk");
+        QemuStandby::prepare(machine, options).context("no standby can be had here")?;
         Ok(())
     }
 }

@@ -77,7 +77,7 @@ impl Listener {
         reader: FrameReader,
     ) -> anyhow::Result<()> {
         let session = hello.session;
-        let checked = self.check(&connection, &hello);
+        let checked = self.check(&connection, &hello).await;
         let (vm, machine) = match checked {
             Ok(checked) => checked,
             Err(error) => {
@@ -102,7 +102,7 @@ impl Listener {
         vm.inbox.send(input).await.map_err(|_| anyhow!("the driver of this VM is gone"))
     }
 
-    fn check(
+    async fn check(
         &self,
         connection: &Connection,
         hello: &Hello,
@@ -115,7 +115,14 @@ impl Listener {
         );
         let machine = MachineSpec::from_json(&hello.machine).context("the machine's description")?;
         let held = self.registry.image_bytes_except(&hello.vm);
-        self.admission.check(&machine, held)?;
+        let admission = Arc::clone(&self.admission);
+        // Files are read and compared: off the event loop.
+        let (machine, admitted) = tokio::task::spawn_blocking(move || {
+            let admitted = admission.check(&machine, held);
+            (machine, admitted)
+        })
+        .await?;
+        admitted?;
         let vm = self.registry.vm(&hello.vm, Some(&machine))?;
         Ok((vm, machine))
     }

@@ -59,7 +59,10 @@ async fn run(settings: romulus_config::BackupAgent, state_dir: std::path::PathBu
     let witness_endpoint = Arc::new(Endpoint::client(&identity, &settings.network, Service::Witness)?);
     let witness = WitnessClient::new(witness_endpoint, settings.witness.clone());
     let (admin_socket, listen) = (settings.admin_socket.clone(), settings.listen);
-    let admission = Arc::new(Admission { image_bytes_max: settings.image_bytes_max.bytes() });
+    let admission = Arc::new(Admission {
+        image_bytes_max: settings.image_bytes_max.bytes(),
+        scratch_dir: settings.image_dir.join(".admission"),
+    });
     let registry =
         Registry::new(Shared { settings, host: host.clone(), witness, clock: Clock::start(), state_dir });
     registry.recover()?;
