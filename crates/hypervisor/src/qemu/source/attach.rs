@@ -15,7 +15,7 @@ use super::lair::Lair;
 use super::options::AttachOptions;
 use super::pause::Pauser;
 use super::placement::{Wanted, place};
-use super::refusal::{Facts, check};
+use super::refusal::{Facts, check, monitors};
 use super::tracker::Tracker;
 use crate::fault;
 use crate::qemu::bootstrap::{self, Bootstrap, MigrationSettings, bootstrap, rescue};
@@ -120,7 +120,12 @@ impl QemuSource {
             self.armed = false;
             // Ranges have one tracker, so the old one goes first.
             drop(self.tracker.take());
-            self.tracker = Some(track(&mut self.monitor, self.pid, &self.learnt)?);
+            self.tracker = Some(track(
+                &mut self.monitor,
+                &mut self.pauser,
+                self.pid,
+                &self.learnt,
+            )?);
         }
         Ok(())
     }
@@ -186,7 +191,7 @@ fn learn_and_track(
 ) -> Result<Known, AttachError> {
     let learnt = learn(monitor, pauser, shared_ram)?;
     let machine = describe(monitor, pid, &learnt, &options.allow.disposable)?;
-    let tracker = track(monitor, pid, &learnt)?;
+    let tracker = track(monitor, pauser, pid, &learnt)?;
     let devices = list_devices(monitor)?;
     Ok((learnt, machine, tracker, devices))
 }
@@ -198,7 +203,12 @@ fn learn(monitor: &mut Qmp, pauser: &mut Pauser, shared_ram: bool) -> Result<Boo
     })?)
 }
 
-fn track(monitor: &mut Qmp, pid: u32, learnt: &Bootstrap) -> Result<Tracker, AttachError> {
+fn track(
+    monitor: &mut Qmp,
+    pauser: &mut Pauser,
+    pid: u32,
+    learnt: &Bootstrap,
+) -> Result<Tracker, AttachError> {
     let wanted: Vec<Wanted<'_>> = learnt
         .layout
         .blocks()
@@ -211,16 +221,19 @@ fn track(monitor: &mut Qmp, pid: u32, learnt: &Bootstrap) -> Result<Tracker, Att
         })
         .collect();
     let places = place(monitor, pid, &wanted)?;
-    let fault = create_in_process(pid, &mut |stage| {
-        fault::point(match stage {
-            CallStage::Stopped => "attach.call_stopped",
-            CallStage::RegistersSet => "attach.call_registers_set",
-            CallStage::Entered => "attach.call_entered",
-            CallStage::Returned => "attach.call_returned",
-            CallStage::Restored => "attach.call_restored",
-        });
-    })?;
+    // QEMU's main thread is stopped for the call.
+    let fault = pauser.guarded(1, |_| create_in_process(pid, &mut pass_call_stage))?;
     Tracker::register(pid, fault, usize::from(learnt.main.0), places)
+}
+
+fn pass_call_stage(stage: CallStage) {
+    fault::point(match stage {
+        CallStage::Stopped => "attach.call_stopped",
+        CallStage::RegistersSet => "attach.call_registers_set",
+        CallStage::Entered => "attach.call_entered",
+        CallStage::Returned => "attach.call_returned",
+        CallStage::Restored => "attach.call_restored",
+    });
 }
 
 /// QEMU's process: the one that made the socket, unless the operator knows better.
@@ -273,6 +286,7 @@ fn ask(monitor: &mut Qmp, pid: u32) -> Result<Facts, AttachError> {
         chardevs: monitor.execute("query-chardev", Value::Null)?,
         network: monitor.hmp("info network")?,
         device_tree: monitor.hmp("info qtree")?,
+        monitors: monitors(&std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default()),
         tun_fds: tun_fds(pid),
         shared_ram: main_ram_is_shared(monitor, pid)?,
     })

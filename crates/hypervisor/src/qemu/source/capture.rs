@@ -86,10 +86,15 @@ impl QemuSource {
         }
         let captured = self.checkpoint_held(barrier, into);
         if stopping {
-            match captured {
-                Ok(_) => self.suspended = true,
-                Err(_) => self.run_again()?,
-            }
+            let settled = match captured {
+                Ok(_) => {
+                    self.suspended = true;
+                    Ok(())
+                }
+                Err(_) => self.run_again(),
+            };
+            self.pauser.relax();
+            settled?;
             self.guardian.settled().map_err(CaptureError::Guardian)?;
         }
         captured
@@ -148,12 +153,12 @@ impl QemuSource {
     /// Stops the guest under the guardian's eyes: if we die before it is settled, the guest runs on.
     fn stop_for_now(&mut self) -> Result<(), CaptureError> {
         self.guardian.stopping_for_now().map_err(CaptureError::Guardian)?;
-        let stopped = self
-            .pauser
-            .guarded(1, |_| self.monitor.execute("stop", Value::Null));
+        self.pauser.alert();
+        let stopped = self.monitor.execute("stop", Value::Null);
         fault::point("capture.stopped");
         if let Err(error) = stopped {
             let _ = self.run_again();
+            self.pauser.relax();
             self.guardian.settled().map_err(CaptureError::Guardian)?;
             return Err(error.into());
         }

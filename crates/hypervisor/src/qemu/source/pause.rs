@@ -87,12 +87,22 @@ impl Pauser {
 
     /// Runs `work` in which a guest waits for us, under the kill timer with `factor` times the limit. `work` winds it up by
     /// calling what it is given.
-    pub(super) fn guarded<T>(&mut self, factor: u64, work: impl FnOnce(&mut dyn FnMut()) -> T) -> T {
+    pub(super) fn guarded<T>(&mut self, factor: u64, work: impl FnOnce(&mut (dyn FnMut() + Send)) -> T) -> T {
         let limit_ns = self.limit_ns.saturating_mul(factor);
         self.timer.arm(limit_ns);
         let outcome = work(&mut || self.timer.arm(limit_ns));
         self.timer.disarm();
         outcome
+    }
+
+    /// From here on the guest waits for us, until the next [`hold`](Self::hold) takes over or [`relax`](Self::relax).
+    pub(super) fn alert(&mut self) {
+        self.timer.arm(self.limit_ns);
+    }
+
+    /// The guest does not wait for us any more.
+    pub(super) fn relax(&mut self) {
+        self.timer.disarm();
     }
 
     /// Stops the guest.

@@ -28,7 +28,7 @@ pub enum Refusal {
     },
     /// A network back end without a gate.
     UngatedNetdev {
-        /// Its id.
+        /// Its id, or its kind when it has none.
         id: String,
         /// Its kind (`user`, `socket`, `tap`, …).
         kind: String,
@@ -154,6 +154,8 @@ pub(super) struct Facts {
     pub(super) network: String,
     /// `info qtree`
     pub(super) device_tree: String,
+    /// Character devices that the command line gives to monitors.
+    pub(super) monitors: Vec<String>,
     /// Interfaces of the tun descriptors that QEMU holds: descriptor number, interface.
     pub(super) tun_fds: Vec<(u32, String)>,
     /// Whether the main RAM is shared.
@@ -226,9 +228,9 @@ fn check_network(facts: &Facts, taps: &[String], allow: &Allowances, refusals: &
             && taps.contains(interface)
         {
             used.push(interface.clone());
-        } else if !allow.covers([back_end.id]) {
+        } else if !allow.covers([back_end.handle()]) {
             refusals.push(Refusal::UngatedNetdev {
-                id: back_end.id.to_owned(),
+                id: back_end.handle().to_owned(),
                 kind: back_end.kind.to_owned(),
                 interface,
             });
@@ -242,6 +244,17 @@ struct BackEnd<'a> {
     id: &'a str,
     kind: &'a str,
     settings: &'a str,
+}
+
+impl BackEnd<'_> {
+    /// What the operator calls it: QEMU gives nameless ones a new number at each start, so they go by their kind.
+    fn handle(&self) -> &str {
+        if self.id.starts_with('#') {
+            self.kind
+        } else {
+            self.id
+        }
+    }
 }
 
 /// Lines ` \ NAME: index=N,type=KIND,…` of `info network`.
@@ -293,16 +306,37 @@ fn interface_of(back_end: &BackEnd<'_>, tun_fds: &[(u32, String)]) -> Option<Str
 fn check_chardevs(facts: &Facts, allow: &Allowances, refusals: &mut Vec<Refusal>) {
     for chardev in facts.chardevs.as_array().into_iter().flatten() {
         let (id, target) = (text(chardev, "label"), text(chardev, "filename"));
-        // Monitors are character devices, too; only those of the guest's devices are its output.
-        let of_guest = facts.device_tree.contains(&format!("chardev = \"{id}\""));
-        let kept_inside = matches!(target, "null" | "vc") || target.starts_with("vc:") || target == "ringbuf";
-        if of_guest && !kept_inside && !allow.covers([id]) {
+        // Not every device shows its character device, so whatever is no monitor counts as the guest's.
+        let of_monitor = id.starts_with("compat_monitor") || facts.monitors.iter().any(|m| m == id);
+        let kept_inside = matches!(target, "null" | "vc" | "ringbuf") || target.starts_with("vc:");
+        if !of_monitor && !kept_inside && !allow.covers([id]) {
             refusals.push(Refusal::UngatedChardev {
                 id: id.to_owned(),
                 target: target.to_owned(),
             });
         }
     }
+}
+
+/// Ids of the character devices that a command line (zero bytes between its words) gives to monitors:
+/// `-mon [chardev=]ID,…`, `-qmp chardev:ID` and their like.
+pub(super) fn monitors(cmdline: &[u8]) -> Vec<String> {
+    let words: Vec<String> = cmdline
+        .split(|byte| *byte == 0)
+        .map(|word| String::from_utf8_lossy(word).into_owned())
+        .collect();
+    let of_pair = |pair: &[String]| {
+        let value = pair[1].as_str();
+        match pair[0].trim_start_matches('-') {
+            "mon" => {
+                let named = value.split(',').find_map(|part| part.strip_prefix("chardev="));
+                Some(named.or_else(|| value.split(',').next())?.to_owned())
+            }
+            "monitor" | "qmp" | "qmp-pretty" => Some(value.strip_prefix("chardev:")?.to_owned()),
+            _ => None,
+        }
+    };
+    words.windows(2).filter_map(of_pair).collect()
 }
 
 fn check_disks(facts: &Facts, allow: &Allowances, refusals: &mut Vec<Refusal>) {

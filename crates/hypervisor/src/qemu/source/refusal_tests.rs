@@ -109,12 +109,12 @@ fn slirp_on_a_hub_is_refused_by_its_own_name() {
         ..running()
     };
     let expected = Refusal::UngatedNetdev {
-        id: "#net150".into(),
+        id: "user".into(),
         kind: "user".into(),
         interface: None,
     };
     assert_eq!(verdict(&facts, &[], &[]), [expected]);
-    assert_eq!(verdict(&facts, &[], &["#net150"]), []);
+    assert_eq!(verdict(&facts, &[], &["user"]), []);
 }
 
 #[test]
@@ -141,8 +141,9 @@ fn consoles_of_the_guest_are_refused_and_monitors_are_not() {
         chardevs: json!([
             {"label": "serial0", "filename": "file"}, {"label": "compat_monitor0", "filename": "unix:/q"},
             {"label": "parallel0", "filename": "vc"}, {"label": "serial1", "filename": "null"},
+            {"label": "charmon", "filename": "unix:/m"}, {"label": "q", "filename": "unix:/n"},
         ]),
-        device_tree: "chardev = \"serial0\"\n chardev = \"parallel0\"\n chardev = \"serial1\"\n".into(),
+        monitors: monitors(b"qemu\0-mon\0chardev=charmon,mode=control\0-qmp\0chardev:q\0-monitor\0stdio\0"),
         ..running()
     };
     let expected = Refusal::UngatedChardev {

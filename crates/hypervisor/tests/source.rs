@@ -1,0 +1,406 @@
+//! Checkpoints of real guests: complete, without a trace afterwards, and refused where they would not be.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use common::{Guest, counters, linux};
+use romulus_hypervisor::qemu::bootstrap::MigrationSettings;
+use romulus_hypervisor::qemu::qmp::{Monitor, Qmp};
+use romulus_hypervisor::qemu::source::{
+    AttachError, AttachOptions, GuardianProgram, QemuSource, Refusal, guardian,
+};
+use romulus_hypervisor::source::{BarrierError, Checkpoint, GuestEvent, GuestSource};
+use romulus_types::{PAGE_BYTES, PageIndex};
+use serde_json::{Value, json};
+
+const Q35: &[&str] = &["-nodefaults", "-M", "q35,accel=tcg", "-m", "128"];
+const Q35_SHARED: &[&str] = &[
+    "-object",
+    "memory-backend-memfd,id=ram0,size=128M,share=on",
+    "-nodefaults",
+    "-M",
+    "q35,accel=tcg,memory-backend=ram0",
+    "-m",
+    "128",
+];
+const DISPOSABLE: &[&str] = &["serial0", "user", "n0", "n1"];
+
+/// Not a test of its own: the guardian process of the tests below.
+#[test]
+fn helper_guardian() {
+    let last = std::env::args().last().unwrap();
+    if last.starts_with('{') {
+        guardian::run(&[last]).unwrap();
+    }
+}
+
+fn options(guest: &Guest, folder: &Path) -> AttachOptions {
+    let args = ["helper_guardian", "--exact", "--nocapture"]
+        .map(str::to_owned)
+        .to_vec();
+    let program = GuardianProgram {
+        exe: std::env::current_exe().unwrap(),
+        args,
+    };
+    let mut options = AttachOptions::new(guest.qmp_path(), program);
+    options.fifo_dir = folder.join("fifos");
+    options.allow.disposable = DISPOSABLE.iter().map(|id| (*id).to_owned()).collect();
+    // The machine that runs the tests may be busy with other things.
+    options.pause_limit_ns = 10_000_000_000;
+    options
+}
+
+/// A guest with a second monitor, which is not ours.
+fn start(arguments: &[&str], workloads: &str) -> (Guest, Qmp) {
+    let mut more = linux(workloads);
+    let folder = tempfile::Builder::new()
+        .prefix("romulus-src-")
+        .tempdir()
+        .unwrap()
+        .keep();
+    let other = folder.join("other");
+    more.extend([
+        "-qmp".to_owned(),
+        format!("unix:{},server=on,wait=off", other.display()),
+    ]);
+    let guest = Guest::start(arguments, &more);
+    guest.wait_for("counter 3");
+    let monitor = Qmp::connect(&other, Instant::now() + Duration::from_secs(10)).unwrap();
+    std::fs::remove_dir_all(folder).unwrap();
+    (guest, monitor)
+}
+
+fn goes_on(guest: &Guest) {
+    let at = *counters(&guest.serial()).last().unwrap();
+    guest.wait_for(&format!("counter {}", at + 3));
+}
+
+fn status(monitor: &mut Qmp) -> String {
+    monitor.execute("query-status", Value::Null).unwrap()["status"]
+        .as_str()
+        .unwrap()
+        .to_owned()
+}
+
+/// The backup's copy of a guest's memory.
+struct Image(Vec<u8>);
+
+impl Image {
+    fn first_copy(source: &mut QemuSource) -> Self {
+        let mut bytes = vec![0; usize::try_from(source.layout().bytes()).unwrap()];
+        for (position, chunk) in bytes.chunks_mut(64 * PAGE_BYTES).enumerate() {
+            source.read_pages(PageIndex(position as u64 * 64), chunk).unwrap();
+        }
+        Self(bytes)
+    }
+
+    fn apply(&mut self, checkpoint: &Checkpoint) {
+        assert!(checkpoint.pages.is_sorted_by(|a, b| a < b), "pages ascend");
+        for (page, content) in checkpoint.page_contents() {
+            let at = usize::try_from(page.0).unwrap() * PAGE_BYTES;
+            self.0[at..at + PAGE_BYTES].copy_from_slice(content);
+        }
+    }
+
+    /// Compares a block with what QEMU itself writes out for a guest physical range.
+    fn compare(&self, source: &QemuSource, other: &mut Qmp, block: &str, offset: u64, gpa: u64, bytes: u64) {
+        let layout = source.layout();
+        let name = |b: &&romulus_types::RamBlock| b.name.rsplit('/').next() == Some(block);
+        let block = layout
+            .blocks()
+            .iter()
+            .find(name)
+            .unwrap_or_else(|| panic!("no block {block}"));
+        let first = layout.first_page(layout.find(&block.name).unwrap()).0 * 4096 + offset;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let arguments = json!({ "val": gpa, "size": bytes, "filename": file.path().to_str().unwrap() });
+        other.execute("pmemsave", arguments).unwrap();
+        let truth = std::fs::read(file.path()).unwrap();
+        let ours = &self.0[usize::try_from(first).unwrap()..][..truth.len()];
+        let differ = truth
+            .chunks(4096)
+            .zip(ours.chunks(4096))
+            .filter(|(a, b)| a != b)
+            .count();
+        assert_eq!(differ, 0, "pages of {} differ from QEMU's", block.name);
+    }
+}
+
+/// (block, offset, guest physical address, bytes) to be compared.
+type Ranges<'a> = &'a [(&'a str, u64, u64, u64)];
+
+fn every_checkpoint_is_complete(arguments: &[&str], workloads: &str, ranges: Ranges<'_>) {
+    let (guest, mut other) = start(arguments, workloads);
+    let folder = tempfile::tempdir().unwrap();
+    let mut source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+    source.bootstrap().unwrap();
+    assert!(source.machine().check().is_ok());
+    source.arm().unwrap();
+    let mut image = Image::first_copy(&mut source);
+    let mut checkpoint = Checkpoint::default();
+    source.precopy(&mut checkpoint).unwrap();
+    image.apply(&checkpoint);
+    for round in 0..6 {
+        for epoch in 0..8 {
+            std::thread::sleep(Duration::from_millis(10));
+            // A barrier that fails must lose nothing.
+            let broken = epoch == 3;
+            let mut barrier = || match broken {
+                true => Err(BarrierError::new("the gate is gone".into())),
+                false => Ok(()),
+            };
+            match source.capture(&mut barrier, false, &mut checkpoint) {
+                Ok(report) => {
+                    assert_eq!(report.dirty_pages, checkpoint.pages.len() as u64);
+                    assert!(checkpoint.device_state.starts_with(b"QEVM"));
+                    image.apply(&checkpoint);
+                }
+                Err(_) => assert!(broken),
+            }
+        }
+        source.capture(&mut || Ok(()), true, &mut checkpoint).unwrap();
+        image.apply(&checkpoint);
+        assert_eq!(status(&mut other), "paused");
+        for (block, offset, gpa, bytes) in ranges {
+            image.compare(&source, &mut other, block, *offset, *gpa, *bytes);
+        }
+        let now = Image::first_copy(&mut source);
+        assert!(
+            now.0 == image.0,
+            "round {round}: blocks outside of the compared ranges differ"
+        );
+        source.resume().unwrap();
+        goes_on(&guest);
+    }
+    assert_eq!(source.poll_events(), [], "our own pauses are nobody's business");
+    Box::new(source).detach().unwrap();
+}
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn every_checkpoint_of_shared_memory_is_complete() {
+    let ranges = [
+        ("ram0", 0, 0, 640 << 10),
+        ("ram0", MIB, MIB, 127 * MIB),
+        ("pc.bios", 0, 0xfffc_0000, 0x4_0000),
+    ];
+    every_checkpoint_is_complete(Q35_SHARED, "counter:50,dirty:800:25", &ranges);
+}
+
+#[test]
+fn every_checkpoint_of_plain_memory_is_complete() {
+    let ranges = [
+        ("pc.ram", 0, 0, 640 << 10),
+        ("pc.ram", MIB, MIB, 127 * MIB),
+        ("pc.bios", 0, 0xfffc_0000, 0x4_0000),
+    ];
+    every_checkpoint_is_complete(Q35, "counter:50,dirty:800:25", &ranges);
+}
+
+#[test]
+fn every_checkpoint_of_the_default_machine_is_complete() {
+    let ranges = [
+        ("pc.ram", 0, 0, 640 << 10),
+        ("pc.ram", MIB, MIB, 127 * MIB),
+        ("pc.bios", 0, 0xfffc_0000, 0x4_0000),
+        ("vga.vram", 0, 0xfd00_0000, 16 * MIB),
+    ];
+    every_checkpoint_is_complete(
+        &["-accel", "tcg", "-m", "128"],
+        "counter:50,dirty:300:25",
+        &ranges,
+    );
+}
+
+#[test]
+fn every_checkpoint_of_a_guest_with_two_vcpus_and_twin_roms_is_complete() {
+    let more = [
+        "-smp",
+        "2",
+        "-netdev",
+        "user,id=n0",
+        "-device",
+        "e1000,netdev=n0",
+        "-netdev",
+        "user,id=n1",
+    ];
+    let arguments = [Q35, &more, &["-device", "e1000,netdev=n1"]].concat();
+    let ranges = [("pc.ram", MIB, MIB, 127 * MIB)];
+    every_checkpoint_is_complete(&arguments, "counter:50,dirty:500:25", &ranges);
+}
+
+fn traces(guest: &Guest, other: &mut Qmp) -> (usize, bool, MigrationSettings) {
+    let proc = format!("/proc/{}", guest.process.id());
+    let smaps = std::fs::read_to_string(format!("{proc}/smaps")).unwrap();
+    let registered = smaps
+        .lines()
+        .any(|line| line.starts_with("VmFlags") && line.contains(" uw"));
+    let fds = std::fs::read_dir(format!("{proc}/fd")).unwrap().count();
+    (fds, registered, MigrationSettings::read(other).unwrap())
+}
+
+fn attach_leaves_no_trace(arguments: &[&str]) {
+    let (guest, mut other) = start(arguments, "counter:50,dirty:200:25");
+    let folder = tempfile::tempdir().unwrap();
+    // A folder that another user can pass through, too.
+    std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
+    let before = traces(&guest, &mut other);
+    assert!(!before.1);
+    for _ in 0..3 {
+        let mut source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+        source.bootstrap().unwrap();
+        source.arm().unwrap();
+        assert!(traces(&guest, &mut other).1, "attached, so registered");
+        let mut checkpoint = Checkpoint::default();
+        for _ in 0..3 {
+            source.capture(&mut || Ok(()), false, &mut checkpoint).unwrap();
+        }
+        Box::new(source).detach().unwrap();
+        // QEMU closes our monitor connection in its own time.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while traces(&guest, &mut other) != before {
+            assert!(
+                Instant::now() < deadline,
+                "{:?} is not {before:?}",
+                traces(&guest, &mut other)
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(std::fs::read_dir(folder.path().join("fifos")).unwrap().count(), 0);
+        goes_on(&guest);
+    }
+}
+
+#[test]
+fn detaching_leaves_no_trace_and_attaching_again_works() {
+    attach_leaves_no_trace(Q35_SHARED);
+}
+
+#[test]
+fn a_qemu_of_another_user_is_protected_without_a_trace() {
+    attach_leaves_no_trace(&[Q35, &["-runas", "nobody"]].concat());
+}
+
+#[test]
+fn what_is_not_gated_is_refused_all_at_once_and_the_guest_is_untouched() {
+    let (guest, mut other) = start(&["-accel", "tcg", "-m", "128"], "counter:50");
+    let folder = tempfile::tempdir().unwrap();
+    let before = traces(&guest, &mut other);
+    let mut strict = options(&guest, folder.path());
+    strict.allow.disposable = BTreeSet::new();
+    strict.taps = vec!["no-such-tap".to_owned()];
+    let Err(AttachError::Refused(refusals)) = QemuSource::attach(strict) else {
+        panic!("it was not refused")
+    };
+    let netdev = |r: &Refusal| matches!(r, Refusal::UngatedNetdev { kind, .. } if kind == "user");
+    let console = |r: &Refusal| matches!(r, Refusal::UngatedChardev { id, .. } if id == "serial0");
+    assert!(
+        refusals.iter().any(netdev) && refusals.iter().any(console),
+        "{refusals:?}"
+    );
+    assert!(refusals.contains(&Refusal::TapNotUsed("no-such-tap".into())));
+    assert_eq!(refusals.len(), 3, "{refusals:?}");
+    goes_on(&guest);
+    let after = traces(&guest, &mut other);
+    assert!(!after.1 && after.2 == before.2);
+}
+
+#[test]
+fn a_guest_that_somebody_protects_is_refused_by_name() {
+    let (guest, other) = start(Q35, "counter:50");
+    drop(other);
+    let folder = tempfile::tempdir().unwrap();
+    let source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+    let refused = QemuSource::attach(options(&guest, folder.path())).err().unwrap();
+    assert!(
+        matches!(refused, AttachError::ProtectedByAnother { .. }),
+        "{refused}"
+    );
+    drop(source);
+    // Not detached: the guardian has to clean up first, and then it works.
+    let source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+    Box::new(source).detach().unwrap();
+    goes_on(&guest);
+}
+
+#[test]
+fn a_paused_guest_and_a_process_that_is_no_qemu_are_refused() {
+    let (guest, mut other) = start(Q35, "counter:50");
+    let folder = tempfile::tempdir().unwrap();
+    other.execute("stop", Value::Null).unwrap();
+    let Err(AttachError::Refused(refusals)) = QemuSource::attach(options(&guest, folder.path())) else {
+        panic!("it was not refused")
+    };
+    assert_eq!(refusals, [Refusal::NotRunning("paused".into())]);
+    let mut wrong = options(&guest, folder.path());
+    wrong.pid = Some(std::process::id());
+    assert!(matches!(
+        QemuSource::attach(wrong),
+        Err(AttachError::NotQemu { .. })
+    ));
+}
+
+fn next_events(source: &mut QemuSource) -> Vec<GuestEvent> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let events = source.poll_events();
+        if !events.is_empty() {
+            return events;
+        }
+        assert!(Instant::now() < deadline, "no event came");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn what_others_do_to_the_guest_is_reported() {
+    let arguments = ["-nodefaults", "-M", "pc,accel=tcg", "-m", "128"];
+    let (guest, mut other) = start(&arguments, "counter:50");
+    let folder = tempfile::tempdir().unwrap();
+    let mut source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+    source.bootstrap().unwrap();
+    source.arm().unwrap();
+    let mut checkpoint = Checkpoint::default();
+    other.execute("stop", Value::Null).unwrap();
+    assert_eq!(next_events(&mut source), [GuestEvent::Paused]);
+    // A paused guest can still be captured, and stays paused.
+    source.capture(&mut || Ok(()), false, &mut checkpoint).unwrap();
+    assert_eq!(status(&mut other), "paused");
+    other.execute("cont", Value::Null).unwrap();
+    assert_eq!(next_events(&mut source), [GuestEvent::Resumed]);
+    source.suspend().unwrap();
+    assert_eq!(status(&mut other), "paused");
+    source.resume().unwrap();
+    assert_eq!(source.poll_events(), [], "suspending was our own doing");
+    other
+        .execute("device_add", json!({"driver": "virtio-rng-pci", "id": "rng7"}))
+        .unwrap();
+    assert_eq!(next_events(&mut source), [GuestEvent::DevicesChanged]);
+    other.execute("system_reset", Value::Null).unwrap();
+    assert_eq!(next_events(&mut source), [GuestEvent::Reset]);
+    source.bootstrap().unwrap();
+    source.arm().unwrap();
+    source.capture(&mut || Ok(()), false, &mut checkpoint).unwrap();
+    let quit = other.execute("quit", Value::Null);
+    assert!(quit.is_ok());
+    // A reset may be reported more than once, as the firmware resets the machine again.
+    assert_eq!(next_events(&mut source).last(), Some(&GuestEvent::PoweredOff));
+    assert!(source.capture(&mut || Ok(()), false, &mut checkpoint).is_err());
+    assert_eq!(source.poll_events(), []);
+}
+
+#[test]
+fn a_qemu_that_is_killed_is_gone() {
+    let (mut guest, _other) = start(Q35, "counter:50");
+    let folder = tempfile::tempdir().unwrap();
+    let mut source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+    guest.process.kill().unwrap();
+    guest.process.wait().unwrap();
+    assert_eq!(next_events(&mut source), [GuestEvent::Gone]);
+    assert_eq!(source.poll_events(), []);
+    Box::new(source).detach().unwrap();
+}
