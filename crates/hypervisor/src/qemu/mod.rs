@@ -4,4 +4,5 @@ pub mod bootstrap;
 pub mod cmdline;
 pub mod qmp;
 pub mod source;
+pub mod standby;
 pub mod stream;

@@ -47,6 +47,14 @@ impl Drives {
         }
     }
 
+    /// The name of the node that uses `name`.
+    fn above(&self, name: &str) -> Option<&str> {
+        self.blockdevs
+            .iter()
+            .find(|b| b.get("file") == Some(name))?
+            .get("node-name")
+    }
+
     /// Whether a node above `name` makes it read-only.
     fn is_read_only(&self, name: &str) -> bool {
         let above: Vec<&Props> = self
@@ -165,7 +173,9 @@ impl Derivation<'_> {
             self.put("blockdev", props.to_string());
         } else if self.drives.flash.contains(&node) {
             if let Some(key) = key {
-                let path = self.private_flash(&[&node])?;
+                // QEMU tells the size of the node that the machine uses, above the file.
+                let above = self.drives.above(&node).unwrap_or_default().to_owned();
+                let path = self.private_flash(&[&node, &above])?;
                 props.set(key, path);
             }
             self.put("blockdev", props.to_string());
@@ -187,9 +197,11 @@ impl Derivation<'_> {
 
     /// A writable file node: left out when the node above it became an empty disk, refused otherwise.
     fn blockdev_below(&mut self, given: &Given, node: &str) -> Result<(), CmdlineError> {
-        let above = self.drives.blockdevs.iter().find(|b| b.get("file") == Some(node));
-        let above = above.and_then(|b| b.get("node-name")).map(str::to_owned);
-        if above.is_some_and(|name| self.is_disposable(&[&name])) {
+        if self
+            .drives
+            .above(node)
+            .is_some_and(|name| self.is_disposable(&[name]))
+        {
             return Ok(());
         }
         Err(given.refuse(format!(

@@ -340,7 +340,7 @@ fn libvirts_flash_nodes_are_told_from_disks() {
         -blockdev {"node-name":"vars","read-only":false,"driver":"raw","file":"vars-s"}"#;
     let mut spec = machine(line, PLAIN);
     spec.disks.push(Disk {
-        id: "vars-s".into(),
+        id: "vars".into(),
         bytes: 4096,
     });
     let derived = derive(&spec, &plan(&[])).unwrap();

@@ -1,0 +1,367 @@
+//! A stock QEMU as a standby: proven by a trial, waiting with its memory in the image's file, woken by a stream.
+//!
+//! ```text
+//!   trial:    -S -incoming defer, mem-path=IMAGE,share=off, throwaway taps ── stream ──► "paused" ──► killed
+//!   waiting:     -incoming defer, mem-path=IMAGE,share=on  ................... stream ──► RESUME: active
+//! ```
+//!
+//! The stream carries device state and the small blocks; the main memory is in place. QEMU makes the taps itself, by the
+//! names of [`QemuStandby::taps`], so they vanish with it.
+//!
+//! Each machine is a process in a session of its own, without a parent-death signal: it outlives the agent. In its folder it has its
+//! monitor's socket, by which the next agent, or a replicator that protects the guest again, finds it.
+
+mod check;
+mod load;
+mod process;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::qemu::cmdline::{Derived, Plan, derive, taps_needed};
+use crate::qemu::qmp::{Monitor, Qmp};
+use crate::spec::{Hypervisor, MachineSpec};
+use crate::standby::{ActivationReport, Committed, Standby, StandbyError, TrialReport};
+
+use process::{Process, error_with_stderr};
+
+/// Where and how a standby runs.
+#[derive(Clone, Debug)]
+pub struct StandbyOptions {
+    /// A folder of its own for sockets, logs and private files; made if it is missing.
+    pub run_dir: PathBuf,
+    /// The beginning of its taps' names, at most 11 bytes; "w0" or "t0" follows.
+    pub tap_prefix: String,
+    /// The name of the VM in the process list.
+    pub name: String,
+    /// Log the guest's first serial line to `serial` in the machine's folder. The log grows without limit.
+    pub log_serial: bool,
+    /// What starts QEMU, before its command line: it must exec, so that the process stays the same. By default `setsid`.
+    pub launcher: Vec<String>,
+    /// How long QEMU may take to start.
+    pub start_timeout: Duration,
+    /// How long it may take to load a checkpoint.
+    pub load_timeout: Duration,
+}
+
+impl StandbyOptions {
+    /// The defaults.
+    pub fn new(run_dir: impl AsRef<Path>, tap_prefix: impl Into<String>) -> Self {
+        Self {
+            run_dir: run_dir.as_ref().to_owned(),
+            tap_prefix: tap_prefix.into(),
+            name: "standby".into(),
+            log_serial: false,
+            launcher: vec!["setsid".into()],
+            start_timeout: Duration::from_secs(15),
+            load_timeout: Duration::from_secs(15),
+        }
+    }
+}
+
+/// A machine that waits: its process and its monitor.
+struct Waiting {
+    process: Process,
+    qmp: Qmp,
+}
+
+enum State {
+    Idle,
+    Waiting(Box<Waiting>),
+    Active(Process),
+}
+
+/// A standby of one machine.
+pub struct QemuStandby {
+    spec: MachineSpec,
+    options: StandbyOptions,
+    host_cpu: String,
+    taps: Vec<String>,
+    changes: Vec<String>,
+    state: State,
+}
+
+/// The two machines that a standby starts.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    Trial,
+    Wait,
+}
+
+impl Purpose {
+    fn folder(self) -> &'static str {
+        match self {
+            Self::Trial => "trial",
+            Self::Wait => "machine",
+        }
+    }
+
+    fn tap(self, prefix: &str, number: usize) -> String {
+        let letter = if self == Self::Trial { 't' } else { 'w' };
+        format!("{prefix}{letter}{number}")
+    }
+}
+
+impl QemuStandby {
+    /// Checks that this host can be a standby for the machine: the rules, the files, the QEMU that is installed.
+    ///
+    /// A machine that an earlier agent left waiting in the folder is ended.
+    ///
+    /// # Errors
+    /// What is missing or different here, and when the guest itself runs in the folder already.
+    pub fn prepare(spec: &MachineSpec, options: StandbyOptions) -> Result<Self, StandbyError> {
+        if spec.hypervisor != Hypervisor::Qemu {
+            return Err(StandbyError::plain(
+                "the primary's machine is not QEMU's, so no QEMU can be its standby",
+            ));
+        }
+        let rules =
+            |error| StandbyError::new("no standby can be derived from the primary's command line", error);
+        let count = taps_needed(spec).map_err(rules)?;
+        let longest = Purpose::Wait.tap(&options.tap_prefix, count);
+        if longest.len() > 15 {
+            return Err(StandbyError::plain(format!(
+                "the tap name {longest:?} is too long: shorten its prefix"
+            )));
+        }
+        let taps = (0..count)
+            .map(|n| Purpose::Wait.tap(&options.tap_prefix, n))
+            .collect();
+        let mut standby = Self {
+            spec: spec.clone(),
+            host_cpu: check::host_cpu(),
+            options,
+            taps,
+            changes: Vec::new(),
+            state: State::Idle,
+        };
+        // The RAM's place is known later; everything else can be refused now.
+        let derived = derive(spec, &standby.plan(Purpose::Wait, Path::new("(the image)"))).map_err(rules)?;
+        check::files(spec, &derived.files)?;
+        standby.changes = derived.changes;
+        standby.clear_leftover()?;
+        Ok(standby)
+    }
+
+    /// The names of the waiting or active machine's taps, in the order of its network devices.
+    pub fn taps(&self) -> &[String] {
+        &self.taps
+    }
+
+    /// Forgets the machine without ending it: the agent ends and the next one finds it in the folder.
+    pub fn abandon(mut self) {
+        match &mut self.state {
+            State::Waiting(machine) => machine.process.outlive(),
+            State::Active(process) => process.outlive(),
+            State::Idle => {}
+        }
+    }
+
+    /// The folder of one machine.
+    fn folder(&self, purpose: Purpose) -> PathBuf {
+        self.options.run_dir.join(purpose.folder())
+    }
+
+    fn plan(&self, purpose: Purpose, main_ram: &Path) -> Plan {
+        let folder = self.folder(purpose);
+        let taps = (0..self.taps.len())
+            .map(|n| purpose.tap(&self.options.tap_prefix, n))
+            .collect();
+        Plan {
+            name: self.options.name.clone(),
+            main_ram: main_ram.to_owned(),
+            share: purpose == Purpose::Wait,
+            taps,
+            qmp: folder.join("qmp"),
+            serial_log: self.options.log_serial.then(|| folder.join("serial")),
+            private_dir: folder,
+            host_cpu: self.host_cpu.clone(),
+        }
+    }
+
+    /// Ends a machine that waits in our folder, left by an earlier agent.
+    fn clear_leftover(&self) -> Result<(), StandbyError> {
+        for purpose in [Purpose::Trial, Purpose::Wait] {
+            let socket = self.folder(purpose).join("qmp");
+            if !socket.exists() {
+                continue;
+            }
+            // Nobody listens: the machine is gone.
+            let Ok(mut qmp) = Qmp::connect(&socket, Instant::now() + Duration::from_secs(2)) else {
+                continue;
+            };
+            let state = load::run_state(&mut qmp).unwrap_or_default();
+            if purpose == Purpose::Wait && state != "inmigrate" {
+                return Err(StandbyError::plain(format!(
+                    "a guest that is {state:?} has its monitor at {}: it was taken over; end it first",
+                    socket.display()
+                )));
+            }
+            // The reply may be lost with the process.
+            let _ = qmp.execute("quit", serde_json::Value::Null);
+        }
+        Ok(())
+    }
+
+    /// Starts a machine and waits for its monitor.
+    fn start(&self, purpose: Purpose, main_ram: &Path) -> Result<Waiting, StandbyError> {
+        let folder = self.folder(purpose);
+        let failed =
+            |source| StandbyError::new(format!("could not use the folder {}", folder.display()), source);
+        if folder.exists() {
+            fs::remove_dir_all(&folder).map_err(failed)?;
+        }
+        fs::create_dir_all(&folder).map_err(failed)?;
+        let derived = derive(&self.spec, &self.plan(purpose, main_ram));
+        let derived = derived.map_err(|error| StandbyError::new("no standby can be derived", error))?;
+        for file in &derived.private_files {
+            let made = fs::File::create(&file.path).and_then(|made| made.set_len(file.bytes));
+            made.map_err(failed)?;
+        }
+        let Derived { mut argv, .. } = derived;
+        if purpose == Purpose::Trial {
+            argv.push("-S".into());
+        }
+        let mut process = Process::spawn(&self.options.launcher, &argv, &folder)?;
+        let mut qmp = process.connect(&folder.join("qmp"), self.options.start_timeout)?;
+        check::version(&self.spec, qmp.version())?;
+        check::cpu_features(&self.spec, &self.host_cpu, &process.stderr())?;
+        let state = load::run_state(&mut qmp)
+            .map_err(|error| error_with_stderr("it does not answer", error, &process))?;
+        if state != "inmigrate" {
+            return Err(StandbyError::plain(format!(
+                "the standby is {state:?} instead of waiting for a checkpoint"
+            )));
+        }
+        Ok(Waiting { process, qmp })
+    }
+
+    fn main_ram<'a>(&self, ram: &'a [PathBuf]) -> Result<&'a Path, StandbyError> {
+        if ram.len() != self.spec.layout.blocks().len() {
+            return Err(StandbyError::plain(
+                "the image has another number of RAM blocks than the machine",
+            ));
+        }
+        Ok(&ram[usize::from(self.spec.main.0)])
+    }
+}
+
+impl Standby for QemuStandby {
+    fn trial_load(&mut self, checkpoint: &Committed<'_>) -> Result<TrialReport, StandbyError> {
+        let begun = Instant::now();
+        let mut machine = self.start(Purpose::Trial, self.main_ram(checkpoint.ram)?)?;
+        let started = Instant::now();
+        let loaded = load::load(
+            &self.spec,
+            &mut machine,
+            checkpoint,
+            load::Goal::Paused,
+            self.options.load_timeout,
+        );
+        machine.process.kill();
+        // Its flash copies and sockets are of no use to anybody.
+        let _ = fs::remove_dir_all(self.folder(Purpose::Trial));
+        let loaded = loaded?;
+        Ok(TrialReport {
+            start_us: micros(started - begun),
+            load_us: micros(started.elapsed()),
+            stream_bytes: loaded.stream_bytes,
+        })
+    }
+
+    fn start_waiting(&mut self, ram: &[PathBuf]) -> Result<(), StandbyError> {
+        if matches!(self.state, State::Active(_)) {
+            return Err(StandbyError::plain("the guest runs here already"));
+        }
+        if self.is_waiting() {
+            return Ok(());
+        }
+        self.state = State::Idle;
+        let machine = self.start(Purpose::Wait, self.main_ram(ram)?)?;
+        self.state = State::Waiting(Box::new(machine));
+        Ok(())
+    }
+
+    fn activate(&mut self, checkpoint: &Committed<'_>) -> Result<ActivationReport, StandbyError> {
+        let begun = Instant::now();
+        let warm = self.is_waiting();
+        self.start_waiting(checkpoint.ram)?;
+        let started = Instant::now();
+        let State::Waiting(mut machine) = std::mem::replace(&mut self.state, State::Idle) else {
+            unreachable!("start_waiting leaves a machine waiting")
+        };
+        let goal = load::Goal::Running;
+        let loaded = load::load(
+            &self.spec,
+            &mut machine,
+            checkpoint,
+            goal,
+            self.options.load_timeout,
+        );
+        // A machine that failed to load is ended by the drop of its process; no guest runs then.
+        let loaded = loaded?;
+        let report = ActivationReport {
+            warm,
+            start_us: if warm { 0 } else { micros(started - begun) },
+            stream_us: micros(loaded.stream),
+            total_us: micros(begun.elapsed()),
+            stream_bytes: loaded.stream_bytes,
+        };
+        let Waiting { mut process, qmp } = *machine;
+        // The monitor takes one client at a time: leave it to whoever protects the guest next.
+        drop(qmp);
+        process.outlive();
+        self.state = State::Active(process);
+        Ok(report)
+    }
+
+    fn is_waiting(&mut self) -> bool {
+        match &mut self.state {
+            State::Waiting(machine) => machine.process.is_alive(),
+            _ => false,
+        }
+    }
+
+    fn is_active(&mut self) -> bool {
+        match &mut self.state {
+            State::Active(process) => process.is_alive(),
+            _ => false,
+        }
+    }
+
+    fn pid(&self) -> Option<u32> {
+        match &self.state {
+            State::Idle => None,
+            State::Waiting(machine) => Some(machine.process.pid()),
+            State::Active(process) => Some(process.pid()),
+        }
+    }
+
+    fn control_path(&self) -> Option<PathBuf> {
+        (!matches!(self.state, State::Idle)).then(|| self.folder(Purpose::Wait).join("qmp"))
+    }
+
+    fn differences(&self) -> &[String] {
+        &self.changes
+    }
+
+    fn dismiss(&mut self) {
+        if matches!(self.state, State::Waiting(_)) {
+            // The drop of a process that is not told to outlive us ends it.
+            self.state = State::Idle;
+        }
+    }
+
+    fn kill(&mut self) {
+        match std::mem::replace(&mut self.state, State::Idle) {
+            State::Idle => {}
+            State::Waiting(mut machine) => machine.process.kill(),
+            State::Active(mut process) => process.kill(),
+        }
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

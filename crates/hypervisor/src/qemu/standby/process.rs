@@ -1,0 +1,135 @@
+//! One QEMU process: started in a session of its own, with the end of what it says on stderr.
+
+use std::collections::VecDeque;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::qemu::qmp::{Qmp, QmpError};
+use crate::standby::StandbyError;
+
+/// How much of stderr is kept, in bytes.
+const STDERR_BYTES_MAX: usize = 8 << 10;
+const POLL: Duration = Duration::from_millis(2);
+
+type Tail = Arc<Mutex<VecDeque<u8>>>;
+
+/// A process that is killed when it is dropped, unless it was told to outlive us.
+pub(super) struct Process {
+    child: Child,
+    tail: Tail,
+    outlives: bool,
+}
+
+impl Process {
+    pub(super) fn spawn(launcher: &[String], argv: &[String], folder: &Path) -> Result<Self, StandbyError> {
+        let words: Vec<&String> = launcher.iter().chain(argv).collect();
+        let mut child = Command::new(words[0])
+            .args(&words[1..])
+            .current_dir(folder)
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|error| {
+                StandbyError::new(format!("could not run {}: is QEMU installed?", words[0]), error)
+            })?;
+        let tail = Tail::default();
+        if let Some(stderr) = child.stderr.take() {
+            let tail = Arc::clone(&tail);
+            // Ends with the process. QEMU ignores the broken pipe that it gets when we end before it.
+            std::thread::spawn(move || keep_tail(stderr, &tail));
+        }
+        Ok(Self {
+            child,
+            tail,
+            outlives: false,
+        })
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(super) fn is_alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    pub(super) fn outlive(&mut self) {
+        self.outlives = true;
+    }
+
+    pub(super) fn kill(&mut self) {
+        // Fails only when it is dead already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// The end of what it said.
+    pub(super) fn stderr(&self) -> String {
+        let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes: Vec<u8> = tail.iter().copied().collect();
+        String::from_utf8_lossy(&bytes).trim().to_owned()
+    }
+
+    /// Waits for its monitor.
+    pub(super) fn connect(&mut self, socket: &Path, timeout: Duration) -> Result<Qmp, StandbyError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if !self.is_alive() {
+                // What it said last may still be on its way through the pipe.
+                std::thread::sleep(Duration::from_millis(50));
+                return Err(StandbyError::plain(format!(
+                    "the standby's QEMU ended at once: {}",
+                    self.stderr()
+                )));
+            }
+            let error = match Qmp::connect(socket, deadline) {
+                Ok(qmp) => return Ok(qmp),
+                Err(error) => error,
+            };
+            let not_yet = matches!(error, QmpError::Connect { .. } | QmpError::Closed);
+            if !not_yet || Instant::now() >= deadline {
+                return Err(error_with_stderr(
+                    "the standby's monitor cannot be reached",
+                    error,
+                    self,
+                ));
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if !self.outlives {
+            self.kill();
+        }
+    }
+}
+
+fn keep_tail(mut stderr: ChildStderr, tail: &Tail) {
+    let mut chunk = [0u8; 1024];
+    while let Ok(count @ 1..) = stderr.read(&mut chunk) {
+        let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
+        tail.extend(&chunk[..count]);
+        let excess = tail.len().saturating_sub(STDERR_BYTES_MAX);
+        tail.drain(..excess);
+    }
+}
+
+/// An error with what QEMU said about it.
+pub(super) fn error_with_stderr(what: &str, error: QmpError, process: &Process) -> StandbyError {
+    let said = process.stderr();
+    let what = if said.is_empty() {
+        what.to_owned()
+    } else {
+        format!("{what} (QEMU said: {said})")
+    };
+    StandbyError::new(what, error)
+}
