@@ -21,6 +21,10 @@ use crate::tls::{self, Service};
 /// What a server says first, so that a client knows that its own certificate was accepted: in TLS 1.3 a client
 /// is done before the server has seen that certificate.
 pub(crate) const GREETING: &[u8] = b"romulus";
+/// Most first packets that wait for the acceptor to look at them; quinn refuses further ones by itself.
+const INCOMING_MAX: usize = 256;
+/// Most bytes that one of them may bring before it is looked at; all together sixteen times that.
+const INCOMING_BYTES_MAX: u64 = 16 << 10;
 /// How long [`Endpoint::shutdown`] waits for goodbyes to leave.
 const SHUTDOWN_WAIT: std::time::Duration = std::time::Duration::from_millis(500);
 
@@ -206,13 +210,12 @@ fn server_config(
 ) -> Result<ServerConfig, TransportError> {
     let crypto = tls::server_config(identity, service)?;
     let mut config = ServerConfig::with_crypto(Arc::new(crypto));
-    let handshakes = usize::from(network.handshakes_max);
     config
         .transport_config(Arc::new(quic::transport_config(network, service)))
         .migration(false)
-        .max_incoming(handshakes)
-        .incoming_buffer_size(16 << 10)
-        .incoming_buffer_size_total((16 << 10) * u64::from(network.handshakes_max));
+        .max_incoming(INCOMING_MAX)
+        .incoming_buffer_size(INCOMING_BYTES_MAX)
+        .incoming_buffer_size_total(INCOMING_BYTES_MAX * 16);
     Ok(config)
 }
 
