@@ -31,7 +31,7 @@ const DISPOSABLE: &[&str] = &["serial0", "user", "n0", "n1"];
 /// Not a test of its own: the guardian process of the tests below.
 #[test]
 fn helper_guardian() {
-    let last = std::env::args().last().unwrap();
+    let last = std::env::args().next_back().unwrap();
     if last.starts_with('{') {
         guardian::run(&[last]).unwrap();
     }

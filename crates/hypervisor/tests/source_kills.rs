@@ -19,7 +19,7 @@ const PAUSE_LIMIT_NS: u64 = 1_000_000_000;
 /// Not a test of its own: the guardian process.
 #[test]
 fn helper_guardian() {
-    let last = std::env::args().last().unwrap();
+    let last = std::env::args().next_back().unwrap();
     if last.starts_with('{') {
         guardian::run(&[last]).unwrap();
     }
@@ -144,14 +144,14 @@ fn struck_at_every_point(arguments: &[&str], action: &str) {
 
 const SHARED: &[&str] = &[
     "-object",
-    "memory-backend-memfd,id=ram0,size=64M,share=on",
+    "memory-backend-memfd,id=ram0,size=128M,share=on",
     "-nodefaults",
     "-M",
     "q35,accel=tcg,memory-backend=ram0",
     "-m",
-    "64",
+    "128",
 ];
-const PLAIN: &[&str] = &["-nodefaults", "-M", "pc,accel=tcg", "-m", "64"];
+const PLAIN: &[&str] = &["-nodefaults", "-M", "pc,accel=tcg", "-m", "128"];
 
 #[test]
 fn a_replicator_killed_at_any_point_leaves_the_guest_running() {
@@ -166,6 +166,19 @@ fn a_replicator_killed_at_any_point_leaves_a_guest_with_plain_memory_running() {
 #[test]
 fn a_replicator_stopped_at_any_point_does_not_stop_the_guest() {
     struck_at_every_point(SHARED, "sigstop");
+}
+
+/// Between the command and QEMU's opening of the FIFO it is a race who comes first; both outcomes have to be survived.
+#[test]
+fn a_replicator_killed_right_after_its_command_never_leaves_qemu_waiting_for_a_reader() {
+    let guest = Guest::start(PLAIN, &linux("counter:50,dirty:200:25"));
+    guest.wait_for("counter 3");
+    for _ in 0..25 {
+        let mut replicator = start_replicator(&guest, "capture.after_command", "sigkill");
+        wait_struck(&mut replicator, "capture.after_command");
+        goes_on(&guest);
+    }
+    next_one_works(&guest, "capture.after_command");
 }
 
 /// When the guardian dies as well, the next attach does its work.
