@@ -6,6 +6,8 @@ mod backup;
 mod draw;
 mod handshake;
 mod message;
+#[cfg(test)]
+mod model;
 mod pending;
 mod primary;
 mod record;

@@ -27,6 +27,8 @@
 //! Files: `follow` is the session with the primary, `takeover` everything after its loss, `timer` the deadlines.
 
 mod follow;
+#[cfg(test)]
+mod normal;
 mod takeover;
 mod timer;
 

@@ -21,6 +21,8 @@
 //! and the guest, `timer` for deadlines.
 
 mod ask;
+#[cfg(test)]
+mod normal;
 mod orders;
 mod pace;
 mod session;
