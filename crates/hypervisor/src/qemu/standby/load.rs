@@ -1,18 +1,22 @@
 //! Sending a waiting QEMU the stream that makes it the guest.
 
-use std::fs;
+use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use super::Waiting;
 use super::process::error_with_stderr;
 use crate::fault;
 use crate::qemu::qmp::{Monitor, QmpError};
-use crate::qemu::stream::write_activation;
+use crate::qemu::stream::{BlockContent, Section, list_sections, write_activation};
 use crate::spec::MachineSpec;
 use crate::standby::{Committed, StandbyError};
 
@@ -20,6 +24,10 @@ const FD_NAME: &str = "romulus-activation";
 const POLL: Duration = Duration::from_micros(300);
 /// Room in the socket, so that one write hands QEMU the whole stream of a usual machine.
 const SOCKET_BYTES: usize = 32 << 20;
+
+/// Ends of the names of large blocks that hold nothing but zeros in a QEMU that waits: video memory. The zeros of ROMs
+/// and tables are sent, as a standby has contents of its own in them.
+const FRESHLY_ZERO: &[&str] = &["/vga.vram"];
 
 /// What the machine does once it has loaded.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -86,14 +94,15 @@ fn socket_error(error: io::Error) -> StandbyError {
     StandbyError::new("could not make a socket for the standby's stream", error)
 }
 
-/// The blocks that go through the stream; `None` for the main one.
-fn read_small(spec: &MachineSpec, checkpoint: &Committed<'_>) -> Result<Vec<Option<Vec<u8>>>, StandbyError> {
-    let read = |(position, path): (usize, &std::path::PathBuf)| {
+/// The blocks that go through the stream: all but the main one.
+fn read_small(spec: &MachineSpec, checkpoint: &Committed<'_>) -> Result<Vec<BlockContent>, StandbyError> {
+    let read = |(position, path): (usize, &PathBuf)| {
         if position == usize::from(spec.main.0) {
-            return Ok(None);
+            return Ok(BlockContent::InPlace);
         }
         let block = &spec.layout.blocks()[position];
-        fs::read(path).map(Some).map_err(|error| {
+        let zeros_in_place = FRESHLY_ZERO.iter().any(|end| block.name.ends_with(end));
+        let pieces = read_pieces(path, block.bytes).map_err(|error| {
             StandbyError::new(
                 format!(
                     "could not read the RAM block {} from {}",
@@ -102,23 +111,47 @@ fn read_small(spec: &MachineSpec, checkpoint: &Committed<'_>) -> Result<Vec<Opti
                 ),
                 error,
             )
+        })?;
+        Ok(BlockContent::Pieces {
+            pieces,
+            zeros_in_place,
         })
     };
     checkpoint.ram.iter().enumerate().map(read).collect()
 }
 
+/// Reads what is no hole.
+fn read_pieces(path: &Path, block_bytes: u64) -> io::Result<Vec<(u64, Vec<u8>)>> {
+    let file = File::open(path)?;
+    let mut pieces = Vec::new();
+    let mut at = 0;
+    while at < block_bytes {
+        let from = match seek(&file, SeekFrom::Data(at)) {
+            Ok(from) if from < block_bytes => from,
+            Ok(_) | Err(Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let to = seek(&file, SeekFrom::Hole(from))?.min(block_bytes);
+        let length = usize::try_from(to - from).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        let mut piece = vec![0u8; length];
+        file.read_exact_at(&mut piece, from)?;
+        pieces.push((from, piece));
+        at = to;
+    }
+    Ok(pieces)
+}
+
 fn write(
     spec: &MachineSpec,
-    small: &[Option<Vec<u8>>],
+    small: &[BlockContent],
     device_state: &[u8],
     socket: &UnixStream,
 ) -> io::Result<u64> {
-    let contents: Vec<Option<&[u8]>> = small.iter().map(Option::as_deref).collect();
     let mut out = Counted {
         inner: BufWriter::with_capacity(256 << 10, socket),
         bytes: 0,
     };
-    write_activation(&spec.template, &contents, device_state, &mut out)?;
+    write_activation(&spec.template, small, device_state, &mut out)?;
     out.flush()?;
     Ok(out.bytes)
 }
@@ -189,4 +222,51 @@ fn await_goal(machine: &mut Waiting, goal: Goal, deadline: Instant) -> Result<()
         }
         std::thread::sleep(POLL);
     }
+}
+
+/// Has the machine save its state, right after it loaded one, and compares the devices: a device that the checkpoint
+/// did not mention would have loaded without a word, and the guest would find it changed.
+pub(super) fn compare_devices(
+    machine: &mut Waiting,
+    loaded: &[u8],
+    scratch: &Path,
+) -> Result<(), StandbyError> {
+    let arguments = json!({ "filename": scratch.display().to_string(), "live": false });
+    let saved = machine.qmp.execute("xen-save-devices-state", arguments);
+    saved.map_err(|error| {
+        error_with_stderr(
+            "the trial could not save its state again",
+            error,
+            &machine.process,
+        )
+    })?;
+    let saved = std::fs::read(scratch)
+        .map_err(|error| StandbyError::new(format!("could not read {}", scratch.display()), error))?;
+    let list = |state: &[u8]| {
+        let listed = list_sections(state);
+        listed.map_err(|error| StandbyError::new("a device state cannot be compared", error))
+    };
+    let (mut theirs, mut ours) = (list(loaded)?, list(&saved)?);
+    theirs.sort();
+    ours.sort();
+    if theirs == ours {
+        return Ok(());
+    }
+    let only = |these: &[Section], those: &[Section]| {
+        let missing: Vec<String> = these
+            .iter()
+            .filter(|s| !those.contains(s))
+            .map(ToString::to_string)
+            .collect();
+        if missing.is_empty() {
+            "none".to_owned()
+        } else {
+            missing.join(", ")
+        }
+    };
+    Err(StandbyError::plain(format!(
+        "the standby is another machine than the primary's: devices that only the standby has: {}; that only the primary has: {}",
+        only(&ours, &theirs),
+        only(&theirs, &ours),
+    )))
 }

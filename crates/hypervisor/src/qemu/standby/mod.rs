@@ -252,20 +252,26 @@ impl Standby for QemuStandby {
         let begun = Instant::now();
         let mut machine = self.start(Purpose::Trial, self.main_ram(checkpoint.ram)?)?;
         let started = Instant::now();
+        let goal = load::Goal::Paused;
         let loaded = load::load(
             &self.spec,
             &mut machine,
             checkpoint,
-            load::Goal::Paused,
+            goal,
             self.options.load_timeout,
         );
+        let load_us = micros(started.elapsed());
+        let compared = loaded.and_then(|loaded| {
+            let scratch = self.folder(Purpose::Trial).join("state");
+            load::compare_devices(&mut machine, checkpoint.device_state, &scratch).map(|()| loaded)
+        });
         machine.process.kill();
         // Its flash copies and sockets are of no use to anybody.
         let _ = fs::remove_dir_all(self.folder(Purpose::Trial));
-        let loaded = loaded?;
+        let loaded = compared?;
         Ok(TrialReport {
             start_us: micros(started - begun),
-            load_us: micros(started.elapsed()),
+            load_us,
             stream_bytes: loaded.stream_bytes,
         })
     }

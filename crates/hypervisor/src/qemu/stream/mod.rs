@@ -20,13 +20,15 @@
 //! Written from measurements and the format's description in QEMU's `docs/devel/migration.rst`.
 
 mod reader;
+mod sections;
 mod writer;
 
 use romulus_types::{BLOCK_NAME_BYTES_MAX, BLOCKS_MAX};
 use serde::{Deserialize, Serialize};
 
 pub use reader::{Content, Item, Reader, vmdesc_at_end};
-pub use writer::{device_sections, write_activation};
+pub use sections::{Section, list_sections};
+pub use writer::{BlockContent, device_sections, write_activation};
 
 pub(crate) const MAGIC: [u8; 8] = *b"QEVM\0\0\0\x03";
 pub(crate) const RAM_VERSION: u32 = 4;
@@ -130,16 +132,9 @@ pub enum StreamError {
     /// The saved device state is not what xen-save-devices-state writes.
     #[error("the saved device state is damaged: {0}")]
     DeviceState(&'static str),
-    /// A page-sized block content was expected.
-    #[error("the content of RAM block {block:?} has {bytes} bytes instead of {expected}")]
-    BlockContent {
-        /// The block.
-        block: String,
-        /// What was given.
-        bytes: u64,
-        /// What it must have.
-        expected: u64,
-    },
+    /// The content of a block is not made of whole pages in ascending order inside it.
+    #[error("the content of RAM block {0:?} does not fit into it")]
+    BlockContent(String),
 }
 
 /// One subsection of the configuration section.

@@ -48,9 +48,22 @@ fn bios() -> Vec<u8> {
     bios
 }
 
+fn pieces(pieces: Vec<(u64, Vec<u8>)>) -> BlockContent {
+    BlockContent::Pieces {
+        pieces,
+        zeros_in_place: false,
+    }
+}
+
 fn written() -> Vec<u8> {
     let mut out = Vec::new();
-    write_activation(&template(), &[None, Some(&bios())], &saved(), &mut out).unwrap();
+    write_activation(
+        &template(),
+        &[BlockContent::InPlace, pieces(vec![(0, bios())])],
+        &saved(),
+        &mut out,
+    )
+    .unwrap();
     out
 }
 
@@ -199,15 +212,42 @@ fn a_device_state_that_was_cut_short_is_refused() {
 }
 
 #[test]
-fn a_block_of_the_wrong_length_is_refused() {
-    let error = write_activation(
+fn a_content_that_does_not_fit_its_block_is_refused() {
+    let page = PAGE_BYTES as u64;
+    for bad in [
+        vec![(0, bios()[1..].to_vec())],
+        vec![(page, bios())],
+        vec![(1, vec![0; PAGE_BYTES])],
+        vec![(page, vec![0; PAGE_BYTES]), (0, vec![0; PAGE_BYTES])],
+        vec![(u64::MAX - 4095, vec![0; PAGE_BYTES])],
+    ] {
+        let contents = [BlockContent::InPlace, pieces(bad)];
+        let error = write_activation(&template(), &contents, &saved(), &mut Vec::new()).unwrap_err();
+        assert!(error.to_string().contains("pc.bios"), "{error}");
+    }
+}
+
+#[test]
+fn holes_are_zeros_and_zeros_in_place_are_left_out() {
+    let middle = || vec![(PAGE_BYTES as u64, vec![0xea; PAGE_BYTES])];
+    let mut with_holes = Vec::new();
+    write_activation(
         &template(),
-        &[None, Some(&bios()[1..])],
+        &[BlockContent::InPlace, pieces(middle())],
         &saved(),
-        &mut Vec::new(),
+        &mut with_holes,
     )
-    .unwrap_err();
-    assert!(error.to_string().contains("pc.bios"), "{error}");
+    .unwrap();
+    assert_eq!(with_holes, written());
+    let lean = BlockContent::Pieces {
+        pieces: middle(),
+        zeros_in_place: true,
+    };
+    let mut out = Vec::new();
+    write_activation(&template(), &[BlockContent::InPlace, lean], &saved(), &mut out).unwrap();
+    let (words, _) = read(&out, false).unwrap();
+    let pages: Vec<&String> = words.iter().filter(|w| w.starts_with("page")).collect();
+    assert_eq!(pages, ["page pc.bios+0x1000 0xea"]);
 }
 
 proptest! {

@@ -31,28 +31,35 @@ pub fn device_sections(saved: &[u8]) -> Result<&[u8], StreamError> {
     }
 }
 
-/// Writes the stream. `contents` has one entry for each block of the template: `None` for one that the standby shares by a file,
-/// otherwise its bytes. `saved` is what `xen-save-devices-state` wrote.
+/// What the stream says of one block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BlockContent {
+    /// Nothing: the standby shares it with us by a file.
+    InPlace,
+    /// These pieces, ascending, each of whole pages; between them zeros.
+    Pieces {
+        /// Offset in bytes, and content.
+        pieces: Vec<(u64, Vec<u8>)>,
+        /// Leave the zeros out, too: the standby's block holds nothing but zeros.
+        zeros_in_place: bool,
+    },
+}
+
+/// Writes the stream. `contents` has one entry for each block of the template. `saved` is what `xen-save-devices-state` wrote.
 ///
 /// # Errors
 /// A [`StreamError`] as an [`io::Error`] of kind `InvalidData`, or whatever `out` says.
 pub fn write_activation(
     template: &Template,
-    contents: &[Option<&[u8]>],
+    contents: &[BlockContent],
     saved: &[u8],
     out: &mut impl Write,
 ) -> io::Result<()> {
     let invalid = |error: StreamError| io::Error::new(io::ErrorKind::InvalidData, error);
     assert_eq!(contents.len(), template.blocks.len(), "one entry for each block");
     for (block, content) in template.blocks.iter().zip(contents) {
-        let bytes = content.map_or(block.bytes, |c| c.len() as u64);
-        if bytes != block.bytes {
-            let block = block.clone();
-            return Err(invalid(StreamError::BlockContent {
-                block: block.name,
-                bytes,
-                expected: block.bytes,
-            }));
+        if !fits(content, block.bytes) {
+            return Err(invalid(StreamError::BlockContent(block.name.clone())));
         }
     }
     let sections = device_sections(saved).map_err(invalid)?;
@@ -60,8 +67,23 @@ pub fn write_activation(
     out.write_all(&[mark::LAST])?;
     out.write_all(&template.ram_section.to_be_bytes())?;
     for (block, content) in template.blocks.iter().zip(contents) {
-        if let Some(content) = content {
-            write_pages(&block.name, content, out)?;
+        if let BlockContent::Pieces {
+            pieces,
+            zeros_in_place,
+        } = content
+        {
+            let mut pages = Pages {
+                block: &block.name,
+                named: false,
+                zeros: !zeros_in_place,
+                out,
+            };
+            let mut at = 0;
+            for (offset, piece) in pieces {
+                pages.zeros(at, *offset)?;
+                at = pages.piece(*offset, piece)?;
+            }
+            pages.zeros(at, block.bytes)?;
         }
     }
     write_ram_end(template, out)?;
@@ -69,6 +91,20 @@ pub fn write_activation(
     out.write_all(&[mark::VMDESC])?;
     out.write_all(&length_u32(template.vmdesc.len())?.to_be_bytes())?;
     out.write_all(template.vmdesc.as_bytes())
+}
+
+fn fits(content: &BlockContent, block_bytes: u64) -> bool {
+    let BlockContent::Pieces { pieces, .. } = content else {
+        return true;
+    };
+    let page = PAGE_BYTES as u64;
+    let mut at = 0;
+    pieces.iter().all(|(offset, piece)| {
+        let bytes = piece.len() as u64;
+        let fits = *offset >= at && offset.is_multiple_of(page) && bytes.is_multiple_of(page);
+        at = offset.saturating_add(bytes);
+        fits && at <= block_bytes
+    })
 }
 
 /// Header, configuration and the block list.
@@ -104,26 +140,54 @@ fn write_ram_end(template: &Template, out: &mut impl Write) -> io::Result<()> {
     out.write_all(&template.ram_section.to_be_bytes())
 }
 
-fn write_pages(block: &str, content: &[u8], out: &mut impl Write) -> io::Result<()> {
-    let (pages, rest) = content.as_chunks::<PAGE_BYTES>();
-    assert!(rest.is_empty(), "blocks are whole pages");
-    let mut offset = 0u64;
-    for page in pages {
-        let zero = is_zero(page);
-        let kind = if zero { flag::ZERO } else { flag::PAGE };
-        let same_block = if offset == 0 { 0 } else { flag::CONTINUE };
-        out.write_all(&(offset | kind | same_block).to_be_bytes())?;
-        if offset == 0 {
-            write_name(block, out)?;
+/// Writes the pages of one block.
+struct Pages<'a, W> {
+    block: &'a str,
+    /// Whether the block was named already; later pages refer to it.
+    named: bool,
+    zeros: bool,
+    out: &'a mut W,
+}
+
+impl<W: Write> Pages<'_, W> {
+    /// Writes a piece's pages; returns the offset behind it.
+    fn piece(&mut self, offset: u64, piece: &[u8]) -> io::Result<u64> {
+        let mut at = offset;
+        for page in piece.as_chunks::<PAGE_BYTES>().0 {
+            if !is_zero(page) {
+                self.head(at, flag::PAGE)?;
+                self.out.write_all(page)?;
+            } else if self.zeros {
+                self.zero(at)?;
+            }
+            at += PAGE_BYTES as u64;
         }
-        if zero {
-            out.write_all(&[0])?;
-        } else {
-            out.write_all(page)?;
-        }
-        offset += PAGE_BYTES as u64;
+        Ok(at)
     }
-    Ok(())
+
+    fn zeros(&mut self, from: u64, to: u64) -> io::Result<()> {
+        if self.zeros {
+            for at in (from..to).step_by(PAGE_BYTES) {
+                self.zero(at)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn zero(&mut self, at: u64) -> io::Result<()> {
+        self.head(at, flag::ZERO)?;
+        self.out.write_all(&[0])
+    }
+
+    fn head(&mut self, at: u64, kind: u64) -> io::Result<()> {
+        let same_block = if self.named { flag::CONTINUE } else { 0 };
+        self.out.write_all(&(at | kind | same_block).to_be_bytes())?;
+        if !self.named {
+            write_name(self.block, self.out)?;
+            self.named = true;
+        }
+        Ok(())
+    }
 }
 
 fn is_zero(page: &[u8; PAGE_BYTES]) -> bool {
