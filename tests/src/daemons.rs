@@ -20,10 +20,24 @@ const WITNESS_PORT: u16 = 7701;
 const NOT_PROTECTED: i32 = 3;
 
 /// How `replicator protect` is called.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct ProtectConfig {
+    /// Whether the VM is new to the witness.
+    pub register: bool,
+    /// Devices whose output need not survive. The lab's guest writes its console to a file, for whoever looks for an error.
+    pub disposable: Vec<String>,
     /// Further arguments.
     pub extra: Vec<String>,
+}
+
+impl Default for ProtectConfig {
+    fn default() -> ProtectConfig {
+        ProtectConfig {
+            register: true,
+            disposable: vec!["console".to_owned()],
+            extra: Vec::new(),
+        }
+    }
 }
 
 impl Lab {
@@ -67,13 +81,24 @@ impl Lab {
     /// # Errors
     /// When it is not built or does not come up.
     pub fn start_witness(&self) -> Result<Process> {
+        let store = self.run_path("witness");
+        if !store.exists() {
+            let argv = [
+                self.program("witness")?,
+                "init".into(),
+                "--dir".into(),
+                word(&store),
+            ];
+            self.output(Host::Witness, &argv)
+                .context("cannot make the witness's store")?;
+        }
         let mut argv = vec![self.program("witness")?, "run".into()];
         push(
             &mut argv,
             "--listen",
             &format!("{}:{WITNESS_PORT}", Host::Witness.ip()),
         );
-        push(&mut argv, "--dir", &word(&self.run_path("witness")));
+        push(&mut argv, "--dir", &word(&store));
         push(&mut argv, "--pki", &word(&self.pki(Host::Witness)));
         push(&mut argv, "--admin", &word(&self.admin(Host::Witness)));
         self.start_daemon(Host::Witness, "witness", &argv)
@@ -132,7 +157,13 @@ impl Lab {
             "--state-dir",
             &word(&self.run_path("replicator-state")),
         );
-        argv.push("--register".into());
+        push(&mut argv, "--runtime-dir", &word(&self.run));
+        if config.register {
+            argv.push("--register".into());
+        }
+        for id in &config.disposable {
+            push(&mut argv, "--disposable", id);
+        }
         push(&mut argv, "--log-format", "json");
         argv.extend(config.extra.iter().cloned());
         Ok(argv)
