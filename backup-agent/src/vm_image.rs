@@ -40,7 +40,8 @@ impl VmImage {
     pub fn open(dir: &Path, vm: &VmId, limits: Limits) -> anyhow::Result<Self> {
         std::fs::create_dir_all(dir).with_context(|| format!("could not make {}", dir.display()))?;
         let mut this = Self { dir: dir.into(), vm: vm.clone(), limits, image: None, machine: None };
-        if !dir.join(vm.as_str()).exists() {
+        // A guest was started from a consumed image and may be running in its files: they are not ours to open.
+        if !this.folder().exists() || this.consumed_file().exists() {
             return Ok(this);
         }
         match Image::open_in(dir, vm, limits) {
@@ -51,10 +52,14 @@ impl VmImage {
             }
             Err(error) => {
                 warn!(vm = vm.as_str(), %error, "the image of an earlier life can't be used; it will be copied again");
-                std::fs::remove_dir_all(dir.join(vm.as_str())).context("could not remove it")?;
+                std::fs::remove_dir_all(this.folder()).context("could not remove it")?;
             }
         }
         Ok(this)
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.dir.join(self.vm.as_str())
     }
 
     fn machine_file(&self) -> PathBuf {
@@ -93,6 +98,10 @@ impl VmImage {
             } else {
                 image.remove().context("could not remove the image of another machine")?;
             }
+        }
+        if self.image.is_none() && self.folder().exists() {
+            // Consumed by a guest that is gone; one that runs keeps the files that it has mapped.
+            std::fs::remove_dir_all(self.folder()).context("could not remove a consumed image")?;
         }
         let image = match &mut self.image {
             Some(image) => image,
