@@ -28,7 +28,9 @@ pub struct PrimaryConfig {
     pub host: HostId,
     /// The host that is to hold the backup.
     pub backup: HostId,
-    /// An operator said that an unknown VM is to be registered with the witness as running alone here.
+    /// An operator said that a VM which the witness does not know, or whose record is `Ended`, is to be registered as
+    /// running alone here. An unknown VM of a host that remembers a record is not: there the witness lost its store,
+    /// and the operator first removes what both hosts remember.
     pub register: bool,
     /// Length of an epoch.
     pub epoch_ns: u64,

@@ -145,7 +145,7 @@ impl Primary {
                 }
             }
             (Answer::UnknownVm | Answer::WrongInstance(_), Ask::Read | Ask::Change { .. })
-                if self.phase == Phase::Consulting && self.config.register =>
+                if self.phase == Phase::Consulting && self.may_register() =>
             {
                 self.ask_register(now);
             }
@@ -162,6 +162,12 @@ impl Primary {
         } else {
             self.follow(now, record);
         }
+    }
+
+    /// An operator's word that stays in a unit file must not answer for a witness that lost its store: only a host that
+    /// remembers nothing registers a VM that the witness does not know.
+    fn may_register(&self) -> bool {
+        self.config.register && self.remembered.is_none()
     }
 
     fn believes(&self, record: &Record) -> bool {

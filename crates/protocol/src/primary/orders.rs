@@ -55,7 +55,14 @@ impl Primary {
             .as_ref()
             .expect("alone is a record that was read")
             .term;
-        self.open_gate();
+        let closing = self
+            .link
+            .as_ref()
+            .and_then(|link| link.outstanding)
+            .is_some_and(|capture| capture.close_gate);
+        if closing || self.gate != Gate::Open {
+            self.open_gate();
+        }
         self.resume_guest();
         self.send(PrimaryMessage::Left { term });
         self.finish(NotProtected::Disabled);
