@@ -140,8 +140,11 @@ impl AsFd for UserFault {
     }
 }
 
-/// Makes a userfaultfd in this process, to see what the kernel can do.
-pub(crate) fn create_here() -> Result<OwnedFd, SysError> {
+/// Makes a userfaultfd for our own memory: to see what the kernel can do, and to try a tracker on oneself.
+///
+/// # Errors
+/// The kernel's, from userfaultfd(2).
+pub fn create_here() -> Result<OwnedFd, SysError> {
     use std::os::fd::FromRawFd;
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | i32::try_from(USER_MODE_ONLY).expect("1");
     // SAFETY: the call takes one plain number.

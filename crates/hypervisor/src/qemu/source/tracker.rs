@@ -324,3 +324,7 @@ mod tests {
         assert_eq!(union(&[], &b), b);
     }
 }
+
+#[cfg(test)]
+#[path = "tracker_tests.rs"]
+mod memory_tests;
