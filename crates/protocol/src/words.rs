@@ -23,7 +23,7 @@ impl NotProtected {
             Self::Resynchronising => "resynchronising",
             Self::StandbyNotProven => "the standby has not loaded a checkpoint yet",
             Self::Pairing => "pairing",
-            Self::Resolving => "peer lost, asking the witness",
+            Self::Resolving => "asking the witness who speaks",
             Self::GuestNotRunning => "guest not running",
             Self::Disabled => "disabled",
             Self::Fenced => "fenced: another host speaks for this VM",
