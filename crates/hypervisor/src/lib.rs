@@ -11,6 +11,7 @@
 //! [`spec::MachineSpec`] is what a standby needs to know about the primary's machine; it travels once a session.
 #![forbid(unsafe_code)]
 
+pub mod fake;
 pub mod fault;
 pub mod qemu;
 pub mod source;
