@@ -404,3 +404,34 @@ fn a_qemu_that_is_killed_is_gone() {
     assert_eq!(source.poll_events(), []);
     Box::new(source).detach().unwrap();
 }
+
+/// The guardian of this guest: the process whose argument names its QMP socket.
+fn guardian_of(guest: &Guest) -> Option<rustix::process::Pid> {
+    let socket = guest.qmp_path().display().to_string();
+    std::fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let command = std::fs::read_to_string(entry.path().join("cmdline")).ok()?;
+        let is_guardian = command.contains("helper_guardian") && command.contains(&socket);
+        is_guardian.then(|| rustix::process::Pid::from_raw(pid))?
+    })
+}
+
+#[test]
+fn a_guardian_that_dies_is_replaced_before_the_next_pause() {
+    let (guest, _other) = start(Q35, "counter:50");
+    let folder = tempfile::tempdir().unwrap();
+    let mut source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+    source.bootstrap().unwrap();
+    source.arm().unwrap();
+    let first = guardian_of(&guest).expect("an attachment has a guardian");
+    rustix::process::kill_process(first, rustix::process::Signal::KILL).unwrap();
+    let mut checkpoint = Checkpoint::default();
+    while guardian_of(&guest) == Some(first) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    source.capture(&mut || Ok(()), false, &mut checkpoint).unwrap();
+    assert!(guardian_of(&guest).is_some_and(|second| second != first));
+    Box::new(source).detach().unwrap();
+    assert_eq!(guardian_of(&guest), None);
+    goes_on(&guest);
+}

@@ -93,7 +93,7 @@ fn only_taps_with_a_gate_are_accepted() {
         kind: "tap".into(),
         interface: Some("tap7".into()),
     };
-    assert_eq!(verdict(&facts, &[], &[]), [ungated.clone()]);
+    assert_eq!(verdict(&facts, &[], &[]), std::slice::from_ref(&ungated));
     assert_eq!(
         verdict(&facts, &["tap8"], &[]),
         [ungated, Refusal::TapNotUsed("tap8".into())]
