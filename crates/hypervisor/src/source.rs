@@ -29,7 +29,10 @@ pub struct SourceError {
 impl SourceError {
     /// A failure with its cause.
     pub fn new(what: impl Into<String>, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self { what: what.into(), source: Some(source.into()) }
+        Self {
+            what: what.into(),
+            source: Some(source.into()),
+        }
     }
 }
 
