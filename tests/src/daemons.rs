@@ -157,7 +157,7 @@ impl Lab {
             "--state-dir",
             &word(&self.run_path("replicator-state")),
         );
-        push(&mut argv, "--runtime-dir", &word(&self.run));
+        push(&mut argv, "--fifo-dir", &word(&self.run));
         if config.register {
             argv.push("--register".into());
         }
@@ -226,12 +226,9 @@ impl Lab {
                 }
             }
         });
-        waited.and_then(|result| result).with_context(|| {
-            format!(
-                "last status: {last}\nthe end of {}:\n{}",
-                replicator.log().display(),
-                replicator.tail()
-            )
+        waited.and_then(|result| result).map_err(|error| {
+            let (log, tail) = (replicator.log().display().to_string(), replicator.tail());
+            anyhow::anyhow!("{error:#}\nlast status: {last}\nthe end of {log}:\n{tail}")
         })
     }
 

@@ -1,6 +1,6 @@
 //! One lab: its network, its folders, and how to start things in it.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread::sleep;
@@ -24,6 +24,8 @@ pub struct Lab {
     pub logs: PathBuf,
     /// The backup's images: in memory, as a standby maps them.
     pub images: PathBuf,
+    /// Held for as long as the lab lives; the kernel gives it back when this process dies.
+    _lock: File,
 }
 
 impl Lab {
@@ -32,6 +34,7 @@ impl Lab {
     /// # Errors
     /// When rights or programs are missing.
     pub fn new(paths: Paths, prefix: &str) -> Result<Lab> {
+        let lock = lock(prefix)?;
         let net = Net::build(prefix)?;
         let run = std::env::temp_dir().join(format!("{prefix}-run"));
         let logs = paths.target.join("logs").join(prefix);
@@ -48,6 +51,7 @@ impl Lab {
             run,
             logs,
             images,
+            _lock: lock,
         })
     }
 
@@ -106,6 +110,23 @@ impl Drop for Lab {
         // Left behind they would only be overwritten by the next run.
         let _ = fs::remove_dir_all(&self.run);
         let _ = fs::remove_dir_all(&self.images);
+    }
+}
+
+/// Two labs of one prefix would remove each other.
+fn lock(prefix: &str) -> Result<File> {
+    let path = std::env::temp_dir().join(format!("{prefix}-lab.lock"));
+    let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            bail!(
+                "another demo or test runs in the lab {prefix:?}: wait for its end, or name another lab with --lab"
+            )
+        }
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", path.display()))
+        }
     }
 }
 

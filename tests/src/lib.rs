@@ -39,3 +39,6 @@ pub use netns::{BRIDGE, GUEST_IP, GUEST_IP6, Host, Net, TAP};
 pub use paths::Paths;
 pub use process::Process;
 pub use stamp::Stamp;
+
+/// What the names of the end-to-end tests' namespaces, folders and sockets begin with.
+pub const TEST_LAB: &str = "romt";

@@ -8,9 +8,7 @@ use romulus_e2e::guest::GuestConfig;
 use romulus_e2e::qmp::Qmp;
 use romulus_e2e::scenario::slip_ratio;
 use romulus_e2e::stage::{Stage, StageConfig};
-use romulus_e2e::{Host, Paths, Stamp};
-
-const PREFIX: &str = "romt";
+use romulus_e2e::{Host, Paths, Stamp, TEST_LAB};
 
 fn config() -> StageConfig {
     StageConfig {
@@ -25,7 +23,7 @@ fn config() -> StageConfig {
 
 #[test]
 fn an_unprotected_guest_loses_nothing_and_is_seen_by_every_instrument() -> Result<()> {
-    let mut stage = Stage::raise(&Paths::here(), PREFIX, &config())?;
+    let mut stage = Stage::raise(&Paths::here(), TEST_LAB, &config())?;
     let from = Stamp::now();
     sleep(Duration::from_secs(3));
     let (latency, requests) = stage.probe.quantiles(from, Stamp::now());
@@ -55,7 +53,7 @@ fn an_unprotected_guest_loses_nothing_and_is_seen_by_every_instrument() -> Resul
 
 #[test]
 fn a_guest_that_is_not_protected_dies_with_its_host_and_the_client_notices() -> Result<()> {
-    let stage = Stage::raise(&Paths::here(), PREFIX, &config())?;
+    let stage = Stage::raise(&Paths::here(), TEST_LAB, &config())?;
     let killed = Stamp::now();
     stage.guest.kill_now()?;
     assert!(
@@ -74,7 +72,7 @@ fn a_guest_that_is_not_protected_dies_with_its_host_and_the_client_notices() -> 
 
 #[test]
 fn a_cut_cable_is_an_outage_that_the_client_measures() -> Result<()> {
-    let mut stage = Stage::raise(&Paths::here(), PREFIX, &config())?;
+    let mut stage = Stage::raise(&Paths::here(), TEST_LAB, &config())?;
     let cut = Stamp::now();
     stage.lab.net.set_cable(Host::Primary, false)?;
     sleep(Duration::from_millis(500));
@@ -100,7 +98,7 @@ fn a_guest_that_steers_by_its_rtc_keeps_time_although_it_is_paused_forty_times_a
         let mut config = config();
         config.guest.clock_remedy = clock_remedy;
         config.guest.second_monitor = true;
-        let stage = Stage::raise(&Paths::here(), PREFIX, &config)?;
+        let stage = Stage::raise(&Paths::here(), TEST_LAB, &config)?;
         let mut monitor = Qmp::connect(&stage.lab)?;
         let mut pause_for = |seconds: u64| -> Result<()> {
             let end = Instant::now() + Duration::from_secs(seconds);

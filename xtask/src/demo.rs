@@ -14,7 +14,7 @@ use romulus_e2e::{Net, Paths, Stamp};
 use crate::{setup, sh};
 
 /// The names of the demo's namespaces, folders and sockets begin with this.
-const PREFIX: &str = "rom";
+pub(crate) const PREFIX: &str = "rom";
 
 /// What the demo can be told.
 #[derive(clap::Args, Debug)]
@@ -40,6 +40,9 @@ pub(crate) struct Args {
     /// Let the guest steer its clock by the emulated RTC, the remedy for the clock's slip
     #[arg(long)]
     clock_remedy: bool,
+    /// What the names of the lab's namespaces, folders and sockets begin with
+    #[arg(long, value_name = "NAME", default_value = PREFIX)]
+    lab: String,
     /// Pass this on to `replicator protect` (repeat it for more)
     #[arg(long = "protect-arg", value_name = "ARG", allow_hyphen_values = true)]
     protect_args: Vec<String>,
@@ -49,7 +52,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     setup::need_lab_rights()?;
     let paths = setup::prepare()?;
-    clean_up_on_signals();
+    clean_up_on_signals(&args.lab);
     sh::step("building the daemons (release)");
     build_daemons()?;
     let accelerator = choose_accel(args, &paths)?;
@@ -65,10 +68,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         println!();
         sh::step(&format!("run {} of {}", number + 1, args.kills));
         let config = scenario(args, &accelerator, seed.wrapping_add(u64::from(number)));
-        let kill = kill_once(&paths, PREFIX, &config).unwrap_or_else(|error| {
+        let kill = kill_once(&paths, &args.lab, &config).unwrap_or_else(|error| {
             eprintln!("error: {error:#}");
+            let text = format!("{error:#}");
             Kill {
-                verdict: format!("{error:#}"),
+                verdict: text.lines().next().unwrap_or_default().to_owned(),
                 ..Kill::default()
             }
         });
@@ -105,7 +109,7 @@ fn choose_accel(args: &Args, paths: &Paths) -> Result<Accel> {
         }),
         None => {
             sh::step("trying whether KVM can run Linux here");
-            accel::choose(paths, PREFIX)
+            accel::choose(paths, &args.lab)
         }
     }
 }
@@ -141,7 +145,7 @@ fn finish(args: &Args, paths: &Paths, report: &Report) -> Result<ExitCode> {
         report.lost_acked_writes,
         report.connection_resets
     );
-    println!("logs: {}", paths.target.join("logs").join(PREFIX).display());
+    println!("logs: {}", paths.target.join("logs").join(&args.lab).display());
     Ok(if survived == report.kills.len() {
         ExitCode::SUCCESS
     } else {
@@ -189,8 +193,9 @@ fn print_kill(kill: &Kill) {
 }
 
 /// An interrupted demo leaves no process and no namespace behind.
-pub(crate) fn clean_up_on_signals() {
-    std::thread::spawn(|| {
+pub(crate) fn clean_up_on_signals(lab: &str) {
+    let lab = lab.to_owned();
+    std::thread::spawn(move || {
         let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
             return;
         };
@@ -206,7 +211,7 @@ pub(crate) fn clean_up_on_signals() {
                 _ = terminate.recv() => {}
             }
             eprintln!("\ninterrupted: removing the lab");
-            Net::clean_prefix(PREFIX);
+            Net::clean_prefix(&lab);
             std::process::exit(130);
         });
     });
