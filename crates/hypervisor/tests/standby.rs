@@ -4,9 +4,13 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use common::{Guest, counters, linux, read_lossy, wait_for};
+use romulus_hypervisor::fault;
 use romulus_hypervisor::qemu::bootstrap::{Bootstrap, Options, bootstrap};
 use romulus_hypervisor::qemu::cmdline;
 use romulus_hypervisor::qemu::qmp::{Monitor, Qmp};
@@ -178,11 +182,7 @@ fn goes_on(saved: &Saved) {
     went_on(saved);
     // The monitor is free for whoever protects the guest next.
     let path = standby.control_path().unwrap();
-    let mut qmp = Qmp::connect(
-        path,
-        std::time::Instant::now() + std::time::Duration::from_secs(5),
-    )
-    .unwrap();
+    let mut qmp = Qmp::connect(path, Instant::now() + Duration::from_secs(5)).unwrap();
     assert_eq!(
         qmp.execute("query-status", Value::Null).unwrap()["status"],
         "running"
@@ -350,7 +350,7 @@ fn what_this_host_lacks_is_named_before_anything_starts() {
 }
 
 #[test]
-fn a_machine_left_waiting_is_ended_and_one_that_runs_is_not_touched() {
+fn an_agent_that_starts_again_ends_what_waits_and_adopts_what_runs() {
     let saved = save(
         Guest::start(&["-nodefaults", "-M", "q35,accel=tcg", "-m", "128"], &linux(WORK)),
         false,
@@ -362,11 +362,123 @@ fn a_machine_left_waiting_is_ended_and_one_that_runs_is_not_touched() {
     first.abandon();
     let mut second = QemuStandby::prepare(&saved.spec, saved.options()).unwrap();
     second.activate(&saved.committed()).unwrap();
-    assert_ne!(second.pid(), Some(pid));
-    let error = QemuStandby::prepare(&saved.spec, saved.options())
-        .map(drop)
-        .unwrap_err();
-    assert!(error.to_string().contains("taken over"), "{error}");
-    assert!(second.is_active());
-    second.kill();
+    let active = second.pid().unwrap();
+    assert_ne!(active, pid);
+    drop(second);
+    let mut third = QemuStandby::prepare(&saved.spec, saved.options()).unwrap();
+    assert!(third.is_active() && third.pid() == Some(active));
+    assert!(third.start_waiting(&saved.ram).is_err());
+    third.dismiss();
+    assert!(third.is_active());
+    went_on(&saved);
+    third.kill();
+    assert!(!third.is_active());
+}
+
+const HELPER_DIR: &str = "ROMULUS_TEST_HELPER_DIR";
+
+/// Not a test of its own: the agent that the test below starts and that dies at a named point of an activation.
+#[test]
+fn helper_that_activates() {
+    let Some(dir) = std::env::var_os(HELPER_DIR).map(PathBuf::from) else {
+        return;
+    };
+    let spec = MachineSpec::from_json(&fs::read(dir.join("spec")).unwrap()).unwrap();
+    let ram: Vec<PathBuf> = (0..spec.layout.blocks().len())
+        .map(|n| dir.join(format!("ram-{n}")))
+        .collect();
+    let mut options = StandbyOptions::new(dir.join("run"), "hvt");
+    options.log_serial = true;
+    let mut standby = QemuStandby::prepare(&spec, options).unwrap();
+    let device_state = fs::read(dir.join("state")).unwrap();
+    standby
+        .activate(&Committed {
+            ram: &ram,
+            device_state: &device_state,
+        })
+        .unwrap();
+}
+
+#[test]
+fn an_agent_that_dies_during_an_activation_leaves_a_guest_that_waits_or_runs() {
+    let saved = save(
+        Guest::start(&["-nodefaults", "-M", "q35,accel=tcg", "-m", "128"], &linux(WORK)),
+        false,
+    );
+    fs::write(saved.dir.path().join("spec"), saved.spec.to_json()).unwrap();
+    for (point, runs) in [
+        ("standby.before_stream", false),
+        ("standby.in_stream", false),
+        ("standby.after_stream", true),
+    ] {
+        let status = Command::new(std::env::current_exe().unwrap())
+            .args(["helper_that_activates", "--exact"])
+            .env(HELPER_DIR, saved.dir.path())
+            .env(fault::VARIABLE, format!("{point}:sigkill"))
+            .stdout(Stdio::null())
+            .status()
+            .unwrap();
+        assert_eq!(status.signal(), Some(9), "the helper did not die at {point}");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let socket = saved.dir.path().join("run/machine/qmp");
+        loop {
+            let mut qmp = Qmp::connect(&socket, deadline).unwrap();
+            let state = qmp.execute("query-status", Value::Null).unwrap()["status"]
+                .as_str()
+                .unwrap()
+                .to_owned();
+            if (state == "running") == runs {
+                break;
+            }
+            assert!(
+                state == "inmigrate" && Instant::now() < deadline,
+                "{point}: {state}"
+            );
+        }
+    }
+    went_on(&saved);
+    QemuStandby::prepare(&saved.spec, saved.options()).unwrap().kill();
+}
+
+/// A tap of the test's own, removed by the kernel with the QEMU that made it.
+#[test]
+fn a_guest_with_a_network_goes_on_with_the_standbys_taps() {
+    let tap = "tap,id=n0,ifname=hvnsource,script=no,downscript=no";
+    let arguments = [
+        "-nodefaults",
+        "-M",
+        "q35,accel=tcg",
+        "-m",
+        "128",
+        "-netdev",
+        tap,
+        "-device",
+        "virtio-net-pci,netdev=n0,mac=52:54:00:68:76:01",
+    ];
+    let saved = save(Guest::start(&arguments, &linux(WORK)), false);
+    let mut options = saved.options();
+    options.tap_prefix = "hvn".into();
+    let mut standby = QemuStandby::prepare(&saved.spec, options).unwrap();
+    assert_eq!(standby.taps(), ["hvnw0"]);
+    standby.trial_load(&saved.committed()).unwrap();
+    standby.start_waiting(&saved.ram).unwrap();
+    assert!(Path::new("/sys/class/net/hvnw0").exists() && !Path::new("/sys/class/net/hvnt0").exists());
+    println!("{:?}", standby.activate(&saved.committed()).unwrap());
+    went_on(&saved);
+    standby.kill();
+    assert!(!Path::new("/sys/class/net/hvnw0").exists());
+}
+
+#[test]
+fn a_guest_of_four_gib_goes_on_in_a_standby() {
+    let arguments = [
+        "-object",
+        "memory-backend-memfd,id=ram0,size=4G,share=on",
+        "-nodefaults",
+        "-M",
+        "q35,accel=tcg,memory-backend=ram0",
+        "-m",
+        "4G",
+    ];
+    goes_on(&save(Guest::start(&arguments, &linux(WORK)), true));
 }

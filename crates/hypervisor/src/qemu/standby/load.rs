@@ -1,14 +1,13 @@
 //! Sending a waiting QEMU the stream that makes it the guest.
 
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
 use rustix::io::Errno;
 use serde_json::{Value, json};
 
@@ -22,8 +21,6 @@ use crate::standby::{Committed, StandbyError};
 
 const FD_NAME: &str = "romulus-activation";
 const POLL: Duration = Duration::from_micros(300);
-/// Room in the socket, so that one write hands QEMU the whole stream of a usual machine.
-const SOCKET_BYTES: usize = 32 << 20;
 
 /// Ends of the names of large blocks that hold nothing but zeros in a QEMU that waits: video memory. The zeros of ROMs
 /// and tables are sent, as a standby has contents of its own in them.
@@ -61,37 +58,39 @@ pub(super) fn load(
     timeout: Duration,
 ) -> Result<Loaded, StandbyError> {
     let begun = Instant::now();
-    let small = read_small(spec, checkpoint)?;
-    let (ours, theirs) = UnixStream::pair().map_err(socket_error)?;
-    ours.set_write_timeout(Some(timeout)).map_err(socket_error)?;
-    // Without the privilege QEMU takes the stream in more bites.
-    let _ = rustix::net::sockopt::set_socket_send_buffer_size_force(&ours, SOCKET_BYTES);
+    let (file, stream_bytes) = stream_file(spec, checkpoint)?;
     fault::point("standby.before_stream");
     let refused = |error, machine: &Waiting| {
         error_with_stderr("the standby does not take a stream", error, &machine.process)
     };
     let sent = machine
         .qmp
-        .execute_with_fds("getfd", json!({ "fdname": FD_NAME }), &[theirs.as_fd()]);
+        .execute_with_fds("getfd", json!({ "fdname": FD_NAME }), &[file.as_fd()]);
     sent.map_err(|error| refused(error, machine))?;
-    drop(theirs);
+    fault::point("standby.in_stream");
     let sent = machine
         .qmp
         .execute("migrate-incoming", json!({ "uri": format!("fd:{FD_NAME}") }));
     sent.map_err(|error| refused(error, machine))?;
-    fault::point("standby.in_stream");
-    let written = write(spec, &small, checkpoint.device_state, &ours);
-    let stream_bytes = written.map_err(|error| load_error(error, machine))?;
     fault::point("standby.after_stream");
     let stream = begun.elapsed();
-    // The socket stays open until the end: closing it early would look like a broken migration.
     await_goal(machine, goal, Instant::now() + timeout)?;
-    drop(ours);
     Ok(Loaded { stream, stream_bytes })
 }
 
-fn socket_error(error: io::Error) -> StandbyError {
-    StandbyError::new("could not make a socket for the standby's stream", error)
+/// The whole stream in a memory file. QEMU reads it by itself: if we die, either it has not begun and still waits,
+/// or it needs us no more.
+fn stream_file(spec: &MachineSpec, checkpoint: &Committed<'_>) -> Result<(File, u64), StandbyError> {
+    let small = read_small(spec, checkpoint)?;
+    let failed = |error| StandbyError::new("the checkpoint cannot be made into a stream", error);
+    let file =
+        memfd_create("romulus-activation", MemfdFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
+    let mut out = BufWriter::with_capacity(256 << 10, File::from(file));
+    write_activation(&spec.template, &small, checkpoint.device_state, &mut out).map_err(failed)?;
+    let mut file = out.into_inner().map_err(|error| failed(error.into_error()))?;
+    let bytes = file.stream_position().map_err(failed)?;
+    file.rewind().map_err(failed)?;
+    Ok((file, bytes))
 }
 
 /// The blocks that go through the stream: all but the main one.
@@ -139,51 +138,6 @@ fn read_pieces(path: &Path, block_bytes: u64) -> io::Result<Vec<(u64, Vec<u8>)>>
         at = to;
     }
     Ok(pieces)
-}
-
-fn write(
-    spec: &MachineSpec,
-    small: &[BlockContent],
-    device_state: &[u8],
-    socket: &UnixStream,
-) -> io::Result<u64> {
-    let mut out = Counted {
-        inner: BufWriter::with_capacity(256 << 10, socket),
-        bytes: 0,
-    };
-    write_activation(&spec.template, small, device_state, &mut out)?;
-    out.flush()?;
-    Ok(out.bytes)
-}
-
-struct Counted<W> {
-    inner: W,
-    bytes: u64,
-}
-
-impl<W: Write> Write for Counted<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = self.inner.write(bytes)?;
-        self.bytes += count as u64;
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
-}
-
-/// A write that failed mostly means that QEMU refused what it read and ended; its words are better than ours.
-fn load_error(error: io::Error, machine: &mut Waiting) -> StandbyError {
-    if error.kind() == io::ErrorKind::InvalidData {
-        return StandbyError::new("the checkpoint cannot be made into a stream", error);
-    }
-    std::thread::sleep(Duration::from_millis(50));
-    let said = machine.process.stderr();
-    StandbyError::new(
-        format!("the standby broke off the checkpoint's stream (QEMU said: {said})"),
-        error,
-    )
 }
 
 fn await_goal(machine: &mut Waiting, goal: Goal, deadline: Instant) -> Result<(), StandbyError> {

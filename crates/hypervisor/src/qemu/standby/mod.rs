@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::qemu::cmdline::{Derived, Plan, derive, taps_needed};
-use crate::qemu::qmp::{Monitor, Qmp};
+use crate::qemu::qmp::{Monitor, Qmp, QmpError};
 use crate::spec::{Hypervisor, MachineSpec};
 use crate::standby::{ActivationReport, Committed, Standby, StandbyError, TrialReport};
 
@@ -106,10 +106,11 @@ impl Purpose {
 impl QemuStandby {
     /// Checks that this host can be a standby for the machine: the rules, the files, the QEMU that is installed.
     ///
-    /// A machine that an earlier agent left waiting in the folder is ended.
+    /// What an earlier agent left in the folder: a machine that waits is ended, a guest that runs is adopted, so that the standby
+    /// is active.
     ///
     /// # Errors
-    /// What is missing or different here, and when the guest itself runs in the folder already.
+    /// What is missing or different here.
     pub fn prepare(spec: &MachineSpec, options: StandbyOptions) -> Result<Self, StandbyError> {
         if spec.hypervisor != Hypervisor::Qemu {
             return Err(StandbyError::plain(
@@ -140,7 +141,7 @@ impl QemuStandby {
         let derived = derive(spec, &standby.plan(Purpose::Wait, Path::new("(the image)"))).map_err(rules)?;
         check::files(spec, &derived.files)?;
         standby.changes = derived.changes;
-        standby.clear_leftover()?;
+        standby.take_leftover()?;
         Ok(standby)
     }
 
@@ -180,23 +181,31 @@ impl QemuStandby {
         }
     }
 
-    /// Ends a machine that waits in our folder, left by an earlier agent.
-    fn clear_leftover(&self) -> Result<(), StandbyError> {
+    /// Ends a machine that waits in our folder, left by an earlier agent; adopts a guest that runs.
+    fn take_leftover(&mut self) -> Result<(), StandbyError> {
         for purpose in [Purpose::Trial, Purpose::Wait] {
             let socket = self.folder(purpose).join("qmp");
             if !socket.exists() {
                 continue;
             }
-            // Nobody listens: the machine is gone.
-            let Ok(mut qmp) = Qmp::connect(&socket, Instant::now() + Duration::from_secs(2)) else {
-                continue;
+            let mut qmp = match Qmp::connect(&socket, Instant::now() + Duration::from_secs(2)) {
+                Ok(qmp) => qmp,
+                // Nobody listens: the machine is gone.
+                Err(QmpError::Connect { .. } | QmpError::Closed) => continue,
+                Err(error) => {
+                    let what = format!(
+                        "a machine has its monitor at {} and does not answer",
+                        socket.display()
+                    );
+                    return Err(StandbyError::new(what, error));
+                }
             };
-            let state = load::run_state(&mut qmp).unwrap_or_default();
+            let unknown =
+                |error| StandbyError::new("a machine in the standby's folder cannot be asked", error);
+            let state = load::run_state(&mut qmp).map_err(unknown)?;
             if purpose == Purpose::Wait && state != "inmigrate" {
-                return Err(StandbyError::plain(format!(
-                    "a guest that is {state:?} has its monitor at {}: it was taken over; end it first",
-                    socket.display()
-                )));
+                self.state = State::Active(Process::adopt(qmp.peer_pid().map_err(unknown)?)?);
+                continue;
             }
             // The reply may be lost with the process.
             let _ = qmp.execute("quit", serde_json::Value::Null);

@@ -7,6 +7,8 @@ use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use romulus_host_sys::PidFd;
+
 use crate::qemu::qmp::{Qmp, QmpError};
 use crate::standby::StandbyError;
 
@@ -14,11 +16,22 @@ use crate::standby::StandbyError;
 const STDERR_BYTES_MAX: usize = 8 << 10;
 const POLL: Duration = Duration::from_millis(2);
 
+/// How long a killed process that is not our child may take to be gone.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+
 type Tail = Arc<Mutex<VecDeque<u8>>>;
+
+/// How we hold on to it.
+enum Hold {
+    /// We started it.
+    Child(Child),
+    /// An agent before us did.
+    Adopted { pid: u32, fd: PidFd },
+}
 
 /// A process that is killed when it is dropped, unless it was told to outlive us.
 pub(super) struct Process {
-    child: Child,
+    hold: Hold,
     tail: Tail,
     outlives: bool,
 }
@@ -45,18 +58,35 @@ impl Process {
             std::thread::spawn(move || keep_tail(stderr, &tail));
         }
         Ok(Self {
-            child,
+            hold: Hold::Child(child),
             tail,
             outlives: false,
         })
     }
 
+    /// Holds on to a process that an earlier agent started. It outlives us, as it did that one.
+    pub(super) fn adopt(pid: u32) -> Result<Self, StandbyError> {
+        let fd = PidFd::open(pid)
+            .map_err(|error| StandbyError::new(format!("could not hold process {pid}"), error))?;
+        Ok(Self {
+            hold: Hold::Adopted { pid, fd },
+            tail: Tail::default(),
+            outlives: true,
+        })
+    }
+
     pub(super) fn pid(&self) -> u32 {
-        self.child.id()
+        match &self.hold {
+            Hold::Child(child) => child.id(),
+            Hold::Adopted { pid, .. } => *pid,
+        }
     }
 
     pub(super) fn is_alive(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
+        match &mut self.hold {
+            Hold::Child(child) => matches!(child.try_wait(), Ok(None)),
+            Hold::Adopted { fd, .. } => matches!(fd.wait_ended(Duration::ZERO), Ok(false)),
+        }
     }
 
     pub(super) fn outlive(&mut self) {
@@ -64,9 +94,17 @@ impl Process {
     }
 
     pub(super) fn kill(&mut self) {
-        // Fails only when it is dead already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        // These fail only when it is dead already.
+        match &mut self.hold {
+            Hold::Child(child) => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Hold::Adopted { fd, .. } => {
+                let _ = fd.kill();
+                let _ = fd.wait_ended(KILL_TIMEOUT);
+            }
+        }
     }
 
     /// The end of what it said.
