@@ -19,11 +19,12 @@ pub struct Admission {
 }
 
 impl Admission {
-    /// Whether a machine can be backed up here, next to images of `held` bytes.
+    /// Whether a machine can be backed up here, next to images of `held` bytes. An image of its own, of which `own` bytes
+    /// are touched, makes room for the new one.
     ///
     /// # Errors
     /// The first thing that is missing, with the figures and what to do.
-    pub fn check(&self, machine: &MachineSpec, held: u64) -> anyhow::Result<()> {
+    pub fn check(&self, machine: &MachineSpec, held: u64, own: u64) -> anyhow::Result<()> {
         let wanted = machine.layout.bytes();
         ensure!(
             held.saturating_add(wanted) <= self.image_bytes_max,
@@ -33,7 +34,7 @@ impl Admission {
             held >> 20,
             self.image_bytes_max >> 20
         );
-        let available = available_bytes().context("could not read /proc/meminfo")?;
+        let available = available_bytes().context("could not read /proc/meminfo")?.saturating_add(own);
         ensure!(
             wanted.saturating_add(RESERVE_BYTES) <= available,
             "the backup's host has too little memory: the guest has {} MiB, {} MiB are available",

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use net_buffer::{Announcer, Announcing, LearntAddress, join_bridge};
+use net_buffer::{Announcer, Announcing, LearntAddress, Mac, join_bridge};
 use romulus_config::StandbyKind;
 use romulus_hypervisor::qemu::standby::{QemuStandby, StandbyOptions};
+use romulus_hypervisor::spec::Nic;
 use romulus_hypervisor::standby::{Committed, Standby};
 use romulus_types::{BlockId, VmId};
 use romulus_wire::unpack_guest_state;
@@ -50,6 +51,19 @@ impl Checkpoint {
         let learnt = serde_json::from_slice(notes).context("the addresses that the primary learnt")?;
         Ok((learnt, Committed { ram: &self.ram, device_state }))
     }
+}
+
+/// What is announced on the tap of the machine's network card `number`: what was learnt of its MAC, and the MAC itself.
+/// With a single card everything learnt is its own, whatever MAC the guest uses.
+fn addresses_of(nics: &[Nic], number: usize, learnt: &[LearntAddress]) -> Vec<LearntAddress> {
+    let Some(nic) = nics.get(number) else { return learnt.to_vec() };
+    let own = Mac(nic.mac);
+    let mut addresses: Vec<_> =
+        learnt.iter().filter(|address| nics.len() == 1 || address.mac == own).cloned().collect();
+    if addresses.iter().all(|address| address.mac != own) {
+        addresses.push(LearntAddress { mac: own, vlan: None, ip: None, router: false });
+    }
+    addresses
 }
 
 fn ram_paths(image: &VmImage) -> anyhow::Result<Vec<PathBuf>> {
@@ -116,7 +130,7 @@ impl Guest {
         }
         let report = self.standby(image)?.activate(&committed)?;
         self.join();
-        self.announce(&learnt);
+        self.announce(&image.machine()?.nics, &learnt);
         Ok(json!({"activation": report, "announced": learnt}))
     }
 
@@ -133,9 +147,10 @@ impl Guest {
         }
     }
 
-    fn announce(&mut self, learnt: &[LearntAddress]) {
-        for tap in self.taps() {
-            match Announcer::prepare(&tap).and_then(|announcer| announcer.repeat(learnt.to_vec())) {
+    fn announce(&mut self, nics: &[Nic], learnt: &[LearntAddress]) {
+        for (number, tap) in self.taps().into_iter().enumerate() {
+            let addresses = addresses_of(nics, number, learnt);
+            match Announcer::prepare(&tap).and_then(|announcer| announcer.repeat(addresses)) {
                 Ok(announcing) => self.announcing.push(announcing),
                 Err(error) => {
                     warn!(vm = self.config.vm.as_str(), tap, %error, "the guest's addresses are not announced");

@@ -16,8 +16,8 @@ use crate::inbox::Input;
 use crate::registry::Registry;
 use crate::session::{Asking, SessionIn, refuse_early};
 
-/// How long a primary may take to say what it wants.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a primary may take to say what it wants: QEMU may have to stream a large guest's memory before it can.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What the listener works with.
 pub struct Listener {
@@ -115,10 +115,11 @@ impl Listener {
         );
         let machine = MachineSpec::from_json(&hello.machine).context("the machine's description")?;
         let held = self.registry.image_bytes_except(&hello.vm);
+        let own = self.registry.touched_bytes(&hello.vm);
         let admission = Arc::clone(&self.admission);
         // Files are read and compared: off the event loop.
         let (machine, admitted) = tokio::task::spawn_blocking(move || {
-            let admitted = admission.check(&machine, held);
+            let admitted = admission.check(&machine, held, own);
             (machine, admitted)
         })
         .await?;

@@ -1,7 +1,8 @@
 //! The VMs of this agent: each has a driver task, a store thread and a witness task. Bounded in number.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,7 +11,9 @@ use romulus_config::BackupAgent;
 use romulus_host_sys::durable;
 use romulus_host_sys::process_clock::Clock;
 use romulus_hypervisor::spec::MachineSpec;
-use romulus_protocol::{Backup, BackupConfig, BackupEvent, BackupOrder, Remembered, WitnessRequest};
+use romulus_protocol::{
+    Backup, BackupConfig, BackupEvent, BackupOrder, NotProtected, Protection, Remembered, WitnessRequest,
+};
 use romulus_transport::WitnessClient;
 use romulus_types::{HostId, VmId};
 use tokio::sync::mpsc;
@@ -76,14 +79,16 @@ impl Registry {
     /// When the image folder can't be used.
     pub fn recover(&self) -> anyhow::Result<()> {
         let dir = &self.shared.settings.image_dir;
-        std::fs::create_dir_all(dir).with_context(|| format!("could not make {}", dir.display()))?;
+        private_folder(dir)?;
         for entry in std::fs::read_dir(dir)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
             if entry.file_type()?.is_dir()
                 && let Ok(vm) = VmId::new(name)
             {
-                self.vm(&vm, None)?;
+                if let Err(error) = self.vm(&vm, None) {
+                    error!(event = "image_unusable", vm = vm.as_str(), error = format!("{error:#}"));
+                }
             }
         }
         Ok(())
@@ -103,12 +108,12 @@ impl Registry {
         if vms.len() >= vms_max {
             bail!("this agent backs up {vms_max} VMs already (setting vms_max)");
         }
-        let handle = self.start(vm, machine.map_or(0, |machine| machine.layout.bytes()))?;
+        let handle = self.start(vm, machine)?;
         vms.insert(vm.clone(), handle.clone());
         Ok(handle)
     }
 
-    fn start(&self, vm: &VmId, image_bytes: u64) -> anyhow::Result<VmHandle> {
+    fn start(&self, vm: &VmId, machine: Option<&MachineSpec>) -> anyhow::Result<VmHandle> {
         let shared = &self.shared;
         let status = Arc::new(VmStatus::new(vm.clone(), shared.host.as_str()));
         let (inbox, inputs) = mpsc::channel(INBOX_MAX);
@@ -118,6 +123,8 @@ impl Registry {
             ..romulus_image::Limits::default()
         };
         let image = VmImage::open(&shared.settings.image_dir, vm, limits)?;
+        let known = image.machine().ok().map(|machine| machine.layout.bytes());
+        let image_bytes = machine.map(|machine| machine.layout.bytes()).or(known).unwrap_or(0);
         let image_status = image.status();
         let state_file = shared.state_dir.join(format!("{vm}.json"));
         let remembered = durable::read_small(&state_file, STATE_BYTES_MAX)?
@@ -146,10 +153,12 @@ impl Registry {
             clock: shared.clock,
             state_file,
         };
-        let name = vm.clone();
+        let failed = Arc::clone(&status);
         tokio::spawn(async move {
             if let Err(error) = driver.run().await {
-                error!(event = "vm_driver_failed", vm = name.as_str(), error = format!("{error:#}"));
+                error!(event = "vm_driver_failed", vm = failed.vm(), error = format!("{error:#}"));
+                failed.set_protection(Protection::NotProtected(NotProtected::NoBackup));
+                failed.set_detail(format!("the agent gave this VM up, restart it: {error:#}"));
             }
         });
         Ok(VmHandle { inbox, status, image_bytes })
@@ -168,7 +177,8 @@ impl Registry {
             vm: vm.clone(),
             standby: settings.standby,
             bridge: settings.bridge.clone(),
-            run_dir: settings.image_dir.join(format!("{vm}.run")),
+            // No VM's name begins with a dot, so this is taken for no image.
+            run_dir: settings.image_dir.join(format!(".run-{vm}")),
         });
         let store =
             Store { jobs, events: events.clone(), image, guest, receiver: None, status: Arc::clone(status) };
@@ -179,6 +189,11 @@ impl Registry {
     /// Bytes of the images of all other VMs.
     pub fn image_bytes_except(&self, vm: &VmId) -> u64 {
         self.lock().iter().filter(|(other, _)| *other != vm).map(|(_, handle)| handle.image_bytes).sum()
+    }
+
+    /// Bytes of the VM's own image that its guest has touched.
+    pub fn touched_bytes(&self, vm: &VmId) -> u64 {
+        self.lock().get(vm).map_or(0, |handle| handle.status.image_bytes())
     }
 
     /// A connection was refused before it had a session.
@@ -210,6 +225,27 @@ async fn ask_witness(client: WitnessClient, mut requests: mpsc::Receiver<Witness
             Err(error) => debug!(%error, "the witness did not answer"),
         }
     }
+}
+
+/// Makes a folder that only we may enter, or checks that one which is there is such a folder: it lies where everybody
+/// may make folders, and guests' memory goes into it.
+fn private_folder(dir: &Path) -> anyhow::Result<()> {
+    if let Some(parent) = dir.parent() {
+        std::fs::create_dir_all(parent).with_context(|| format!("could not make {}", parent.display()))?;
+    }
+    match std::fs::DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            return Err(error).with_context(|| format!("could not make {}", dir.display()));
+        }
+        _ => {}
+    }
+    let found = std::fs::symlink_metadata(dir)?;
+    anyhow::ensure!(
+        found.is_dir() && found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o077 == 0,
+        "{} must be a folder of this user with mode 0700: remove it, or name another with --image-dir",
+        dir.display()
+    );
+    Ok(())
 }
 
 fn nanoseconds(duration: std::time::Duration) -> u64 {

@@ -180,13 +180,16 @@ impl ReadTask {
             result = self.data() => result,
         };
         match result {
-            Ok(()) => info!(event = "session_ended", vm = self.status.vm()),
+            Ok(()) => {
+                info!(event = "session_ended", vm = self.status.vm());
+                self.connection.close(CloseCode::DONE, "the session ended");
+            }
             Err(error) => {
                 warn!(event = "session_ended", vm = self.status.vm(), error = format!("{error:#}"));
                 if error.downcast_ref::<FrameError>().is_none_or(|e| !matches!(e, FrameError::Transport(_))) {
                     self.status.count_refused_input();
-                    self.connection.close(CloseCode::BAD_INPUT, &format!("{error:#}"));
                 }
+                self.connection.close(CloseCode::BAD_INPUT, &format!("{error:#}"));
             }
         }
         self.events.send_async(BackupEvent::Disconnected(self.session)).await;

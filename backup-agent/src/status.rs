@@ -106,6 +106,11 @@ impl VmStatus {
         inner.image_bytes = image_bytes.unwrap_or(inner.image_bytes);
     }
 
+    /// Bytes of the image that the guest has touched, as last counted.
+    pub fn image_bytes(&self) -> u64 {
+        self.lock().image_bytes
+    }
+
     /// A peer sent something that was refused.
     pub fn count_refused_input(&self) {
         self.lock().refused_input += 1;

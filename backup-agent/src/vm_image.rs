@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow};
 use romulus_host_sys::durable;
 use romulus_hypervisor::spec::MachineSpec;
-use romulus_image::{HostFiles, Image, ImageState, Limits};
+use romulus_image::{HostFiles, Image, ImageError, ImageState, Limits};
 use romulus_protocol::ImageStatus;
 use romulus_types::{BlockId, Epoch, Session, VmId};
 use tracing::{info, warn};
@@ -38,7 +38,6 @@ impl VmImage {
     /// # Errors
     /// When the folder can't be used.
     pub fn open(dir: &Path, vm: &VmId, limits: Limits) -> anyhow::Result<Self> {
-        std::fs::create_dir_all(dir).with_context(|| format!("could not make {}", dir.display()))?;
         let mut this = Self { dir: dir.into(), vm: vm.clone(), limits, image: None, machine: None };
         // A guest was started from a consumed image and may be running in its files: they are not ours to open.
         if !this.folder().exists() || this.consumed_file().exists() {
@@ -50,10 +49,15 @@ impl VmImage {
                 this.image = Some(image);
                 this.machine = this.read_machine();
             }
-            Err(error) => {
+            Err(
+                error @ (ImageError::LayoutDamaged
+                | ImageError::FileLength { .. }
+                | ImageError::Version { .. }),
+            ) => {
                 warn!(vm = vm.as_str(), %error, "the image of an earlier life can't be used; it will be copied again");
                 std::fs::remove_dir_all(this.folder()).context("could not remove it")?;
             }
+            Err(error) => return Err(error).context("the image of an earlier life can't be opened"),
         }
         Ok(this)
     }

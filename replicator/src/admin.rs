@@ -58,7 +58,8 @@ async fn order(admin: Admin, order: PrimaryOrder) -> (StatusCode, Json<Value>) {
         return (StatusCode::GONE, Json(json!({"error": "the replicator is ending"})));
     }
     match tokio::time::timeout(ORDER_TIMEOUT, done).await {
-        Ok(Ok(())) => (StatusCode::OK, Json(json!({"done": true, "status": admin.status.json()}))),
+        Ok(Ok(Ok(()))) => (StatusCode::OK, Json(json!({"done": true, "status": admin.status.json()}))),
+        Ok(Ok(Err(why))) => (StatusCode::CONFLICT, Json(json!({"error": why}))),
         Ok(Err(_)) => (StatusCode::GONE, Json(json!({"error": "the replicator ended first"}))),
         Err(_) => (
             StatusCode::ACCEPTED,

@@ -27,7 +27,7 @@ use tracing::{error, info, warn};
 
 use crate::capture::Job;
 use romulus_host_sys::process_clock::Clock;
-use crate::events::Input;
+use crate::events::{Input, OrderEnd};
 use crate::gates::Gates;
 use crate::link::Link;
 use crate::session_cell::SessionCell;
@@ -35,8 +35,8 @@ use crate::status::Status;
 
 /// How long what already arrived may take to reach the inbox.
 const DRAIN: Duration = Duration::from_millis(2);
-/// How often figures that nobody pushes are looked at.
-const GATE_STATUS_INTERVAL_NS: u64 = 100_000_000;
+/// How often the gates are looked at: their figures, and whether they still hold.
+const GATE_INTERVAL_NS: u64 = 500_000_000;
 
 /// What the driver works with.
 pub struct Driver {
@@ -65,7 +65,9 @@ pub struct Driver {
     /// When epochs ended, until they are committed: for the commit lag.
     pub captured_at: std::collections::VecDeque<(Epoch, Time)>,
     /// Whoever ordered something and waits for the end.
-    pub waiting: Vec<oneshot::Sender<()>>,
+    pub waiting: Vec<oneshot::Sender<OrderEnd>>,
+    /// A signal asked for the end.
+    pub terminating: bool,
 }
 
 /// How the loop went on.
@@ -87,18 +89,35 @@ impl Driver {
                 return Ok(());
             }
             let now = self.clock.now();
-            if now.since_ns(gates_seen) >= GATE_STATUS_INTERVAL_NS {
+            if now.since_ns(gates_seen) >= GATE_INTERVAL_NS {
                 gates_seen = now;
-                self.status.set_gates(self.gates.status());
+                self.look_at_gates(now);
             }
             let deadline = self.deadline();
             tokio::select! {
                 biased;
                 input = self.inbox.recv() => match input {
+                    Some(Input::Terminate) if self.terminating => {
+                        anyhow::bail!("ended by a second signal; if the VM was paired, its backup takes over");
+                    }
                     Some(input) => self.take(input),
                     None => return Ok(()),
                 },
                 () = tokio::time::sleep_until(deadline) => self.primary.handle_timeout(self.clock.now()),
+            }
+        }
+    }
+
+    /// A gate that no longer holds ends the session: the guest goes on alone, and says so.
+    fn look_at_gates(&mut self, now: Time) {
+        self.status.set_gates(self.gates.status());
+        if let Err(error) = self.gates.check() {
+            error!(event = "gate_lost", %error);
+            self.status.add_event("gate_lost", &json!({"error": error.to_string()}));
+            self.status.set_detail(format!("a gate was lost: {error}"));
+            if let Some(session) = self.primary.session() {
+                let epoch = self.primary.captured();
+                self.primary.handle(now, PrimaryEvent::CaptureFailed(session, epoch));
             }
         }
     }
@@ -120,10 +139,12 @@ impl Driver {
             }
             Input::Order(order, answer) => {
                 info!(event = "order", order = ?order);
+                self.waiting.retain(|waiting| !waiting.is_closed());
                 self.waiting.push(answer);
                 self.primary.handle(now, PrimaryEvent::Order(order));
             }
             Input::Terminate => {
+                self.terminating = true;
                 info!(event = "terminate", "going to not protected before ending");
                 self.primary.handle(now, PrimaryEvent::Order(PrimaryOrder::Unprotect));
             }
@@ -221,7 +242,13 @@ impl Driver {
         });
     }
 
-    fn notice(&self, notice: &Notice) {
+    fn end_orders(&mut self, end: &OrderEnd) {
+        for answer in self.waiting.drain(..) {
+            let _ = answer.send(end.clone());
+        }
+    }
+
+    fn notice(&mut self, notice: &Notice) {
         if let Notice::Protection(protection) = notice {
             self.status.set_protection(*protection);
             if *protection == Protection::Protected {
@@ -229,6 +256,14 @@ impl Driver {
             }
         }
         let (name, detail) = notice_event(notice);
+        let failed = match notice {
+            Notice::OrderRefused(_) => Some(format!("not possible now: {}", detail["reason"])),
+            Notice::HandOverFailed => Some("the hand-over did not finish in time; the guest stays here".into()),
+            _ => None,
+        };
+        if let Some(why) = failed {
+            self.end_orders(&Err(why));
+        }
         info!(event = name, detail = %detail);
         self.status.add_event(name, &detail);
     }
@@ -240,8 +275,6 @@ impl Driver {
         }
         self.link.close().await;
         self.status.add_event("finished", &json!({}));
-        for answer in self.waiting.drain(..) {
-            let _ = answer.send(());
-        }
+        self.end_orders(&Ok(()));
     }
 }

@@ -6,14 +6,17 @@ use tokio::sync::{mpsc, oneshot};
 /// Most inputs that wait for the driver. A producer thread waits when it is full.
 pub const INBOX_MAX: usize = 1024;
 
+/// How an order ended: carried out, or why not.
+pub type OrderEnd = Result<(), String>;
+
 /// Something for the driver.
 #[derive(Debug)]
 pub enum Input {
     /// For the protocol.
     Event(PrimaryEvent),
     /// An operator's order; the answer says whether it was taken.
-    Order(PrimaryOrder, oneshot::Sender<()>),
-    /// SIGTERM or SIGINT: go to not protected, leave no trace, end.
+    Order(PrimaryOrder, oneshot::Sender<OrderEnd>),
+    /// SIGTERM or SIGINT: go to not protected, leave no trace, end. A second one ends at once.
     Terminate,
 }
 

@@ -34,15 +34,28 @@ impl Gates {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes ready all but the last filter on each tap. Gates that are there already stay.
+    /// Whether every tap can be gated, said before anything is promised. A gate that an earlier life of ours left is
+    /// no obstacle: it goes when the witness's record lets this host speak.
+    ///
+    /// # Errors
+    /// [`GateError`] of the first tap that can't be gated.
+    pub fn check_taps(&self) -> Result<(), GateError> {
+        match self.prepare() {
+            Ok(()) | Err(GateError::Stale { .. }) => {
+                self.lock().clear();
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes ready all but the last filter on each tap, for a new session: epochs begin anew, so gates do.
     ///
     /// # Errors
     /// [`GateError`] of the first tap that can't be gated; none is ready then.
     pub fn prepare(&self) -> Result<(), GateError> {
         let mut gates = self.lock();
-        if !gates.is_empty() {
-            return Ok(());
-        }
+        gates.clear();
         let mut made = Vec::with_capacity(self.limits.taps.len());
         for tap in &self.limits.taps {
             made.push(Gate::prepare(&GateOptions {
@@ -82,13 +95,27 @@ impl Gates {
     /// # Errors
     /// [`GateError`] when a filter could not be removed: the guest is mute then, and the operator must know.
     pub fn open_and_remove(&self) -> Result<(), GateError> {
+        let mut first_error = None;
+        let mut note = |result: Result<(), GateError>| {
+            if let Err(error) = result {
+                first_error.get_or_insert(error);
+            }
+        };
         for gate in self.lock().drain(..) {
-            gate.open_and_remove()?;
+            note(gate.open_and_remove().map(drop));
         }
         for tap in &self.limits.taps {
-            Gate::remove_stale(tap)?;
+            note(Gate::remove_stale(tap).map(drop));
         }
-        Ok(())
+        first_error.map_or(Ok(()), Err)
+    }
+
+    /// Whether the closed gates still hold: another program may have removed a filter.
+    ///
+    /// # Errors
+    /// [`GateError`] names what is missing; output may leave unheld.
+    pub fn check(&self) -> Result<(), GateError> {
+        self.lock().iter().try_for_each(Gate::check)
     }
 
     /// What is held is dropped; the gates stay closed.

@@ -9,6 +9,7 @@
 //! Whatever ends the session ends its task, which says `Disconnected` exactly once.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
@@ -33,6 +34,8 @@ const CONTROL_WAITING_MAX: usize = 64;
 const DATA_WAITING_MAX: usize = 16;
 /// How long a backup may take to answer a `Hello`: it may have to make an image first.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long to wait after a backup could not be reached or refused.
+const TRY_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the last messages may take to get out at the end.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -92,6 +95,7 @@ impl Link {
             events: self.events.clone(),
             status: Arc::clone(&self.status),
             session,
+            connected: AtomicBool::new(false),
         };
         let task = tokio::spawn(task.run(term, instance, control_receiver, ended));
         self.running = Some(Running { session, control, end, task });
@@ -130,6 +134,8 @@ struct SessionTask {
     events: EventSink,
     status: Arc<Status>,
     session: Session,
+    /// The backup accepted the session.
+    connected: AtomicBool,
 }
 
 impl SessionTask {
@@ -140,14 +146,19 @@ impl SessionTask {
         control: mpsc::Receiver<PrimaryMessage>,
         ended: oneshot::Receiver<()>,
     ) {
+        tokio::pin!(ended);
         let result = tokio::select! {
             result = self.session(term, instance, control) => result,
-            _ = ended => Ok(()),
+            _ = &mut ended => Ok(()),
         };
         if let Err(error) = result {
             warn!(event = "session_ended", error = format!("{error:#}"));
             self.status.set_detail(format!("{error:#}"));
             self.status.add_event("session_ended", &json!({"error": format!("{error:#}")}));
+            if !self.connected.load(Ordering::Relaxed) {
+                // A try costs the guest a pause and the operator a line in the log.
+                let _ = tokio::time::timeout(TRY_INTERVAL, ended).await;
+            }
         }
         self.events.send_async(PrimaryEvent::Disconnected(self.session)).await;
     }
@@ -158,12 +169,13 @@ impl SessionTask {
         instance: WitnessInstance,
         control: mpsc::Receiver<PrimaryMessage>,
     ) -> anyhow::Result<()> {
-        let (machine, page_count) = self.describe().await?;
         let connection = self
             .endpoint
             .connect(&self.config.backup)
             .await
             .with_context(|| format!("the backup {} can't be reached", self.config.backup))?;
+        // The guest is paused for its description: only for a backup that is there.
+        let (machine, page_count) = self.describe().await?;
         let Control { mut sender, receiver } = connection.open_control().await?;
         let hello = Hello {
             vm: self.config.vm.clone(),
@@ -183,6 +195,7 @@ impl SessionTask {
         let (sink, frames) = mpsc::channel(DATA_WAITING_MAX);
         self.begin_encoding(page_count, sink).await?;
         info!(event = "session", session = %self.session);
+        self.connected.store(true, Ordering::Relaxed);
         self.events.send_async(PrimaryEvent::Connected(self.session)).await;
         tokio::select! {
             result = self.read_control(&mut reader) => result,

@@ -125,6 +125,7 @@ async fn drive(
         held_bytes_max: usize::try_from(settings.memory.held_bytes_max.bytes())?,
         held_frames_max: usize::try_from(settings.memory.held_frames_max)?,
     });
+    gates.check_taps().context("this guest's output can't be gated")?;
     let current = SessionCell::default();
     let (jobs, job_receiver) = sync_channel(JOBS_MAX);
     let (encoder, encode_jobs) = sync_channel(ENCODE_JOBS_MAX);
@@ -181,6 +182,7 @@ async fn drive(
         state_file,
         captured_at: VecDeque::new(),
         waiting: Vec::new(),
+        terminating: false,
     };
     let result = driver.run().await;
     tokio::task::spawn_blocking(move || capture.join())
@@ -215,11 +217,15 @@ fn remembered(dir: &Path, file: &Path) -> anyhow::Result<Option<Remembered>> {
 fn forward_signals(inbox: mpsc::Sender<Input>) -> anyhow::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if inbox.send(Input::Terminate).await.is_err() {
+                return;
+            }
         }
-        let _ = inbox.send(Input::Terminate).await;
     });
     Ok(())
 }

@@ -1,10 +1,11 @@
 //! Files that are either the old one or the new one after a crash, never a mix.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Replaces `path` by `contents`: a new file beside it is written and synced, renamed over it, and the folder is
+/// Replaces `path` by `contents`, readable by its owner alone: a new file beside it is written and synced, renamed over it, and the folder is
 /// synced, all before this returns.
 ///
 /// # Errors
@@ -20,7 +21,7 @@ pub fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
         .to_os_string();
     name.push(".new");
     let new = folder.join(name);
-    let mut file = File::create(&new)?;
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
     file.write_all(contents)?;
     file.sync_all()?;
     fs::rename(&new, path)?;
