@@ -407,6 +407,17 @@ fn devices_that_write_unseen_or_hold_state_elsewhere_are_refused() {
 }
 
 #[test]
+fn a_trial_keeps_what_it_writes_for_itself() {
+    let mut trial = plan(&[]);
+    trial.share = false;
+    let argv = derive(&machine("-nodefaults", PLAIN), &trial)
+        .unwrap()
+        .argv
+        .join(" ");
+    assert!(argv.contains("mem-path=/image/ram-0,share=off"), "{argv}");
+}
+
+#[test]
 fn paths_with_commas_are_escaped() {
     let mut commas = plan(&[]);
     commas.main_ram = "/a,b/ram".into();

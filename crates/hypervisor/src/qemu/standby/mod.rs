@@ -380,3 +380,33 @@ impl Standby for QemuStandby {
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::tests::spec;
+
+    #[test]
+    fn a_trial_shares_neither_memory_nor_taps_nor_files_with_the_machine_that_waits() {
+        let dir = tempfile::tempdir().unwrap();
+        let argv = ["qemu-system-x86_64", "-nodefaults", "-netdev", "tap,id=n0"];
+        let spec = spec(&argv, &[("pc.ram", 1 << 20)]);
+        let standby = QemuStandby::prepare(&spec, StandbyOptions::new(dir.path(), "rom")).unwrap();
+        let [trial, wait] = [Purpose::Trial, Purpose::Wait].map(|p| standby.plan(p, Path::new("/ram")));
+        assert!(!trial.share && wait.share);
+        assert_ne!(trial.taps, wait.taps);
+        assert_ne!(trial.qmp, wait.qmp);
+        assert_ne!(trial.private_dir, wait.private_dir);
+    }
+
+    #[test]
+    fn a_tap_name_that_the_kernel_would_refuse_is_refused_before() {
+        let spec = spec(
+            &["qemu-system-x86_64", "-nodefaults", "-netdev", "tap,id=n0"],
+            &[("pc.ram", 1 << 20)],
+        );
+        let error =
+            QemuStandby::prepare(&spec, StandbyOptions::new("/nowhere", "a-prefix-of-16-b")).map(drop);
+        assert!(error.unwrap_err().to_string().contains("too long"));
+    }
+}
