@@ -7,7 +7,7 @@ use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use romulus_protocol::Record;
+use romulus_protocol::{Mode, Record};
 use romulus_telemetry::Metrics;
 use romulus_types::{VmId, WitnessInstance};
 use serde::Deserialize;
@@ -111,11 +111,55 @@ pub(crate) fn view(instance: WitnessInstance, records: &[(VmId, Record)]) -> Val
         json!({
             "vm": vm,
             "term": record.term.0,
-            "mode": record.mode,
+            "mode": mode_view(&record.mode),
             "instance": record.instance.to_string(),
             "usable": record.instance == instance,
         })
     };
     let records: Vec<Value> = records.iter().map(one).collect();
     json!({"schema": SCHEMA, "instance": instance.to_string(), "records": records})
+}
+
+/// A mode as JSON. The session is text: JSON has no numbers of 128 bits.
+fn mode_view(mode: &Mode) -> Value {
+    match mode {
+        Mode::Alone { host } => json!({"alone": {"host": host}}),
+        Mode::Paired {
+            primary,
+            backup,
+            session,
+            first_epoch,
+        } => json!({"paired": {
+            "primary": primary, "backup": backup, "session": session.to_string(), "first_epoch": first_epoch.0,
+        }}),
+        Mode::Ended => json!("ended"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use romulus_types::{Epoch, HostId, Nonce, Session, Term};
+
+    use super::*;
+
+    #[test]
+    fn records_with_the_largest_numbers_have_a_place_in_json() {
+        let host = |name| HostId::new(name).unwrap();
+        let mode = Mode::Paired {
+            primary: host("a"),
+            backup: host("b"),
+            session: Session(u128::MAX),
+            first_epoch: Epoch(u64::MAX),
+        };
+        let instance = WitnessInstance(u128::MAX);
+        let record = Record {
+            instance,
+            term: Term(u64::MAX),
+            mode,
+            nonce: Nonce(u128::MAX),
+        };
+        let shown = view(instance, &[(VmId::new("web").unwrap(), record)]);
+        assert_eq!(shown["records"][0]["mode"]["paired"]["session"], "f".repeat(32));
+        assert_eq!(shown["records"][0]["term"], u64::MAX);
+    }
 }

@@ -16,18 +16,26 @@ macro_rules! for_both {
         async fn $name() {
             let network: Network = $network;
             let pair = common::connected(&network).await;
-            {
+            within_a_minute(async {
                 let ($a, $b) = (pair.at_client.clone(), pair.at_server.clone());
                 $body
-            }
+            })
+            .await;
             let hosts = (
                 HostId::new("primary").unwrap(),
                 HostId::new("backup").unwrap(),
             );
             let ($a, $b, _cable) = memory::pair(&hosts.0, &hosts.1, &network);
-            $body
+            within_a_minute(async { $body }).await;
         }
     };
+}
+
+/// A contract that is broken shows as a failure, not as a test that never ends.
+async fn within_a_minute(body: impl Future<Output = ()>) {
+    tokio::time::timeout(Duration::from_secs(60), body)
+        .await
+        .expect("something waits for ever");
 }
 
 async fn recv_all(connection: &Connection) -> Result<Vec<u8>, TransportError> {

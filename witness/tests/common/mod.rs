@@ -180,7 +180,7 @@ pub fn paired() -> Mode {
     Mode::Paired {
         primary: host("a"),
         backup: host("b"),
-        session: Session(1),
+        session: Session(u128::MAX - 1),
         first_epoch: Epoch(1),
     }
 }
