@@ -1,7 +1,7 @@
 //! The VMs of this agent: each has a driver task, a store thread and a witness task. Bounded in number.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -241,10 +241,11 @@ fn private_folder(dir: &Path) -> anyhow::Result<()> {
     }
     let found = std::fs::symlink_metadata(dir)?;
     anyhow::ensure!(
-        found.is_dir() && found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o077 == 0,
-        "{} must be a folder of this user with mode 0700: remove it, or name another with --image-dir",
+        found.is_dir() && found.uid() == rustix::process::geteuid().as_raw(),
+        "{} must be a folder of this user: remove it, or name another with --image-dir",
         dir.display()
     );
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))?;
     Ok(())
 }
 

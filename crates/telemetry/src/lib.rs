@@ -14,14 +14,18 @@
 mod admin;
 mod client;
 mod error;
+mod event_log;
 mod histogram;
 pub mod log;
 mod metrics;
+mod notice;
 pub mod systemd;
 
 pub use admin::{CONNECTIONS_MAX, Server, serve_admin, serve_metrics};
 pub use client::{ANSWER_BYTES_MAX, AdminClient};
 pub use error::TelemetryError;
+pub use event_log::{EVENTS_MAX, EventLog};
 pub use histogram::{Histogram, Summary};
 pub use metrics::{Metrics, PREFIX, VmLabel};
+pub use notice::notice_event;
 pub use prometheus_client;
