@@ -33,7 +33,9 @@ pub fn router(registry: Registry) -> Router {
 
 async fn status(State(registry): State<Registry>, Query(wanted): Query<Parameters>) -> Json<Value> {
     let vms = chosen(&registry, &wanted, |status| status.json());
-    Json(json!({"schema": STATUS_SCHEMA, "role": "backup", "refused_connections": registry.refused(), "vms": vms}))
+    Json(
+        json!({"schema": STATUS_SCHEMA, "role": "backup", "refused_connections": registry.refused(), "vms": vms}),
+    )
 }
 
 async fn events(State(registry): State<Registry>, Query(wanted): Query<Parameters>) -> Json<Value> {
@@ -56,7 +58,11 @@ fn chosen(
 ) -> Vec<Value> {
     let statuses = registry.statuses();
     let keep = |name: &str| wanted.vm.as_ref().is_none_or(|vm| vm.as_str() == name);
-    statuses.iter().filter(|status| keep(status.vm())).map(|status| view(status)).collect()
+    statuses
+        .iter()
+        .filter(|status| keep(status.vm()))
+        .map(|status| view(status))
+        .collect()
 }
 
 async fn failover(
@@ -73,13 +79,21 @@ async fn failover(
         }
     };
     let order = if wanted.force {
-        BackupOrder::ForceFailover { fenced: wanted.fenced }
+        BackupOrder::ForceFailover {
+            fenced: wanted.fenced,
+        }
     } else {
         BackupOrder::Failover
     };
     if registry.order(&vm, order).await {
-        (StatusCode::ACCEPTED, Json(json!({"done": false, "next": "under way; see `romulus status`"})))
+        (
+            StatusCode::ACCEPTED,
+            Json(json!({"done": false, "next": "under way; see `romulus status`"})),
+        )
     } else {
-        (StatusCode::NOT_FOUND, Json(json!({"error": format!("no VM {vm} is backed up here")})))
+        (
+            StatusCode::NOT_FOUND,
+            Json(json!({"error": format!("no VM {vm} is backed up here")})),
+        )
     }
 }

@@ -34,7 +34,9 @@ impl Admission {
             held >> 20,
             self.image_bytes_max >> 20
         );
-        let available = available_bytes().context("could not read /proc/meminfo")?.saturating_add(own);
+        let available = available_bytes()
+            .context("could not read /proc/meminfo")?
+            .saturating_add(own);
         ensure!(
             wanted.saturating_add(RESERVE_BYTES) <= available,
             "the backup's host has too little memory: the guest has {} MiB, {} MiB are available",
@@ -51,7 +53,10 @@ impl Admission {
 /// The kernel's estimate of memory that can be used without swapping.
 fn available_bytes() -> anyhow::Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
-    let line = text.lines().find(|line| line.starts_with("MemAvailable:")).context("no MemAvailable")?;
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("MemAvailable:"))
+        .context("no MemAvailable")?;
     let kib: u64 = line.split_whitespace().nth(1).context("no figure")?.parse()?;
     Ok(kib << 10)
 }

@@ -89,7 +89,10 @@ impl RunOptions {
         }
         settings.log.format = self.log_format.unwrap_or(settings.log.format);
         settings.check()?;
-        anyhow::ensure!(!settings.witness.is_empty(), "name the witness with --witness or in the settings");
+        anyhow::ensure!(
+            !settings.witness.is_empty(),
+            "name the witness with --witness or in the settings"
+        );
         Ok(settings)
     }
 }

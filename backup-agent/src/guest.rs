@@ -42,39 +42,64 @@ struct Checkpoint {
 
 impl Checkpoint {
     fn of(image: &VmImage) -> anyhow::Result<Self> {
-        Ok(Self { ram: ram_paths(image)?, state: image.guest_state()? })
+        Ok(Self {
+            ram: ram_paths(image)?,
+            state: image.guest_state()?,
+        })
     }
 
     /// The primary's notes, and the checkpoint as the hypervisor wants it.
     fn parts(&self) -> anyhow::Result<(Vec<LearntAddress>, Committed<'_>)> {
         let (notes, device_state) = unpack_guest_state(&self.state)?;
         let learnt = serde_json::from_slice(notes).context("the addresses that the primary learnt")?;
-        Ok((learnt, Committed { ram: &self.ram, device_state }))
+        Ok((
+            learnt,
+            Committed {
+                ram: &self.ram,
+                device_state,
+            },
+        ))
     }
 }
 
 /// What is announced on the tap of the machine's network card `number`: what was learnt of its MAC, and the MAC itself.
 /// With a single card everything learnt is its own, whatever MAC the guest uses.
 fn addresses_of(nics: &[Nic], number: usize, learnt: &[LearntAddress]) -> Vec<LearntAddress> {
-    let Some(nic) = nics.get(number) else { return learnt.to_vec() };
+    let Some(nic) = nics.get(number) else {
+        return learnt.to_vec();
+    };
     let own = Mac(nic.mac);
-    let mut addresses: Vec<_> =
-        learnt.iter().filter(|address| nics.len() == 1 || address.mac == own).cloned().collect();
+    let mut addresses: Vec<_> = learnt
+        .iter()
+        .filter(|address| nics.len() == 1 || address.mac == own)
+        .cloned()
+        .collect();
     if addresses.iter().all(|address| address.mac != own) {
-        addresses.push(LearntAddress { mac: own, vlan: None, ip: None, router: false });
+        addresses.push(LearntAddress {
+            mac: own,
+            vlan: None,
+            ip: None,
+            router: false,
+        });
     }
     addresses
 }
 
 fn ram_paths(image: &VmImage) -> anyhow::Result<Vec<PathBuf>> {
     let blocks = image.machine()?.layout.blocks().len();
-    (0..blocks).map(|block| image.ram_path(BlockId(u16::try_from(block)?))).collect()
+    (0..blocks)
+        .map(|block| image.ram_path(BlockId(u16::try_from(block)?)))
+        .collect()
 }
 
 impl Guest {
     /// No standby yet.
     pub fn new(config: GuestConfig) -> Self {
-        Self { config, standby: None, announcing: Vec::new() }
+        Self {
+            config,
+            standby: None,
+            announcing: Vec::new(),
+        }
     }
 
     fn standby(&mut self, image: &VmImage) -> anyhow::Result<&mut QemuStandby> {
@@ -83,7 +108,10 @@ impl Guest {
             let options = StandbyOptions::new(&self.config.run_dir, self.tap_prefix());
             let standby = QemuStandby::prepare(machine, options).context("the standby's command line")?;
             for difference in standby.differences() {
-                info!(vm = self.config.vm.as_str(), difference, "the standby differs from the primary");
+                info!(
+                    vm = self.config.vm.as_str(),
+                    difference, "the standby differs from the primary"
+                );
             }
             self.standby = Some(standby);
         }
@@ -135,7 +163,9 @@ impl Guest {
     }
 
     fn taps(&self) -> Vec<String> {
-        self.standby.as_ref().map_or_else(Vec::new, |standby| standby.taps().to_vec())
+        self.standby
+            .as_ref()
+            .map_or_else(Vec::new, |standby| standby.taps().to_vec())
     }
 
     fn join(&self) {

@@ -53,7 +53,11 @@ impl Listener {
             Ok(Err(error)) | Err(error) => Err(error),
         };
         if let Err(error) = result {
-            warn!(event = "refused", peer = peer.as_str(), error = format!("{error:#}"));
+            warn!(
+                event = "refused",
+                peer = peer.as_str(),
+                error = format!("{error:#}")
+            );
             self.registry.count_refused();
             connection.close(CloseCode::BAD_INPUT, &format!("{error:#}"));
         }
@@ -62,9 +66,15 @@ impl Listener {
     async fn hello(connection: &Connection) -> anyhow::Result<(Hello, SendStream, FrameReader)> {
         let Control { sender, receiver } = connection.accept_control().await?;
         let mut reader = FrameReader::first_frame(receiver, FrameType::Hello);
-        let frame = reader.next().await?.context("the stream ended before the hello")?;
+        let frame = reader
+            .next()
+            .await?
+            .context("the stream ended before the hello")?;
         let hello: Hello = decode_message(FrameType::Hello, &frame)?;
-        ensure!(hello.session == frame.session, "the hello names another session than its frame");
+        ensure!(
+            hello.session == frame.session,
+            "the hello names another session than its frame"
+        );
         Ok((hello, sender, reader))
     }
 
@@ -97,9 +107,22 @@ impl Listener {
             backup: self.host.clone(),
         };
         let session = Box::new(SessionIn::new(asking, Arc::clone(&vm.status)));
-        let Hello { primary, term, instance, .. } = hello;
-        let input = Input::Hello { session, primary, term, instance };
-        vm.inbox.send(input).await.map_err(|_| anyhow!("the driver of this VM is gone"))
+        let Hello {
+            primary,
+            term,
+            instance,
+            ..
+        } = hello;
+        let input = Input::Hello {
+            session,
+            primary,
+            term,
+            instance,
+        };
+        vm.inbox
+            .send(input)
+            .await
+            .map_err(|_| anyhow!("the driver of this VM is gone"))
     }
 
     async fn check(

@@ -46,7 +46,9 @@ fn start(options: args::RunOptions) -> anyhow::Result<()> {
     let settings = options.settings()?;
     romulus_telemetry::log::init(&settings.log)?;
     romulus_host_sys::priority::raise();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(run(settings, options.state_dir))
 }
 
@@ -54,8 +56,17 @@ async fn run(settings: romulus_config::BackupAgent, state_dir: std::path::PathBu
     std::fs::create_dir_all(&state_dir).with_context(|| format!("could not make {}", state_dir.display()))?;
     let identity = Identity::load(&settings.pki_dir)?;
     let host = settings.host.clone().unwrap_or_else(|| identity.host().clone());
-    anyhow::ensure!(host == *identity.host(), "this host is {host}, its certificates are those of {}", identity.host());
-    let endpoint = Arc::new(Endpoint::server(&identity, &settings.network, Service::Pair, settings.listen)?);
+    anyhow::ensure!(
+        host == *identity.host(),
+        "this host is {host}, its certificates are those of {}",
+        identity.host()
+    );
+    let endpoint = Arc::new(Endpoint::server(
+        &identity,
+        &settings.network,
+        Service::Pair,
+        settings.listen,
+    )?);
     let witness_endpoint = Arc::new(Endpoint::client(&identity, &settings.network, Service::Witness)?);
     let witness = WitnessClient::new(witness_endpoint, settings.witness.clone());
     let (admin_socket, listen) = (settings.admin_socket.clone(), settings.listen);
@@ -63,11 +74,21 @@ async fn run(settings: romulus_config::BackupAgent, state_dir: std::path::PathBu
         image_bytes_max: settings.image_bytes_max.bytes(),
         scratch_dir: settings.image_dir.join(".admission"),
     });
-    let registry =
-        Registry::new(Shared { settings, host: host.clone(), witness, clock: Clock::start(), state_dir });
+    let registry = Registry::new(Shared {
+        settings,
+        host: host.clone(),
+        witness,
+        clock: Clock::start(),
+        state_dir,
+    });
     registry.recover()?;
     let admin = romulus_telemetry::serve_admin(&admin_socket, admin::router(registry.clone()))?;
-    let listener = Arc::new(Listener { endpoint: Arc::clone(&endpoint), registry, admission, host: host.clone() });
+    let listener = Arc::new(Listener {
+        endpoint: Arc::clone(&endpoint),
+        registry,
+        admission,
+        host: host.clone(),
+    });
     tokio::spawn(listener.run());
     info!(event = "ready", host = host.as_str(), %listen);
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -75,7 +96,10 @@ async fn run(settings: romulus_config::BackupAgent, state_dir: std::path::PathBu
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    info!(event = "terminate", "standbys that run a guest go on without the agent");
+    info!(
+        event = "terminate",
+        "standbys that run a guest go on without the agent"
+    );
     endpoint.shutdown("the agent is shutting down").await;
     drop(admin);
     Ok(())

@@ -39,7 +39,12 @@ pub struct Receiver {
 impl Receiver {
     /// Nothing received yet. `term` is the record's term that the primary named.
     pub fn new(session: Session, term: Term) -> Self {
-        Self { session, term, incoming: None, last: Epoch::NONE }
+        Self {
+            session,
+            term,
+            incoming: None,
+            last: Epoch::NONE,
+        }
     }
 
     /// The session.
@@ -49,7 +54,9 @@ impl Receiver {
 
     /// The epoch that is being received, or the last one.
     pub fn epoch(&self) -> Epoch {
-        self.incoming.as_ref().map_or(self.last, |incoming| incoming.epoch)
+        self.incoming
+            .as_ref()
+            .map_or(self.last, |incoming| incoming.epoch)
     }
 
     /// Takes one frame.
@@ -72,7 +79,10 @@ impl Receiver {
     fn pages(&mut self, pages: &Pages<'_>, image: &mut VmImage) -> anyhow::Result<()> {
         let (mut base, mut page): (Page, Page) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
         if pages.epoch() == Epoch::NONE {
-            ensure!(self.last == Epoch::NONE, "pages of the first copy came after the first checkpoint");
+            ensure!(
+                self.last == Epoch::NONE,
+                "pages of the first copy came after the first checkpoint"
+            );
             for entry in pages.entries() {
                 image.image()?.read_page(entry.page, &mut base)?;
                 decode(entry.kind, entry.payload, Some(&base), &mut page)

@@ -66,7 +66,11 @@ pub struct Registry {
 impl Registry {
     /// No VM yet.
     pub fn new(shared: Shared) -> Self {
-        Self { shared: Arc::new(shared), vms: Arc::default(), refused: Arc::default() }
+        Self {
+            shared: Arc::new(shared),
+            vms: Arc::default(),
+            refused: Arc::default(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<VmId, VmHandle>> {
@@ -85,10 +89,9 @@ impl Registry {
             let name = entry.file_name().to_string_lossy().into_owned();
             if entry.file_type()?.is_dir()
                 && let Ok(vm) = VmId::new(name)
+                && let Err(error) = self.vm(&vm, None)
             {
-                if let Err(error) = self.vm(&vm, None) {
-                    error!(event = "image_unusable", vm = vm.as_str(), error = format!("{error:#}"));
-                }
+                error!(event = "image_unusable", vm = vm.as_str(), error = format!("{error:#}"));
             }
         }
         Ok(())
@@ -124,7 +127,10 @@ impl Registry {
         };
         let image = VmImage::open(&shared.settings.image_dir, vm, limits)?;
         let known = image.machine().ok().map(|machine| machine.layout.bytes());
-        let image_bytes = machine.map(|machine| machine.layout.bytes()).or(known).unwrap_or(0);
+        let image_bytes = machine
+            .map(|machine| machine.layout.bytes())
+            .or(known)
+            .unwrap_or(0);
         let image_status = image.status();
         let state_file = shared.state_dir.join(format!("{vm}.json"));
         let remembered = durable::read_small(&state_file, STATE_BYTES_MAX)?
@@ -138,7 +144,13 @@ impl Registry {
             retry_ns: 100_000_000,
             mute_ns_max: nanoseconds(shared.settings.failover.mute_limit),
         };
-        let backup = Backup::new(config, remembered, image_status, crate::seed()?, shared.clock.now());
+        let backup = Backup::new(
+            config,
+            remembered,
+            image_status,
+            crate::seed()?,
+            shared.clock.now(),
+        );
         let store = self.start_store(vm, image, &events, &status)?;
         let (witness, requests) = mpsc::channel(REQUESTS_MAX);
         tokio::spawn(ask_witness(shared.witness.clone(), requests, events.clone()));
@@ -156,12 +168,20 @@ impl Registry {
         let failed = Arc::clone(&status);
         tokio::spawn(async move {
             if let Err(error) = driver.run().await {
-                error!(event = "vm_driver_failed", vm = failed.vm(), error = format!("{error:#}"));
+                error!(
+                    event = "vm_driver_failed",
+                    vm = failed.vm(),
+                    error = format!("{error:#}")
+                );
                 failed.set_protection(Protection::NotProtected(NotProtected::NoBackup));
                 failed.set_detail(format!("the agent gave this VM up, restart it: {error:#}"));
             }
         });
-        Ok(VmHandle { inbox, status, image_bytes })
+        Ok(VmHandle {
+            inbox,
+            status,
+            image_bytes,
+        })
     }
 
     fn start_store(
@@ -180,20 +200,34 @@ impl Registry {
             // No VM's name begins with a dot, so this is taken for no image.
             run_dir: settings.image_dir.join(format!(".run-{vm}")),
         });
-        let store =
-            Store { jobs, events: events.clone(), image, guest, receiver: None, status: Arc::clone(status) };
-        std::thread::Builder::new().name(format!("store-{vm}")).spawn(move || store.run())?;
+        let store = Store {
+            jobs,
+            events: events.clone(),
+            image,
+            guest,
+            receiver: None,
+            status: Arc::clone(status),
+        };
+        std::thread::Builder::new()
+            .name(format!("store-{vm}"))
+            .spawn(move || store.run())?;
         Ok(sender)
     }
 
     /// Bytes of the images of all other VMs.
     pub fn image_bytes_except(&self, vm: &VmId) -> u64 {
-        self.lock().iter().filter(|(other, _)| *other != vm).map(|(_, handle)| handle.image_bytes).sum()
+        self.lock()
+            .iter()
+            .filter(|(other, _)| *other != vm)
+            .map(|(_, handle)| handle.image_bytes)
+            .sum()
     }
 
     /// Bytes of the VM's own image that its guest has touched.
     pub fn touched_bytes(&self, vm: &VmId) -> u64 {
-        self.lock().get(vm).map_or(0, |handle| handle.status.image_bytes())
+        self.lock()
+            .get(vm)
+            .map_or(0, |handle| handle.status.image_bytes())
     }
 
     /// A connection was refused before it had a session.
@@ -208,12 +242,17 @@ impl Registry {
 
     /// The statuses, by name.
     pub fn statuses(&self) -> Vec<Arc<VmStatus>> {
-        self.lock().values().map(|handle| Arc::clone(&handle.status)).collect()
+        self.lock()
+            .values()
+            .map(|handle| Arc::clone(&handle.status))
+            .collect()
     }
 
     /// Gives an order to a VM's driver; `false` when there is no such VM.
     pub async fn order(&self, vm: &VmId, order: BackupOrder) -> bool {
-        let Some(inbox) = self.lock().get(vm).map(|handle| handle.inbox.clone()) else { return false };
+        let Some(inbox) = self.lock().get(vm).map(|handle| handle.inbox.clone()) else {
+            return false;
+        };
         inbox.send(Input::Event(BackupEvent::Order(order))).await.is_ok()
     }
 }

@@ -100,9 +100,15 @@ impl SessionIn {
 
     /// Says yes, and begins to read.
     pub fn start(&self, store: &StoreSender, events: &EventSink) {
-        let reader = self.reader.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let reader = self
+            .reader
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .take();
         let Some(reader) = reader else { return };
-        self.queue(ToPrimary::Welcome { backup: self.backup.clone() });
+        self.queue(ToPrimary::Welcome {
+            backup: self.backup.clone(),
+        });
         let task = ReadTask {
             session: self.session,
             connection: self.connection.clone(),
@@ -120,13 +126,21 @@ impl SessionIn {
 
     fn queue(&self, message: ToPrimary) {
         if self.control.try_send(message).is_err() {
-            warn!(vm = self.status.vm(), "the control stream does not keep up; a message was dropped");
+            warn!(
+                vm = self.status.vm(),
+                "the control stream does not keep up; a message was dropped"
+            );
         }
     }
 
     /// Says no, and why, and closes.
     pub fn refuse(self: Box<Self>, reason: &str, passing: bool) {
-        info!(event = "refused", vm = self.status.vm(), primary = self.primary.as_str(), reason);
+        info!(
+            event = "refused",
+            vm = self.status.vm(),
+            primary = self.primary.as_str(),
+            reason
+        );
         refuse(self.connection.clone(), self.control.clone(), reason, passing);
     }
 
@@ -138,7 +152,10 @@ impl SessionIn {
 
 /// Says no on a control stream, and closes the connection once that can have arrived.
 fn refuse(connection: Connection, control: mpsc::Sender<ToPrimary>, reason: &str, passing: bool) {
-    let _ = control.try_send(ToPrimary::Refused { reason: reason.into(), passing });
+    let _ = control.try_send(ToPrimary::Refused {
+        reason: reason.into(),
+        passing,
+    });
     tokio::spawn(async move {
         let _ = tokio::time::timeout(REFUSE_TIMEOUT, connection.closed()).await;
         connection.close(CloseCode::REFUSED, "see the refusal");
@@ -148,7 +165,13 @@ fn refuse(connection: Connection, control: mpsc::Sender<ToPrimary>, reason: &str
 /// Refuses a session that did not come as far as a [`SessionIn`].
 pub async fn refuse_early(session: Session, mut sender: SendStream, connection: Connection, reason: &str) {
     info!(event = "refused", reason);
-    if let Ok(frame) = encode_control(session, &ToPrimary::Refused { reason: reason.into(), passing: false }) {
+    if let Ok(frame) = encode_control(
+        session,
+        &ToPrimary::Refused {
+            reason: reason.into(),
+            passing: false,
+        },
+    ) {
         let _ = sender.send(frame).await;
     }
     let _ = tokio::time::timeout(REFUSE_TIMEOUT, connection.closed()).await;
@@ -157,7 +180,9 @@ pub async fn refuse_early(session: Session, mut sender: SendStream, connection: 
 
 async fn write_control(session: Session, mut stream: SendStream, mut messages: mpsc::Receiver<ToPrimary>) {
     while let Some(message) = messages.recv().await {
-        let Ok(frame) = encode_control(session, &message) else { return };
+        let Ok(frame) = encode_control(session, &message) else {
+            return;
+        };
         if stream.send(frame).await.is_err() {
             return;
         }
@@ -185,26 +210,41 @@ impl ReadTask {
                 self.connection.close(CloseCode::DONE, "the session ended");
             }
             Err(error) => {
-                warn!(event = "session_ended", vm = self.status.vm(), error = format!("{error:#}"));
-                if error.downcast_ref::<FrameError>().is_none_or(|e| !matches!(e, FrameError::Transport(_))) {
+                warn!(
+                    event = "session_ended",
+                    vm = self.status.vm(),
+                    error = format!("{error:#}")
+                );
+                if error
+                    .downcast_ref::<FrameError>()
+                    .is_none_or(|e| !matches!(e, FrameError::Transport(_)))
+                {
                     self.status.count_refused_input();
                 }
                 self.connection.close(CloseCode::BAD_INPUT, &format!("{error:#}"));
             }
         }
-        self.events.send_async(BackupEvent::Disconnected(self.session)).await;
+        self.events
+            .send_async(BackupEvent::Disconnected(self.session))
+            .await;
     }
 
     async fn control(&self, mut reader: FrameReader) -> anyhow::Result<()> {
         while let Some(frame) = reader.next().await? {
             let ToBackup::Peer(message) = decode_control(&frame)?;
-            self.events.send_async(BackupEvent::Peer(self.session, message)).await;
+            self.events
+                .send_async(BackupEvent::Peer(self.session, message))
+                .await;
         }
         Ok(())
     }
 
     async fn data(&self) -> anyhow::Result<()> {
-        let stream = self.connection.accept_data().await.map_err(FrameError::Transport)?;
+        let stream = self
+            .connection
+            .accept_data()
+            .await
+            .map_err(FrameError::Transport)?;
         let mut reader = FrameReader::for_session(stream, self.session);
         while let Some(frame) = reader.next().await? {
             if !self.store.frame(self.session, frame).await {

@@ -36,7 +36,8 @@ pub struct VmStatus {
 }
 
 fn histogram() -> Histogram<u64> {
-    Histogram::new(3).expect("three significant digits are allowed")
+    // What is longer than an hour counts as an hour.
+    Histogram::new_with_bounds(1, 3_600_000_000_000, 3).expect("the bounds are fixed and allowed")
 }
 
 fn percentiles_us(histogram: &Histogram<u64>) -> Value {
@@ -63,7 +64,11 @@ impl VmStatus {
             activation: None,
             events: EventLog::default(),
         };
-        Self { vm, host: host.into(), inner: Mutex::new(inner) }
+        Self {
+            vm,
+            host: host.into(),
+            inner: Mutex::new(inner),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

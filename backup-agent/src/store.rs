@@ -22,7 +22,7 @@ use tracing::{error, info, warn};
 
 use crate::guest::Guest;
 use crate::inbox::EventSink;
-use crate::receive::{Receiver, Received};
+use crate::receive::{Received, Receiver};
 use crate::status::VmStatus;
 use crate::vm_image::VmImage;
 
@@ -80,7 +80,13 @@ pub struct StoreSender {
 /// The channel to a store thread.
 pub fn store_channel() -> (StoreSender, mpsc::Receiver<StoreJob>) {
     let (jobs, receiver) = mpsc::channel(FRAMES_WAITING_MAX + JOBS_WAITING_MAX);
-    (StoreSender { jobs, frames: Arc::new(Semaphore::new(FRAMES_WAITING_MAX)) }, receiver)
+    (
+        StoreSender {
+            jobs,
+            frames: Arc::new(Semaphore::new(FRAMES_WAITING_MAX)),
+        },
+        receiver,
+    )
 }
 
 impl StoreSender {
@@ -89,13 +95,20 @@ impl StoreSender {
     /// # Errors
     /// When the store thread is gone, or so many jobs wait that it must hang.
     pub fn send(&self, job: StoreJob) -> anyhow::Result<()> {
-        self.jobs.try_send(job).map_err(|_| anyhow!("the store thread is gone or hangs"))
+        self.jobs
+            .try_send(job)
+            .map_err(|_| anyhow!("the store thread is gone or hangs"))
     }
 
     /// Hands in a frame; waits while too many do. `false` when the store is gone.
     pub async fn frame(&self, session: Session, frame: Frame) -> bool {
-        let Ok(permit) = Arc::clone(&self.frames).acquire_owned().await else { return false };
-        self.jobs.send(StoreJob::Frame(session, frame, permit)).await.is_ok()
+        let Ok(permit) = Arc::clone(&self.frames).acquire_owned().await else {
+            return false;
+        };
+        self.jobs
+            .send(StoreJob::Frame(session, frame, permit))
+            .await
+            .is_ok()
     }
 }
 
@@ -125,7 +138,11 @@ impl Store {
 
     fn job(&mut self, job: StoreJob) {
         match job {
-            StoreJob::Begin { session, term, machine } => {
+            StoreJob::Begin {
+                session,
+                term,
+                machine,
+            } => {
                 self.receiver = None;
                 self.guest.dismiss();
                 match self.image.begin(session, machine) {
@@ -138,7 +155,11 @@ impl Store {
                 drop(permit);
             }
             StoreJob::End(session) => {
-                if self.receiver.as_ref().is_some_and(|receiver| receiver.session() == session) {
+                if self
+                    .receiver
+                    .as_ref()
+                    .is_some_and(|receiver| receiver.session() == session)
+                {
                     self.receiver = None;
                     self.image.discard_staging();
                 }
@@ -155,7 +176,11 @@ impl Store {
     }
 
     fn frame(&mut self, session: Session, frame: &Frame) {
-        let Some(receiver) = self.receiver.as_mut().filter(|receiver| receiver.session() == session) else {
+        let Some(receiver) = self
+            .receiver
+            .as_mut()
+            .filter(|receiver| receiver.session() == session)
+        else {
             return;
         };
         let began = Instant::now();
@@ -176,14 +201,23 @@ impl Store {
         if let Err(error) = self.image.apply() {
             return self.invalid(session, epoch, &error);
         }
-        let image_bytes = epoch.0.is_multiple_of(SIZE_EVERY_COMMITS).then(|| self.image.touched_bytes());
+        let image_bytes = epoch
+            .0
+            .is_multiple_of(SIZE_EVERY_COMMITS)
+            .then(|| self.image.touched_bytes());
         self.status.add_commit(verify_ns, elapsed_ns(began), image_bytes);
     }
 
     fn invalid(&mut self, session: Session, epoch: Epoch, error: &anyhow::Error) {
-        error!(event = "invalid_checkpoint", vm = self.status.vm(), epoch = epoch.0, error = format!("{error:#}"));
+        error!(
+            event = "invalid_checkpoint",
+            vm = self.status.vm(),
+            epoch = epoch.0,
+            error = format!("{error:#}")
+        );
         self.status.count_refused_input();
-        self.status.set_detail(format!("checkpoint {epoch} was refused: {error:#}"));
+        self.status
+            .set_detail(format!("checkpoint {epoch} was refused: {error:#}"));
         self.receiver = None;
         self.image.discard_staging();
         self.events.send(BackupEvent::Invalid(session, epoch));
@@ -194,14 +228,28 @@ impl Store {
         match self.prove_standby(session) {
             Ok(pid) => {
                 let elapsed_ms = elapsed_ns(began) / 1_000_000;
-                info!(event = "standby_loaded", vm = self.status.vm(), epoch = epoch.0, elapsed_ms);
-                self.status.event("standby_loaded", &json!({"epoch": epoch.0, "elapsed_ms": elapsed_ms}));
-                self.status.set_standby(if pid.is_some() { "waiting" } else { "proven" }, pid);
+                info!(
+                    event = "standby_loaded",
+                    vm = self.status.vm(),
+                    epoch = epoch.0,
+                    elapsed_ms
+                );
+                self.status.event(
+                    "standby_loaded",
+                    &json!({"epoch": epoch.0, "elapsed_ms": elapsed_ms}),
+                );
+                self.status
+                    .set_standby(if pid.is_some() { "waiting" } else { "proven" }, pid);
                 self.events.send(BackupEvent::StandbyLoaded(session, epoch));
             }
             Err(error) => {
-                warn!(event = "standby_failed", vm = self.status.vm(), error = format!("{error:#}"));
-                self.status.set_detail(format!("the standby could not load a checkpoint: {error:#}"));
+                warn!(
+                    event = "standby_failed",
+                    vm = self.status.vm(),
+                    error = format!("{error:#}")
+                );
+                self.status
+                    .set_detail(format!("the standby could not load a checkpoint: {error:#}"));
                 self.events.send(BackupEvent::StandbyFailed(session));
             }
         }
@@ -209,9 +257,14 @@ impl Store {
 
     fn prove_standby(&mut self, session: Session) -> anyhow::Result<Option<u32>> {
         let committed = self.image.committed().context("nothing is committed")?;
-        anyhow::ensure!(committed.session == session, "the last commit is of another session");
+        anyhow::ensure!(
+            committed.session == session,
+            "the last commit is of another session"
+        );
         self.guest.prove(&self.image).context("trial load")?;
-        self.guest.wait_warm(&self.image).context("start of the waiting standby")
+        self.guest
+            .wait_warm(&self.image)
+            .context("start of the waiting standby")
     }
 
     fn activate(&mut self, session: Session, epoch: Epoch, term: Term) {
@@ -227,8 +280,13 @@ impl Store {
                 self.events.send(BackupEvent::Activated);
             }
             Err(error) => {
-                error!(event = "activation_failed", vm = self.status.vm(), error = format!("{error:#}"));
-                self.status.event("activation_failed", &json!({"error": format!("{error:#}")}));
+                error!(
+                    event = "activation_failed",
+                    vm = self.status.vm(),
+                    error = format!("{error:#}")
+                );
+                self.status
+                    .event("activation_failed", &json!({"error": format!("{error:#}")}));
                 self.status.set_detail(format!("activation failed: {error:#}"));
                 self.events.send(BackupEvent::ActivationFailed);
             }
@@ -241,7 +299,10 @@ impl Store {
         self.image.apply()?;
         let committed = self.image.committed().context("nothing is committed")?;
         // Output commit: what was acknowledged is in the image, and the image is of the session that was granted.
-        assert_eq!(committed.session, session, "an activation names the session of the commit");
+        assert_eq!(
+            committed.session, session,
+            "an activation names the session of the commit"
+        );
         assert!(committed.epoch >= epoch, "a commit that was acknowledged is gone");
         self.image.mark_consumed()?;
         self.guest.activate(&self.image)

@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use romulus_host_sys::process_clock::Clock;
-use romulus_protocol::{Backup, BackupCommand, BackupEvent, Notice, RefuseReason, Remembered, WitnessRequest};
+use romulus_protocol::{
+    Backup, BackupCommand, BackupEvent, Notice, RefuseReason, Remembered, WitnessRequest,
+};
 use romulus_telemetry::notice_event;
 use romulus_types::{Epoch, Session, Term};
 use serde_json::json;
@@ -83,7 +85,10 @@ impl VmDriver {
 
     fn deadline(&self) -> tokio::time::Instant {
         let idle = Instant::now() + Duration::from_secs(1);
-        let deadline = self.backup.poll_timeout().map_or(idle, |time| self.clock.instant(time).min(idle));
+        let deadline = self
+            .backup
+            .poll_timeout()
+            .map_or(idle, |time| self.clock.instant(time).min(idle));
         tokio::time::Instant::from_std(deadline)
     }
 
@@ -91,7 +96,12 @@ impl VmDriver {
         let now = self.clock.now();
         match input {
             Input::Event(event) => self.backup.handle(now, event),
-            Input::Hello { session, primary, term, instance } => {
+            Input::Hello {
+                session,
+                primary,
+                term,
+                instance,
+            } => {
                 // One connection at a time. A broken one is noticed by its own reader first.
                 if self.session.as_ref().is_some_and(|current| !current.is_closed()) {
                     session.refuse(refusal(RefuseReason::Busy), true);
@@ -99,7 +109,15 @@ impl VmDriver {
                 }
                 let id = session.id();
                 self.session = Some(session);
-                self.backup.handle(now, BackupEvent::Hello { session: id, primary, term, instance });
+                self.backup.handle(
+                    now,
+                    BackupEvent::Hello {
+                        session: id,
+                        primary,
+                        term,
+                        instance,
+                    },
+                );
             }
         }
         if self.backup.poll_timeout().is_some_and(|time| time <= now) {
@@ -140,7 +158,8 @@ impl VmDriver {
                 self.store.send(StoreJob::TryStandby { session, epoch })?;
             }
             BackupCommand::Activate { session, epoch, term } => {
-                self.status.event("activation_begin", &json!({"epoch": epoch.0, "term": term.0}));
+                self.status
+                    .event("activation_begin", &json!({"epoch": epoch.0, "term": term.0}));
                 self.store.send(StoreJob::Activate { session, epoch, term })?;
             }
             BackupCommand::DrainSockets => self.drain(),
@@ -151,7 +170,11 @@ impl VmDriver {
     }
 
     fn take_session(&mut self, session: Session) -> Option<Box<SessionIn>> {
-        if self.session.as_ref().is_some_and(|current| current.id() == session) {
+        if self
+            .session
+            .as_ref()
+            .is_some_and(|current| current.id() == session)
+        {
             self.session.take()
         } else {
             None
@@ -159,10 +182,19 @@ impl VmDriver {
     }
 
     fn accept(&mut self, session: Session) -> anyhow::Result<()> {
-        let Some(current) = self.session.as_ref().filter(|s| s.id() == session) else { return Ok(()) };
-        self.store.send(StoreJob::Begin { session, term: current.term(), machine: current.machine() })?;
+        let Some(current) = self.session.as_ref().filter(|s| s.id() == session) else {
+            return Ok(());
+        };
+        self.store.send(StoreJob::Begin {
+            session,
+            term: current.term(),
+            machine: current.machine(),
+        })?;
         current.start(&self.store, &self.events);
-        self.status.event("session", &json!({"session": session.to_string(), "primary": current.primary().as_str()}));
+        self.status.event(
+            "session",
+            &json!({"session": session.to_string(), "primary": current.primary().as_str()}),
+        );
         Ok(())
     }
 
@@ -194,7 +226,9 @@ fn refusal(reason: RefuseReason) -> &'static str {
     match reason {
         RefuseReason::ActiveHere => "the VM runs on this backup host, or is about to: it was taken over",
         RefuseReason::Busy => "another session of this VM is connected: is it protected by someone else?",
-        RefuseReason::OldTerm => "the primary's record is older than what this host knows: it was taken over since",
+        RefuseReason::OldTerm => {
+            "the primary's record is older than what this host knows: it was taken over since"
+        }
         RefuseReason::OtherWitness => {
             "the primary uses another witness than this host, or one restored from an old copy"
         }

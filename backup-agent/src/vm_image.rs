@@ -38,7 +38,13 @@ impl VmImage {
     /// # Errors
     /// When the folder can't be used.
     pub fn open(dir: &Path, vm: &VmId, limits: Limits) -> anyhow::Result<Self> {
-        let mut this = Self { dir: dir.into(), vm: vm.clone(), limits, image: None, machine: None };
+        let mut this = Self {
+            dir: dir.into(),
+            vm: vm.clone(),
+            limits,
+            image: None,
+            machine: None,
+        };
         // A guest was started from a consumed image and may be running in its files: they are not ours to open.
         if !this.folder().exists() || this.consumed_file().exists() {
             return Ok(this);
@@ -75,7 +81,9 @@ impl VmImage {
     }
 
     fn read_machine(&self) -> Option<Arc<MachineSpec>> {
-        let bytes = durable::read_small(&self.machine_file(), MACHINE_BYTES_MAX).ok().flatten()?;
+        let bytes = durable::read_small(&self.machine_file(), MACHINE_BYTES_MAX)
+            .ok()
+            .flatten()?;
         MachineSpec::from_json(&bytes).ok().map(Arc::new)
     }
 
@@ -95,12 +103,17 @@ impl VmImage {
     /// # Errors
     /// When the files can't be made.
     pub fn begin(&mut self, session: Session, machine: Arc<MachineSpec>) -> anyhow::Result<()> {
-        let same_layout = self.image.as_ref().is_some_and(|image| *image.layout() == machine.layout);
+        let same_layout = self
+            .image
+            .as_ref()
+            .is_some_and(|image| *image.layout() == machine.layout);
         if let Some(image) = self.image.take() {
             if same_layout {
                 self.image = Some(image);
             } else {
-                image.remove().context("could not remove the image of another machine")?;
+                image
+                    .remove()
+                    .context("could not remove the image of another machine")?;
             }
         }
         if self.image.is_none() && self.folder().exists() {
@@ -138,7 +151,9 @@ impl VmImage {
     /// # Errors
     /// When there is none.
     pub fn machine(&self) -> anyhow::Result<&Arc<MachineSpec>> {
-        self.machine.as_ref().ok_or_else(|| anyhow!("no machine is known"))
+        self.machine
+            .as_ref()
+            .ok_or_else(|| anyhow!("no machine is known"))
     }
 
     /// The last commit, if it can be used.
@@ -202,6 +217,9 @@ impl VmImage {
 
     /// Bytes that the guest has touched.
     pub fn touched_bytes(&self) -> u64 {
-        self.image.as_ref().and_then(|image| image.touched_bytes().ok()).unwrap_or(0)
+        self.image
+            .as_ref()
+            .and_then(|image| image.touched_bytes().ok())
+            .unwrap_or(0)
     }
 }

@@ -18,7 +18,11 @@ pub(crate) struct Unreachable(PathBuf);
 
 impl std::fmt::Display for Unreachable {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "no daemon answers on {}: is it running, and may you open its socket?", self.0.display())
+        write!(
+            f,
+            "no daemon answers on {}: is it running, and may you open its socket?",
+            self.0.display()
+        )
     }
 }
 
@@ -32,7 +36,11 @@ pub(crate) async fn status(options: AdminOptions) -> anyhow::Result<u8> {
     } else {
         print!("{}", render::status(&answer));
     }
-    Ok(if render::is_protected(&answer) { exit::OK } else { exit::NOT_PROTECTED })
+    Ok(if render::is_protected(&answer) {
+        exit::OK
+    } else {
+        exit::NOT_PROTECTED
+    })
 }
 
 /// `romulus events`.
@@ -61,15 +69,27 @@ pub(crate) async fn order(options: AdminOptions, verb: &str) -> anyhow::Result<u
     } else if answer["done"] == true {
         println!("{verb}: done");
     } else {
-        println!("{verb}: {}", answer["next"].as_str().unwrap_or("under way; see `romulus status`"));
+        println!(
+            "{verb}: {}",
+            answer["next"]
+                .as_str()
+                .unwrap_or("under way; see `romulus status`")
+        );
     }
-    Ok(if answer["error"].is_null() { exit::OK } else { exit::FAILED })
+    Ok(if answer["error"].is_null() {
+        exit::OK
+    } else {
+        exit::FAILED
+    })
 }
 
 async fn get(options: &AdminOptions, what: &str) -> anyhow::Result<Value> {
     let socket = socket(options)?;
     let path = route(options, what);
-    AdminClient::new(&socket).get(&path).await.with_context(|| Unreachable(socket.clone()))
+    AdminClient::new(&socket)
+        .get(&path)
+        .await
+        .with_context(|| Unreachable(socket.clone()))
 }
 
 fn route(options: &AdminOptions, what: &str) -> String {
@@ -90,12 +110,18 @@ fn socket(options: &AdminOptions) -> anyhow::Result<PathBuf> {
         1 => Ok(found.remove(0)),
         _ => {
             let names: Vec<_> = found.iter().map(|p| p.display().to_string()).collect();
-            bail!("several daemons run here: name one with --admin SOCKET: {}", names.join(", "))
+            bail!(
+                "several daemons run here: name one with --admin SOCKET: {}",
+                names.join(", ")
+            )
         }
     }
 }
 
 fn sockets(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "sock")).collect()
+    entries
+        .map(|e| e.path())
+        .filter(|p| p.extension().is_some_and(|e| e == "sock"))
+        .collect()
 }

@@ -6,7 +6,11 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 
 /// Remus-style fault tolerance for KVM virtual machines: the operator's command.
 #[derive(Parser)]
-#[command(name = "romulus", version, after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not protected (status), 4 daemon unreachable.")]
+#[command(
+    name = "romulus",
+    version,
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not protected (status), 4 daemon unreachable."
+)]
 pub(crate) struct Args {
     #[command(subcommand)]
     pub(crate) command: Command,

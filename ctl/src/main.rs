@@ -37,7 +37,11 @@ async fn main() -> ExitCode {
         Err(error) => {
             eprintln!("romulus: {error:#}");
             let unreachable = error.downcast_ref::<admin::Unreachable>().is_some();
-            ExitCode::from(if unreachable { exit::UNREACHABLE } else { exit::FAILED })
+            ExitCode::from(if unreachable {
+                exit::UNREACHABLE
+            } else {
+                exit::FAILED
+            })
         }
     }
 }

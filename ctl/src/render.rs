@@ -31,7 +31,12 @@ fn one(vm: &Value) -> String {
             lines.push(format!("  {label:<16}{value}"));
         }
     };
-    field("role", vm["role"].as_str().map(|role| format!("{role} on {}", vm["host"].as_str().unwrap_or("?"))));
+    field(
+        "role",
+        vm["role"]
+            .as_str()
+            .map(|role| format!("{role} on {}", vm["host"].as_str().unwrap_or("?"))),
+    );
     field("backup", vm["backup"].as_str().map(str::to_owned));
     field("detail", vm["detail"].as_str().map(str::to_owned));
     field("first copy", first_copy(&vm["first_copy"]));
@@ -39,22 +44,40 @@ fn one(vm: &Value) -> String {
     field("on time", percent(&vm["epoch_on_time_ratio"]));
     field("pause", milliseconds(&vm["pause_ms"]));
     field("commit lag", milliseconds(&vm["commit_lag_ms"]));
-    field("dirty pages", vm["dirty_pages"]["p50"].as_u64().map(|p| format!("p50 {p}, p99 {}", vm["dirty_pages"]["p99"])));
+    field(
+        "dirty pages",
+        vm["dirty_pages"]["p50"]
+            .as_u64()
+            .map(|p| format!("p50 {p}, p99 {}", vm["dirty_pages"]["p99"])),
+    );
     field("clock slip", percent(&vm["clock_slip_ratio"]));
     field("standby", vm["standby"].as_str().map(str::to_owned));
-    field("image", vm["image_bytes"].as_u64().map(|bytes| format!("{} MiB", bytes >> 20)));
+    field(
+        "image",
+        vm["image_bytes"]
+            .as_u64()
+            .map(|bytes| format!("{} MiB", bytes >> 20)),
+    );
     lines.join("\n") + "\n"
 }
 
 fn first_copy(value: &Value) -> Option<String> {
     let (done, all) = (value["pages"].as_u64()?, value["of_pages"].as_u64()?);
-    Some(format!("{} % of {} MiB", (done * 100).checked_div(all)?, all >> 8))
+    Some(format!(
+        "{} % of {} MiB",
+        (done * 100).checked_div(all)?,
+        all >> 8
+    ))
 }
 
 fn epoch(vm: &Value) -> Option<String> {
     let committed = vm["committed"].as_u64()?;
-    let length = vm["epoch_ms"].as_f64().map_or(String::new(), |ms| format!(" of {ms} ms"));
-    let lag = vm["lag_epochs"].as_u64().map_or(String::new(), |lag| format!(", {lag} behind"));
+    let length = vm["epoch_ms"]
+        .as_f64()
+        .map_or(String::new(), |ms| format!(" of {ms} ms"));
+    let lag = vm["lag_epochs"]
+        .as_u64()
+        .map_or(String::new(), |lag| format!(", {lag} behind"));
     Some(format!("{committed} committed{length}{lag}, term {}", vm["term"]))
 }
 
@@ -64,7 +87,10 @@ fn percent(value: &Value) -> Option<String> {
 
 fn milliseconds(value: &Value) -> Option<String> {
     (value["count"].as_u64()? > 0).then(|| {
-        format!("p50 {} ms, p99 {} ms, max {} ms", value["p50"], value["p99"], value["max"])
+        format!(
+            "p50 {} ms, p99 {} ms, max {} ms",
+            value["p50"], value["p99"], value["max"]
+        )
     })
 }
 

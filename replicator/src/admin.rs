@@ -55,12 +55,21 @@ async fn failover(State(admin): State<Admin>) -> (StatusCode, Json<Value>) {
 async fn order(admin: Admin, order: PrimaryOrder) -> (StatusCode, Json<Value>) {
     let (sender, done) = oneshot::channel();
     if admin.inbox.send(Input::Order(order, sender)).await.is_err() {
-        return (StatusCode::GONE, Json(json!({"error": "the replicator is ending"})));
+        return (
+            StatusCode::GONE,
+            Json(json!({"error": "the replicator is ending"})),
+        );
     }
     match tokio::time::timeout(ORDER_TIMEOUT, done).await {
-        Ok(Ok(Ok(()))) => (StatusCode::OK, Json(json!({"done": true, "status": admin.status.json()}))),
+        Ok(Ok(Ok(()))) => (
+            StatusCode::OK,
+            Json(json!({"done": true, "status": admin.status.json()})),
+        ),
         Ok(Ok(Err(why))) => (StatusCode::CONFLICT, Json(json!({"error": why}))),
-        Ok(Err(_)) => (StatusCode::GONE, Json(json!({"error": "the replicator ended first"}))),
+        Ok(Err(_)) => (
+            StatusCode::GONE,
+            Json(json!({"error": "the replicator ended first"})),
+        ),
         Err(_) => (
             StatusCode::ACCEPTED,
             Json(json!({"done": false, "next": "the order goes on; see `romulus status`"})),

@@ -106,8 +106,14 @@ impl ProtectOptions {
         }
         settings.log.format = self.log_format.unwrap_or(settings.log.format);
         settings.check()?;
-        anyhow::ensure!(settings.backup.is_some(), "name the backup with --backup or in the settings");
-        anyhow::ensure!(!settings.witness.is_empty(), "name the witness with --witness or in the settings");
+        anyhow::ensure!(
+            settings.backup.is_some(),
+            "name the backup with --backup or in the settings"
+        );
+        anyhow::ensure!(
+            !settings.witness.is_empty(),
+            "name the witness with --witness or in the settings"
+        );
         Ok(settings)
     }
 }

@@ -22,7 +22,9 @@ pub struct BufferReturn {
 pub fn buffer_pool(count: usize) -> (BufferPool, BufferReturn) {
     let (sender, receiver) = mpsc::sync_channel(count);
     for _ in 0..count {
-        sender.try_send(Checkpoint::default()).expect("the pool holds as many as it was made for");
+        sender
+            .try_send(Checkpoint::default())
+            .expect("the pool holds as many as it was made for");
     }
     (BufferPool { free: receiver }, BufferReturn { free: sender })
 }

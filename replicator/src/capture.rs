@@ -3,8 +3,8 @@
 //!
 //! Only what needs a still guest happens while it is paused; see [`GuestSource::capture`].
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant};
 
 use romulus_hypervisor::source::{
@@ -16,12 +16,12 @@ use serde_json::json;
 use tracing::{error, info, warn};
 
 use crate::buffers::BufferPool;
-use romulus_host_sys::process_clock::Clock;
 use crate::encode::EncodeJob;
 use crate::events::EventSink;
 use crate::gates::Gates;
 use crate::session_cell::SessionCell;
 use crate::status::{CaptureSample, Status};
+use romulus_host_sys::process_clock::Clock;
 
 /// Pages read at once during the first copy.
 const FIRST_COPY_CHUNK_PAGES: u64 = 256;
@@ -97,7 +97,13 @@ impl CaptureThread {
                     last_start = None;
                     self.first_copy(session);
                 }
-                Ok(Job::Capture { session, epoch, at, close_gate, stay_stopped }) => {
+                Ok(Job::Capture {
+                    session,
+                    epoch,
+                    at,
+                    close_gate,
+                    stay_stopped,
+                }) => {
                     self.wait_until(at);
                     let start = self.clock.now();
                     let interval_ns = last_start.map_or(0, |last| start.since_ns(last));
@@ -121,11 +127,7 @@ impl CaptureThread {
         self.source.stop_guest()
     }
 
-    fn report(
-        &mut self,
-        what: &str,
-        action: impl FnOnce(&mut Self) -> Result<(), SourceError>,
-    ) {
+    fn report(&mut self, what: &str, action: impl FnOnce(&mut Self) -> Result<(), SourceError>) {
         if let Err(error) = action(self) {
             error!(%error, "could not {what}");
             self.status.set_detail(format!("could not {what}: {error}"));
@@ -164,7 +166,8 @@ impl CaptureThread {
         match self.try_first_copy(session) {
             Ok(true) => {
                 let elapsed_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-                self.status.add_event("first_copy_done", &json!({"elapsed_ms": elapsed_ms}));
+                self.status
+                    .add_event("first_copy_done", &json!({"elapsed_ms": elapsed_ms}));
                 info!(event = "first_copy_done", elapsed_ms);
             }
             Ok(false) => info!("the first copy was given up: its session ended"),
@@ -185,7 +188,15 @@ impl CaptureThread {
             let count = FIRST_COPY_CHUNK_PAGES.min(pages - first);
             let mut data = vec![0; usize::try_from(count)? * PAGE_BYTES];
             self.source.read_pages(PageIndex(first), &mut data)?;
-            if self.encoder.send(EncodeJob::FirstCopy { session, first: PageIndex(first), data }).is_err() {
+            if self
+                .encoder
+                .send(EncodeJob::FirstCopy {
+                    session,
+                    first: PageIndex(first),
+                    data,
+                })
+                .is_err()
+            {
                 return Ok(false);
             }
             first += count;
@@ -193,11 +204,12 @@ impl CaptureThread {
             self.forward_guest_events();
         }
         for _ in 0..PRECOPY_ROUNDS_MAX {
-            let Some(mut buffer) = self.buffers.take() else { return Ok(false) };
+            let Some(mut buffer) = self.buffers.take() else {
+                return Ok(false);
+            };
             self.source.precopy(&mut buffer)?;
             let dirty = buffer.pages.len();
-            if !self.current.is(session)
-                || self.encoder.send(EncodeJob::Precopy { session, buffer }).is_err()
+            if !self.current.is(session) || self.encoder.send(EncodeJob::Precopy { session, buffer }).is_err()
             {
                 return Ok(false);
             }
@@ -219,13 +231,27 @@ impl CaptureThread {
         if !self.current.is(session) {
             return;
         }
-        let Some(mut buffer) = self.buffers.take() else { return };
+        let Some(mut buffer) = self.buffers.take() else {
+            return;
+        };
         match self.try_capture(epoch, close_gate, stay_stopped, &mut buffer) {
             Ok(sample) => {
                 let now = self.clock.now();
-                self.status.add_capture(now, CaptureSample { interval_ns, ..sample });
+                self.status.add_capture(
+                    now,
+                    CaptureSample {
+                        interval_ns,
+                        ..sample
+                    },
+                );
                 let learnt = self.gates.learnt();
-                let job = EncodeJob::Checkpoint { session, epoch, buffer, learnt, captured: now };
+                let job = EncodeJob::Checkpoint {
+                    session,
+                    epoch,
+                    buffer,
+                    learnt,
+                    captured: now,
+                };
                 if self.encoder.send(job).is_ok() {
                     self.events.send(PrimaryEvent::Captured(session, epoch));
                 }
@@ -242,8 +268,11 @@ impl CaptureThread {
         buffer: &mut Checkpoint,
     ) -> anyhow::Result<CaptureSample> {
         let gates = self.gates.clone();
-        let mut barrier =
-            move || gates.barrier(epoch, close_gate).map_err(|error| BarrierError::new(Box::new(error)));
+        let mut barrier = move || {
+            gates
+                .barrier(epoch, close_gate)
+                .map_err(|error| BarrierError::new(Box::new(error)))
+        };
         let report = self.source.capture(&mut barrier, stay_stopped, buffer)?;
         Ok(CaptureSample {
             interval_ns: 0,
@@ -256,9 +285,16 @@ impl CaptureThread {
     }
 
     fn capture_failed(&mut self, session: Session, epoch: Epoch, error: &anyhow::Error) {
-        error!(event = "capture_failed", epoch = epoch.0, error = format!("{error:#}"));
+        error!(
+            event = "capture_failed",
+            epoch = epoch.0,
+            error = format!("{error:#}")
+        );
         self.status.set_detail(format!("capture failed: {error:#}"));
-        self.status.add_event("capture_failed", &json!({"epoch": epoch.0, "error": format!("{error:#}")}));
+        self.status.add_event(
+            "capture_failed",
+            &json!({"epoch": epoch.0, "error": format!("{error:#}")}),
+        );
         self.forward_guest_events();
         self.events.send(PrimaryEvent::CaptureFailed(session, epoch));
     }

@@ -26,12 +26,12 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{error, info, warn};
 
 use crate::capture::Job;
-use romulus_host_sys::process_clock::Clock;
 use crate::events::{Input, OrderEnd};
 use crate::gates::Gates;
 use crate::link::Link;
 use crate::session_cell::SessionCell;
 use crate::status::Status;
+use romulus_host_sys::process_clock::Clock;
 
 /// How long what already arrived may take to reach the inbox.
 const DRAIN: Duration = Duration::from_millis(2);
@@ -113,18 +113,23 @@ impl Driver {
         self.status.set_gates(self.gates.status());
         if let Err(error) = self.gates.check() {
             error!(event = "gate_lost", %error);
-            self.status.add_event("gate_lost", &json!({"error": error.to_string()}));
+            self.status
+                .add_event("gate_lost", &json!({"error": error.to_string()}));
             self.status.set_detail(format!("a gate was lost: {error}"));
             if let Some(session) = self.primary.session() {
                 let epoch = self.primary.captured();
-                self.primary.handle(now, PrimaryEvent::CaptureFailed(session, epoch));
+                self.primary
+                    .handle(now, PrimaryEvent::CaptureFailed(session, epoch));
             }
         }
     }
 
     fn deadline(&self) -> tokio::time::Instant {
         let idle = Instant::now() + Duration::from_millis(100);
-        let deadline = self.primary.poll_timeout().map_or(idle, |time| self.clock.instant(time).min(idle));
+        let deadline = self
+            .primary
+            .poll_timeout()
+            .map_or(idle, |time| self.clock.instant(time).min(idle));
         tokio::time::Instant::from_std(deadline)
     }
 
@@ -146,7 +151,8 @@ impl Driver {
             Input::Terminate => {
                 self.terminating = true;
                 info!(event = "terminate", "going to not protected before ending");
-                self.primary.handle(now, PrimaryEvent::Order(PrimaryOrder::Unprotect));
+                self.primary
+                    .handle(now, PrimaryEvent::Order(PrimaryOrder::Unprotect));
             }
         }
         // A deadline that passed while inputs kept coming must not starve.
@@ -163,7 +169,11 @@ impl Driver {
         }
         let committed = self.primary.committed();
         let now = self.clock.now();
-        while self.captured_at.front().is_some_and(|(epoch, _)| *epoch <= committed) {
+        while self
+            .captured_at
+            .front()
+            .is_some_and(|(epoch, _)| *epoch <= committed)
+        {
             let (_, captured) = self.captured_at.pop_front().expect("front was there");
             self.status.add_commit_lag(now.since_ns(captured));
         }
@@ -183,7 +193,11 @@ impl Driver {
                 // A full queue means that the witness is slow; the protocol repeats the request.
                 let _ = self.witness.try_send(request);
             }
-            PrimaryCommand::Connect { session, term, instance } => {
+            PrimaryCommand::Connect {
+                session,
+                term,
+                instance,
+            } => {
                 self.captured_at.clear();
                 self.current.set(Some(session));
                 self.link.connect(session, term, instance);
@@ -196,8 +210,20 @@ impl Driver {
             }
             PrimaryCommand::Send(session, message) => self.link.send(session, message),
             PrimaryCommand::StartFirstCopy(session) => self.job(Job::FirstCopy(session))?,
-            PrimaryCommand::Capture { session, epoch, at, close_gate, stay_stopped } => {
-                self.job(Job::Capture { session, epoch, at, close_gate, stay_stopped })?;
+            PrimaryCommand::Capture {
+                session,
+                epoch,
+                at,
+                close_gate,
+                stay_stopped,
+            } => {
+                self.job(Job::Capture {
+                    session,
+                    epoch,
+                    at,
+                    close_gate,
+                    stay_stopped,
+                })?;
             }
             PrimaryCommand::Release(epoch) => self.gate_result("release frames", |g| g.release(epoch)),
             PrimaryCommand::OpenGate => self.gate_result("open the gate", Gates::open_and_remove),
@@ -218,7 +244,9 @@ impl Driver {
     }
 
     fn job(&self, job: Job) -> anyhow::Result<()> {
-        self.jobs.try_send(job).map_err(|_| anyhow::anyhow!("the capture thread is gone or does not keep up"))
+        self.jobs
+            .try_send(job)
+            .map_err(|_| anyhow::anyhow!("the capture thread is gone or does not keep up"))
     }
 
     fn gate_result(&self, what: &str, action: impl FnOnce(&Gates) -> Result<(), net_buffer::GateError>) {
@@ -258,7 +286,9 @@ impl Driver {
         let (name, detail) = notice_event(notice);
         let failed = match notice {
             Notice::OrderRefused(_) => Some(format!("not possible now: {}", detail["reason"])),
-            Notice::HandOverFailed => Some("the hand-over did not finish in time; the guest stays here".into()),
+            Notice::HandOverFailed => {
+                Some("the hand-over did not finish in time; the guest stays here".into())
+            }
             _ => None,
         };
         if let Some(why) = failed {

@@ -14,8 +14,8 @@ use romulus_page_codec::{ImageDigest, Kind, PreviousPages, Scratch, encode, page
 use romulus_protocol::PrimaryEvent;
 use romulus_types::{Digest, Epoch, PAGE_BYTES, PageIndex, Session, Time};
 use romulus_wire::{
-    CommitRecord, PagesFrame, PagesSection, PagesWriter, WireError, device_state_frames, device_state_section,
-    pack_guest_state,
+    CommitRecord, PagesFrame, PagesSection, PagesWriter, WireError, device_state_frames,
+    device_state_section, pack_guest_state,
 };
 use tokio::sync::mpsc;
 use tracing::{debug, error};
@@ -130,7 +130,11 @@ impl Encoder {
 
     fn job(&mut self, job: EncodeJob) {
         match job {
-            EncodeJob::Begin { session, page_count, sink } => self.begin(session, page_count, sink),
+            EncodeJob::Begin {
+                session,
+                page_count,
+                sink,
+            } => self.begin(session, page_count, sink),
             EncodeJob::FirstCopy { session, first, data } => {
                 let (pages, _) = data.as_chunks::<PAGE_BYTES>();
                 let pages = (first.0..).map(PageIndex).zip(pages);
@@ -145,7 +149,13 @@ impl Encoder {
                     self.events.send(PrimaryEvent::FirstCopyDone(session));
                 }
             }
-            EncodeJob::Checkpoint { session, epoch, buffer, learnt, captured } => {
+            EncodeJob::Checkpoint {
+                session,
+                epoch,
+                buffer,
+                learnt,
+                captured,
+            } => {
                 self.checkpoint(session, epoch, &buffer, &learnt, captured);
                 self.buffers.give(buffer);
             }
@@ -153,14 +163,21 @@ impl Encoder {
     }
 
     fn is_current(&self, session: Session) -> bool {
-        self.sending.as_ref().is_some_and(|sending| sending.session == session)
+        self.sending
+            .as_ref()
+            .is_some_and(|sending| sending.session == session)
     }
 
     fn begin(&mut self, session: Session, page_count: u64, sink: mpsc::Sender<Bytes>) {
         self.previous.clear();
         let page_count = usize::try_from(page_count).expect("a guest's pages fit in memory");
         let digests = vec![Digest(0); page_count];
-        self.sending = Some(Sending { session, sink, digests, image: ImageDigest::ZERO });
+        self.sending = Some(Sending {
+            session,
+            sink,
+            digests,
+            image: ImageDigest::ZERO,
+        });
     }
 
     fn checkpoint(
@@ -171,7 +188,9 @@ impl Encoder {
         learnt: &[LearntAddress],
         captured: Time,
     ) {
-        let Some(tally) = self.send_pages(session, epoch, buffer.page_contents()) else { return };
+        let Some(tally) = self.send_pages(session, epoch, buffer.page_contents()) else {
+            return;
+        };
         let notes = serde_json::to_vec(learnt).expect("addresses are plain values");
         let state = pack_guest_state(&notes, &buffer.device_state);
         match self.send_commit(session, epoch, &state, captured, tally.section) {
@@ -184,7 +203,11 @@ impl Encoder {
                 self.events.send(PrimaryEvent::CaptureFailed(session, epoch));
             }
         }
-        self.status.add_encoded(tally.page_bytes, tally.wire_bytes + state.len() as u64, tally.kinds);
+        self.status.add_encoded(
+            tally.page_bytes,
+            tally.wire_bytes + state.len() as u64,
+            tally.kinds,
+        );
     }
 
     fn send_commit(
@@ -195,7 +218,9 @@ impl Encoder {
         captured: Time,
         pages: PagesSection,
     ) -> Result<Result<(), Gone>, WireError> {
-        let Some(sending) = self.sending.as_ref() else { return Ok(Err(Gone)) };
+        let Some(sending) = self.sending.as_ref() else {
+            return Ok(Err(Gone));
+        };
         for frame in device_state_frames(session, epoch, state)? {
             if sending.sink.blocking_send(frame).is_err() {
                 return Ok(Err(Gone));
@@ -226,7 +251,9 @@ impl Encoder {
         let mut tally = Tally::default();
         let mut writer = PagesWriter::new(session, epoch, FRAME_BYTES);
         for (index, page) in pages {
-            let Some(kind) = self.encode_page(index, page) else { continue };
+            let Some(kind) = self.encode_page(index, page) else {
+                continue;
+            };
             tally.page_bytes += PAGE_BYTES as u64;
             tally.kinds[usize::from(kind as u8) % tally.kinds.len()] += 1;
             if writer.push(index, kind as u8, &self.payload) {
@@ -234,7 +261,10 @@ impl Encoder {
             }
             let full = std::mem::replace(&mut writer, PagesWriter::new(session, epoch, FRAME_BYTES));
             self.send_frame(full.finish(), &mut tally).ok()?;
-            assert!(writer.push(index, kind as u8, &self.payload), "an empty frame takes any page");
+            assert!(
+                writer.push(index, kind as u8, &self.payload),
+                "an empty frame takes any page"
+            );
         }
         self.send_frame(writer.finish(), &mut tally).ok()?;
         Some(tally)

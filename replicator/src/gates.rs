@@ -27,7 +27,10 @@ pub struct Gates {
 impl Gates {
     /// No gate yet: the guest speaks freely.
     pub fn new(limits: GateLimits) -> Self {
-        Self { limits, open: Arc::default() }
+        Self {
+            limits,
+            open: Arc::default(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Gate>> {

@@ -81,7 +81,14 @@ impl Link {
         events: EventSink,
         status: Arc<Status>,
     ) -> Self {
-        Self { config: Arc::new(config), endpoint, encoder, events, status, running: None }
+        Self {
+            config: Arc::new(config),
+            endpoint,
+            encoder,
+            events,
+            status,
+            running: None,
+        }
     }
 
     /// Begins a session in a task of its own; how it goes comes as events.
@@ -98,12 +105,21 @@ impl Link {
             connected: AtomicBool::new(false),
         };
         let task = tokio::spawn(task.run(term, instance, control_receiver, ended));
-        self.running = Some(Running { session, control, end, task });
+        self.running = Some(Running {
+            session,
+            control,
+            end,
+            task,
+        });
     }
 
     /// Ends a session; its task says `Disconnected`.
     pub fn disconnect(&mut self, session: Session) {
-        if self.running.as_ref().is_some_and(|running| running.session == session) {
+        if self
+            .running
+            .as_ref()
+            .is_some_and(|running| running.session == session)
+        {
             let running = self.running.take().expect("it was there");
             let _ = running.end.send(());
         }
@@ -154,13 +170,16 @@ impl SessionTask {
         if let Err(error) = result {
             warn!(event = "session_ended", error = format!("{error:#}"));
             self.status.set_detail(format!("{error:#}"));
-            self.status.add_event("session_ended", &json!({"error": format!("{error:#}")}));
+            self.status
+                .add_event("session_ended", &json!({"error": format!("{error:#}")}));
             if !self.connected.load(Ordering::Relaxed) {
                 // A try costs the guest a pause and the operator a line in the log.
                 let _ = tokio::time::timeout(TRY_INTERVAL, ended).await;
             }
         }
-        self.events.send_async(PrimaryEvent::Disconnected(self.session)).await;
+        self.events
+            .send_async(PrimaryEvent::Disconnected(self.session))
+            .await;
     }
 
     async fn session(
@@ -186,7 +205,9 @@ impl SessionTask {
             epoch_ns: self.config.epoch_ns,
             machine,
         };
-        sender.send(encode_message(FrameType::Hello, self.session, &hello)?).await?;
+        sender
+            .send(encode_message(FrameType::Hello, self.session, &hello)?)
+            .await?;
         let mut reader = FrameReader::for_session(receiver, self.session);
         tokio::time::timeout(WELCOME_TIMEOUT, self.welcome(&mut reader))
             .await
@@ -196,7 +217,9 @@ impl SessionTask {
         self.begin_encoding(page_count, sink).await?;
         info!(event = "session", session = %self.session);
         self.connected.store(true, Ordering::Relaxed);
-        self.events.send_async(PrimaryEvent::Connected(self.session)).await;
+        self.events
+            .send_async(PrimaryEvent::Connected(self.session))
+            .await;
         tokio::select! {
             result = self.read_control(&mut reader) => result,
             result = write_control(self.session, sender, control, &connection) => result,
@@ -208,7 +231,8 @@ impl SessionTask {
         let jobs = self.config.jobs.clone();
         tokio::task::spawn_blocking(move || {
             let (answer, described) = std::sync::mpsc::sync_channel(1);
-            jobs.send(Job::Describe(answer)).context("the capture thread is gone")?;
+            jobs.send(Job::Describe(answer))
+                .context("the capture thread is gone")?;
             described.recv().context("the capture thread is gone")?
         })
         .await?
@@ -218,7 +242,13 @@ impl SessionTask {
     async fn begin_encoding(&self, page_count: u64, sink: mpsc::Sender<Bytes>) -> anyhow::Result<()> {
         let (encoder, session) = (self.encoder.clone(), self.session);
         tokio::task::spawn_blocking(move || {
-            encoder.send(EncodeJob::Begin { session, page_count, sink }).context("the encoder is gone")
+            encoder
+                .send(EncodeJob::Begin {
+                    session,
+                    page_count,
+                    sink,
+                })
+                .context("the encoder is gone")
         })
         .await?
     }
@@ -253,7 +283,9 @@ impl SessionTask {
             };
             match decode_control::<ToPrimary>(&frame)? {
                 ToPrimary::Peer(message) => {
-                    self.events.send_async(PrimaryEvent::Peer(self.session, message)).await;
+                    self.events
+                        .send_async(PrimaryEvent::Peer(self.session, message))
+                        .await;
                 }
                 ToPrimary::Refused { reason, .. } => bail!("the backup ended the session: {reason}"),
                 ToPrimary::Welcome { .. } => bail!("the backup welcomed twice"),
@@ -275,7 +307,9 @@ async fn write_control(
     connection: &Connection,
 ) -> anyhow::Result<()> {
     while let Some(message) = messages.recv().await {
-        stream.send(encode_control(session, &ToBackup::Peer(message))?).await?;
+        stream
+            .send(encode_control(session, &ToBackup::Peer(message))?)
+            .await?;
     }
     let _ = tokio::time::timeout(CLOSE_TIMEOUT, stream.finish_and_flush()).await;
     connection.close(CloseCode::DONE, "the replicator is done");

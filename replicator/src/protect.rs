@@ -15,8 +15,8 @@ use anyhow::Context;
 use romulus_config::{PeerAddress, Replicator};
 use romulus_host_sys::process_clock::Clock;
 use romulus_host_sys::{durable, priority, random};
-use romulus_hypervisor::source::GuestSource;
 use romulus_hypervisor::qemu::source::{Allowances, AttachOptions, GuardianProgram, QemuSource};
+use romulus_hypervisor::source::GuestSource;
 use romulus_protocol::{Primary, PrimaryConfig, Remembered};
 use romulus_transport::{Endpoint, Identity, Service, WitnessClient};
 use romulus_types::HostId;
@@ -67,7 +67,9 @@ pub fn run(options: &ProtectOptions) -> anyhow::Result<()> {
         identity.host()
     );
     let source = attach(options, &settings)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let result = runtime.block_on(drive(options, &settings, &identity, host, source));
     // The capture thread detaches from the hypervisor; nothing else is worth waiting for.
     runtime.shutdown_timeout(Duration::from_millis(100));
@@ -75,10 +77,15 @@ pub fn run(options: &ProtectOptions) -> anyhow::Result<()> {
 }
 
 fn attach(options: &ProtectOptions, settings: &Replicator) -> anyhow::Result<Box<dyn GuestSource>> {
-    let guardian = GuardianProgram { exe: std::env::current_exe()?, args: vec!["guardian".into()] };
+    let guardian = GuardianProgram {
+        exe: std::env::current_exe()?,
+        args: vec!["guardian".into()],
+    };
     let mut attach = AttachOptions::new(&options.qmp, guardian);
     attach.taps.clone_from(&options.taps);
-    attach.allow = Allowances { disposable: options.disposable.iter().cloned().collect() };
+    attach.allow = Allowances {
+        disposable: options.disposable.iter().cloned().collect(),
+    };
     attach.fifo_dir.clone_from(&options.fifo_dir);
     attach.pause_limit_ns = nanoseconds(settings.epochs.pause_kill_limit);
     let source = QemuSource::attach(attach).context("this guest can't be protected")?;
@@ -116,7 +123,12 @@ async fn drive(
     let backup = backup_host(options, &backup_address)?;
     let clock = Clock::start();
     let epoch_ns = nanoseconds(settings.epochs.length);
-    let status = Arc::new(Status::new(options.vm.as_str(), host.as_str(), backup.as_str(), epoch_ns));
+    let status = Arc::new(Status::new(
+        options.vm.as_str(),
+        host.as_str(),
+        backup.as_str(),
+        epoch_ns,
+    ));
     status.add_event("attach", &serde_json::json!({"qmp": options.qmp}));
     let (inbox_sender, inbox) = mpsc::channel(INBOX_MAX);
     let events = EventSink(inbox_sender.clone());
@@ -132,7 +144,9 @@ async fn drive(
     let (buffers, buffer_return) = buffer_pool(usize::from(settings.epochs.in_flight_max) + 2);
     let delta_bytes = settings.memory.delta_memory.bytes();
     let encode = Encoder::new(delta_bytes, buffer_return, events.clone(), Arc::clone(&status));
-    std::thread::Builder::new().name("encoder".into()).spawn(move || encode.run(&encode_jobs))?;
+    std::thread::Builder::new()
+        .name("encoder".into())
+        .spawn(move || encode.run(&encode_jobs))?;
     let capture = CaptureThread {
         source,
         jobs: job_receiver,
@@ -144,7 +158,9 @@ async fn drive(
         status: Arc::clone(&status),
         clock,
     };
-    let capture = std::thread::Builder::new().name("capture".into()).spawn(move || capture.run())?;
+    let capture = std::thread::Builder::new()
+        .name("capture".into())
+        .spawn(move || capture.run())?;
 
     let witness_endpoint = Arc::new(Endpoint::client(identity, &settings.network, Service::Witness)?);
     let witness = WitnessClient::new(witness_endpoint, settings.witness.clone());
@@ -165,7 +181,10 @@ async fn drive(
     let config = protocol(options, settings, host, backup);
     let primary = Primary::new(config, remembered, random::random_u128()?, clock.now());
     let admin_socket = settings.admin_socket(&options.vm);
-    let routes = router(Admin { status: Arc::clone(&status), inbox: inbox_sender.clone() });
+    let routes = router(Admin {
+        status: Arc::clone(&status),
+        inbox: inbox_sender.clone(),
+    });
     let admin = romulus_telemetry::serve_admin(&admin_socket, routes)?;
     forward_signals(inbox_sender.clone())?;
     let driver = Driver {
@@ -211,7 +230,12 @@ fn remembered(dir: &Path, file: &Path) -> anyhow::Result<Option<Remembered>> {
     durable::read_small(file, STATE_BYTES_MAX)?
         .map(|bytes| serde_json::from_slice(&bytes))
         .transpose()
-        .with_context(|| format!("{} is damaged: restore it, or remove it and say --register", file.display()))
+        .with_context(|| {
+            format!(
+                "{} is damaged: restore it, or remove it and say --register",
+                file.display()
+            )
+        })
 }
 
 fn forward_signals(inbox: mpsc::Sender<Input>) -> anyhow::Result<()> {

@@ -67,7 +67,8 @@ pub struct Status {
 }
 
 fn histogram() -> Histogram<u64> {
-    Histogram::new(3).expect("three significant digits are allowed")
+    // What is longer than an hour counts as an hour.
+    Histogram::new_with_bounds(1, 3_600_000_000_000, 3).expect("the bounds are fixed and allowed")
 }
 
 fn percentiles_ms(histogram: &Histogram<u64>) -> Value {
@@ -114,11 +115,19 @@ impl Status {
             gates: Vec::new(),
             events: EventLog::default(),
         };
-        Self { vm: vm.into(), host: host.into(), backup: backup.into(), epoch_ns, inner: Mutex::new(inner) }
+        Self {
+            vm: vm.into(),
+            host: host.into(),
+            backup: backup.into(),
+            epoch_ns,
+            inner: Mutex::new(inner),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.inner
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// The operator's word for the state, with what else there is to say.

@@ -21,7 +21,12 @@ pub fn replace(path: &Path, contents: &[u8]) -> io::Result<()> {
         .to_os_string();
     name.push(".new");
     let new = folder.join(name);
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)?;
     file.write_all(contents)?;
     file.sync_all()?;
     fs::rename(&new, path)?;

@@ -31,7 +31,12 @@ pub fn notice_event(notice: &Notice) -> (&'static str, Value) {
 fn mode_json(mode: &Mode) -> Value {
     match mode {
         Mode::Alone { host } => json!({"alone": host}),
-        Mode::Paired { primary, backup, session, first_epoch } => json!({"paired": {
+        Mode::Paired {
+            primary,
+            backup,
+            session,
+            first_epoch,
+        } => json!({"paired": {
             "primary": primary, "backup": backup, "session": session.to_string(), "first_epoch": first_epoch.0,
         }}),
         Mode::Ended => json!("ended"),
@@ -48,7 +53,12 @@ mod tests {
     fn a_session_of_128_bits_has_a_place_in_json() {
         let host = |name| HostId::new(name).unwrap();
         let (primary, backup, session) = (host("p"), host("b"), Session(u128::MAX));
-        let mode = Mode::Paired { primary, backup, session, first_epoch: Epoch(3) };
+        let mode = Mode::Paired {
+            primary,
+            backup,
+            session,
+            first_epoch: Epoch(3),
+        };
         let (name, detail) = notice_event(&Notice::Grant(Term(2), mode));
         assert_eq!(name, "grant");
         assert_eq!(detail["mode"]["paired"]["session"], "f".repeat(32));

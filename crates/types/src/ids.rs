@@ -22,7 +22,9 @@ fn check_name(name: &str) -> Result<(), NameError> {
     if name.is_empty() || name.len() > NAME_BYTES_MAX {
         return Err(NameError::Length(name.len()));
     }
-    let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
+    let plain = name
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
     if !plain || !name.as_bytes()[0].is_ascii_alphanumeric() {
         return Err(NameError::Character(name.to_owned()));
     }

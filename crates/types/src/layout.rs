@@ -83,7 +83,10 @@ impl RamLayout {
                 return Err(LayoutError::BlockName(block.name.clone()));
             }
             if block.bytes == 0 || !block.bytes.is_multiple_of(PAGE_BYTES as u64) {
-                return Err(LayoutError::BlockBytes { name: block.name.clone(), bytes: block.bytes });
+                return Err(LayoutError::BlockBytes {
+                    name: block.name.clone(),
+                    bytes: block.bytes,
+                });
             }
             first_page.push(page_count);
             page_count = page_count
@@ -91,7 +94,11 @@ impl RamLayout {
                 .filter(|pages| *pages <= RAM_BYTES_MAX / PAGE_BYTES as u64)
                 .ok_or(LayoutError::TooLarge)?;
         }
-        Ok(Self { blocks, first_page, page_count })
+        Ok(Self {
+            blocks,
+            first_page,
+            page_count,
+        })
     }
 
     /// The blocks, in order.
@@ -130,7 +137,9 @@ impl RamLayout {
     /// The block with this name.
     pub fn find(&self, name: &str) -> Option<BlockId> {
         let position = self.blocks.iter().position(|b| b.name == name)?;
-        Some(BlockId(u16::try_from(position).expect("BLOCKS_MAX fits in 16 bits")))
+        Some(BlockId(
+            u16::try_from(position).expect("BLOCKS_MAX fits in 16 bits"),
+        ))
     }
 }
 
@@ -152,7 +161,10 @@ mod tests {
     use super::*;
 
     fn block(name: &str, pages: u64) -> RamBlock {
-        RamBlock { name: name.into(), bytes: pages * PAGE_BYTES as u64 }
+        RamBlock {
+            name: name.into(),
+            bytes: pages * PAGE_BYTES as u64,
+        }
     }
 
     #[test]
@@ -169,7 +181,19 @@ mod tests {
     fn layouts_that_lie_about_lengths_are_refused() {
         assert!(RamLayout::new(vec![]).is_err());
         assert!(RamLayout::new(vec![block("a", 1), block("a", 1)]).is_err());
-        assert!(RamLayout::new(vec![RamBlock { name: "a".into(), bytes: 100 }]).is_err());
-        assert!(RamLayout::new(vec![RamBlock { name: "a".into(), bytes: u64::MAX - 4095 }]).is_err());
+        assert!(
+            RamLayout::new(vec![RamBlock {
+                name: "a".into(),
+                bytes: 100
+            }])
+            .is_err()
+        );
+        assert!(
+            RamLayout::new(vec![RamBlock {
+                name: "a".into(),
+                bytes: u64::MAX - 4095
+            }])
+            .is_err()
+        );
     }
 }

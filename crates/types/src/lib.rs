@@ -9,9 +9,11 @@ mod ids;
 mod layout;
 mod time;
 
-pub use ids::{Digest, Epoch, HostId, NameError, Nonce, Session, Term, VmId, WitnessInstance, NAME_BYTES_MAX};
+pub use ids::{
+    Digest, Epoch, HostId, NAME_BYTES_MAX, NameError, Nonce, Session, Term, VmId, WitnessInstance,
+};
 pub use layout::{
-    BlockId, LayoutError, PageIndex, RamBlock, RamLayout, BLOCKS_MAX, BLOCK_NAME_BYTES_MAX, PAGE_BYTES,
-    RAM_BYTES_MAX,
+    BLOCK_NAME_BYTES_MAX, BLOCKS_MAX, BlockId, LayoutError, PAGE_BYTES, PageIndex, RAM_BYTES_MAX, RamBlock,
+    RamLayout,
 };
 pub use time::Time;

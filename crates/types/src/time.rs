@@ -20,7 +20,9 @@ impl Time {
     /// This time plus `ns` nanoseconds; saturates at the end of the clock.
     #[must_use]
     pub const fn after_ns(self, ns: u64) -> Self {
-        Self { ns: self.ns.saturating_add(ns) }
+        Self {
+            ns: self.ns.saturating_add(ns),
+        }
     }
 
     /// Nanoseconds from `earlier` to `self`, or 0 when `earlier` is later.
