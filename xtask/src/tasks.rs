@@ -10,7 +10,7 @@ use crate::{demo, setup, sh};
 /// What `cargo xtask test` can be told.
 #[derive(clap::Args, Debug)]
 pub(crate) struct TestArgs {
-    /// Leave out the end-to-end tests, which need root
+    /// Leave out the end-to-end tests
     #[arg(long)]
     no_e2e: bool,
     /// Only the end-to-end tests
@@ -34,6 +34,9 @@ pub(crate) struct FuzzArgs {
 
 /// Runs every test.
 pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
+    // The hypervisor's own tests boot the guest, too.
+    setup::need_lab_rights()?;
+    setup::prepare()?;
     if !args.only_e2e {
         sh::step("tests of the workspace");
         let mut command = sh::cargo(&["test", "--workspace", "--no-fail-fast"]);
@@ -43,8 +46,6 @@ pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
         sh::run(&mut command)?;
     }
     if !args.no_e2e {
-        setup::need_lab_rights()?;
-        setup::prepare()?;
         demo::clean_up_on_signals(romulus_e2e::TEST_LAB);
         sh::step("building the daemons (release)");
         demo::build_daemons()?;
