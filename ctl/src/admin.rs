@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use romulus_telemetry::AdminClient;
 use serde_json::Value;
 
-use crate::args::AdminOptions;
+use crate::args::{AdminOptions, FailoverOptions};
 use crate::{exit, render};
 
 /// Where daemons make their admin sockets.
@@ -54,10 +54,26 @@ pub(crate) async fn events(options: AdminOptions) -> anyhow::Result<u8> {
     Ok(exit::OK)
 }
 
+/// `romulus failover`.
+pub(crate) async fn failover(options: FailoverOptions) -> anyhow::Result<u8> {
+    let mut flags = Vec::new();
+    if options.force {
+        flags.push("force=true");
+    }
+    if options.fenced {
+        flags.push("fenced=true");
+    }
+    order(options.admin, "failover", &flags).await
+}
+
 /// `romulus unprotect` and `romulus failover`.
-pub(crate) async fn order(options: AdminOptions, verb: &str) -> anyhow::Result<u8> {
+pub(crate) async fn order(options: AdminOptions, verb: &str, flags: &[&str]) -> anyhow::Result<u8> {
     let socket = socket(&options)?;
-    let path = route(&options, verb);
+    let mut path = route(&options, verb);
+    for flag in flags {
+        path.push(if path.contains('?') { '&' } else { '?' });
+        path.push_str(flag);
+    }
     let answer = AdminClient::new(&socket)
         .post(&path, &serde_json::json!({}))
         .await

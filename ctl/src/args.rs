@@ -25,7 +25,7 @@ pub(crate) enum Command {
     /// Stop protecting: the guest runs on here, and nothing of ours is left in its hypervisor.
     Unprotect(AdminOptions),
     /// Planned failover: move the guest to its backup without losing anything. On a backup host: ask the primary for it.
-    Failover(AdminOptions),
+    Failover(FailoverOptions),
     /// Certificates for mutual TLS.
     #[command(subcommand)]
     Pki(PkiCommand),
@@ -42,6 +42,19 @@ pub(crate) struct AdminOptions {
     /// Print JSON with a versioned schema.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct FailoverOptions {
+    #[command(flatten)]
+    pub(crate) admin: AdminOptions,
+    /// On a backup host: take over though the witness can't be reached. Waits out the mute limit, after which the
+    /// primary has suspended its guest.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// With --force: the primary was fenced (switched off, cut from the network), so there is nothing to wait for.
+    #[arg(long, requires = "force")]
+    pub(crate) fenced: bool,
 }
 
 #[derive(Subcommand)]

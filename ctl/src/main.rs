@@ -28,8 +28,8 @@ async fn main() -> ExitCode {
     let result = match args.command {
         args::Command::Status(options) => admin::status(options).await,
         args::Command::Events(options) => admin::events(options).await,
-        args::Command::Unprotect(options) => admin::order(options, "unprotect").await,
-        args::Command::Failover(options) => admin::order(options, "failover").await,
+        args::Command::Unprotect(options) => admin::order(options, "unprotect", &[]).await,
+        args::Command::Failover(options) => admin::failover(options).await,
         args::Command::Pki(command) => pki::run(command).map(|()| exit::OK),
     };
     match result {
