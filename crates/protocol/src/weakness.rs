@@ -24,7 +24,8 @@ pub enum Weakness {
     AckAfterTakeover,
     /// The backup takes over as soon as it suspects, without a grant.
     TakeOverWithoutGrant,
-    /// The backup neither marks an image before overwriting it nor compares its session with the record's.
+    /// The record names no session: the backup neither marks an image before overwriting it nor compares its session with
+    /// the record's, and the primary pairs without waiting for a commit of the session.
     TakeOverFromOldSession,
     /// The backup draws a new nonce for each try, so that a grant whose reply was lost looks like a refusal.
     NewNonceForEachTry,

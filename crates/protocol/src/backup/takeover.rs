@@ -225,8 +225,8 @@ impl Backup {
                     self.command(BackupCommand::Send(session, BackupMessage::PleaseHandOver));
                 }
             }
-            (BackupOrder::Failover, Phase::Orphaned) => self.lose_primary(now),
-            (BackupOrder::Failover, Phase::Reading | Phase::Asking) => {}
+            // Suspicion follows soon. Before it the primary may still release by an answer of ours.
+            (BackupOrder::Failover, Phase::Orphaned | Phase::Reading | Phase::Asking) => {}
             (BackupOrder::ForceFailover { fenced }, Phase::Orphaned | Phase::Reading | Phase::Asking)
                 if self.may_force(fenced) =>
             {

@@ -19,7 +19,7 @@ impl Primary {
         self.link = Some(Link {
             session,
             stage: Stage::Connecting,
-            standby_loaded: false,
+            standby_loaded: self.weak(Weakness::TakeOverFromOldSession),
             captured: Epoch::NONE,
             outstanding: None,
             due_at: now,
@@ -195,7 +195,7 @@ impl Primary {
     /// Asks for `Paired` once the backup has committed the checkpoint at whose barrier the gate was closed.
     fn pair_when_ready(&mut self, now: Time) {
         let Some(link) = &self.link else { return };
-        let early = self.weak(Weakness::PairBeforeGateCommit);
+        let early = self.weak(Weakness::PairBeforeGateCommit) || self.weak(Weakness::TakeOverFromOldSession);
         if let Gate::Closed { released, .. } = &self.gate
             && (link.committed >= *released || early)
         {

@@ -1,0 +1,130 @@
+//! The primary's end of the data stream: dirty pages become frames, as the replicator makes them.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+use romulus_page_codec::{ImageDigest, Kind, Page, PreviousPages, Scratch, encode, page_digest};
+use romulus_types::{Digest, Epoch, PAGE_BYTES, PageIndex, Session};
+use romulus_wire::{
+    CommitRecord, PagesFrame, PagesSection, PagesWriter, device_state_frames, device_state_section,
+};
+
+use crate::guest::{Memory, PAGES};
+
+/// Small enough that checkpoints have several frames.
+const FRAME_BYTES: usize = 12 << 10;
+/// Previous versions that are kept: fewer than the guest's pages.
+const PREVIOUS_BYTES: u64 = 16 * 4200;
+
+/// What a capture took while the guest stood still.
+#[derive(Debug)]
+pub(crate) struct Harvest {
+    pub(crate) epoch: Epoch,
+    pub(crate) pages: BTreeSet<PageIndex>,
+    pub(crate) memory: Memory,
+}
+
+/// The state of one session's encoding.
+pub(crate) struct Sender {
+    session: Session,
+    previous: PreviousPages,
+    scratch: Scratch,
+    payload: Vec<u8>,
+    digests: Vec<Digest>,
+    image: ImageDigest,
+}
+
+impl Sender {
+    pub(crate) fn new(session: Session) -> Self {
+        let pages = usize::try_from(PAGES).expect("a small number");
+        Self {
+            session,
+            previous: PreviousPages::new(PREVIOUS_BYTES),
+            scratch: Scratch::new(),
+            payload: Vec::with_capacity(2 * PAGE_BYTES),
+            digests: vec![Digest(0); pages],
+            image: ImageDigest::ZERO,
+        }
+    }
+
+    /// A part of the first copy.
+    pub(crate) fn first_copy(&mut self, memory: &Memory, pages: std::ops::Range<u64>) -> Vec<Bytes> {
+        let pages: Vec<_> = pages.map(PageIndex).collect();
+        self.pages(Epoch::NONE, memory, pages).0
+    }
+
+    /// All frames of a checkpoint, the commit record last.
+    pub(crate) fn checkpoint(&mut self, harvest: &Harvest, captured_ns: u64) -> Vec<Bytes> {
+        let epoch = harvest.epoch;
+        let (mut frames, pages) = self.pages(epoch, &harvest.memory, harvest.pages.iter().copied());
+        let state = device_state(&harvest.memory);
+        frames.extend(device_state_frames(self.session, epoch, &state).expect("a small state"));
+        let record = CommitRecord {
+            session: self.session,
+            epoch,
+            captured_ns,
+            image_digest: self.image.digest(),
+            pages,
+            device_state: device_state_section(&state),
+        };
+        frames.push(record.frame());
+        frames
+    }
+
+    fn pages(
+        &mut self,
+        epoch: Epoch,
+        memory: &Memory,
+        pages: impl IntoIterator<Item = PageIndex>,
+    ) -> (Vec<Bytes>, PagesSection) {
+        let mut frames = Vec::new();
+        let mut section = PagesSection::default();
+        let mut finish = |frame: Option<PagesFrame>| {
+            if let Some(frame) = frame {
+                section.add(frame.section);
+                frames.push(frame.frame);
+            }
+        };
+        let mut writer = PagesWriter::new(self.session, epoch, FRAME_BYTES);
+        for index in pages {
+            let Some(kind) = self.encode(index, memory.page(index)) else {
+                continue;
+            };
+            if !writer.push(index, kind.number(), &self.payload) {
+                let full = std::mem::replace(&mut writer, PagesWriter::new(self.session, epoch, FRAME_BYTES));
+                finish(full.finish());
+                assert!(
+                    writer.push(index, kind.number(), &self.payload),
+                    "an empty frame takes any page"
+                );
+            }
+        }
+        finish(writer.finish());
+        (frames, section)
+    }
+
+    /// `None` when the backup has this content.
+    fn encode(&mut self, index: PageIndex, page: &Page) -> Option<Kind> {
+        let position = usize::try_from(index.0).expect("a small number");
+        let new = page_digest(index, page);
+        let old = std::mem::replace(&mut self.digests[position], new);
+        if old == Digest(0) && new == Digest(0) {
+            return None;
+        }
+        self.image.replace(old, new);
+        self.payload.clear();
+        let kind = encode(
+            page,
+            self.previous.get(index),
+            &mut self.scratch,
+            &mut self.payload,
+        );
+        self.previous.put(index, page);
+        (kind != Kind::Same).then_some(kind)
+    }
+}
+
+/// The model guest's device state: nothing but something to compare.
+pub(crate) fn device_state(memory: &Memory) -> Vec<u8> {
+    memory.counter().to_le_bytes().repeat(20)
+}
