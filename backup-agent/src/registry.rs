@@ -12,7 +12,7 @@ use romulus_host_sys::durable;
 use romulus_host_sys::process_clock::Clock;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_protocol::{
-    Backup, BackupConfig, BackupEvent, BackupOrder, NotProtected, Protection, Remembered, WitnessRequest,
+    Backup, BackupConfig, BackupEvent, BackupOrder, ImageStatus, NotProtected, Protection, Remembered, WitnessRequest,
 };
 use romulus_transport::WitnessClient;
 use romulus_types::{HostId, VmId};
@@ -193,13 +193,16 @@ impl Registry {
     ) -> anyhow::Result<StoreSender> {
         let (sender, jobs) = store_channel();
         let settings = &self.shared.settings;
-        let guest = Guest::new(GuestConfig {
+        let mut guest = Guest::new(GuestConfig {
             vm: vm.clone(),
             standby: settings.standby,
             bridge: settings.bridge.clone(),
             // No VM's name begins with a dot, so this is taken for no image.
             run_dir: settings.image_dir.join(format!(".run-{vm}")),
         });
+        if image.status() == ImageStatus::Consumed && guest.adopt(&image) {
+            status.set_standby("active", guest.pid());
+        }
         let store = Store {
             jobs,
             events: events.clone(),

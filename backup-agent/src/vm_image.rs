@@ -46,7 +46,11 @@ impl VmImage {
             machine: None,
         };
         // A guest was started from a consumed image and may be running in its files: they are not ours to open.
-        if !this.folder().exists() || this.consumed_file().exists() {
+        if this.consumed_file().exists() {
+            this.machine = this.read_machine();
+            return Ok(this);
+        }
+        if !this.folder().exists() {
             return Ok(this);
         }
         match Image::open_in(dir, vm, limits) {

@@ -200,6 +200,8 @@ impl Backup {
         let following = self.link.as_ref().filter(|_| self.phase == Phase::Following);
         Protection::NotProtected(match (&self.phase, following) {
             (Phase::Active { .. }, _) => NotProtected::TookOver,
+            // An agent that was restarted after its takeover.
+            (Phase::Idle, None) if self.image == ImageStatus::Consumed => NotProtected::TookOver,
             _ if self.pending.as_ref().is_some_and(|pending| pending.doubted) => NotProtected::WitnessRefuses,
             _ if self.pending.as_ref().is_some_and(Pending::unreachable) => NotProtected::WitnessUnreachable,
             (_, Some(link)) if self.paired == Some(link.session) => return Protection::Protected,
