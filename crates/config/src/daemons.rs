@@ -47,8 +47,6 @@ pub struct Replicator {
     pub network: Network,
     /// Logs.
     pub log: Log,
-    /// Metrics.
-    pub metrics: Metrics,
 }
 
 /// `[epochs]` of the replicator.
@@ -81,8 +79,6 @@ impl Default for Epochs {
 pub struct Memory {
     /// Bytes of previous page versions kept for deltas. Default 64 MiB.
     pub delta_memory: ByteSize,
-    /// Bytes of pages captured and not yet sent. Default 256 MiB.
-    pub staging_bytes_max: ByteSize,
     /// Bytes of guest output held back. Default 64 MiB.
     pub held_bytes_max: ByteSize,
     /// Frames of guest output held back. Default 65536.
@@ -93,7 +89,6 @@ impl Default for Memory {
     fn default() -> Self {
         Self {
             delta_memory: ByteSize::from_mib(64),
-            staging_bytes_max: ByteSize::from_mib(256),
             held_bytes_max: ByteSize::from_mib(64),
             held_frames_max: 65_536,
         }
@@ -113,7 +108,6 @@ impl Default for Replicator {
             failover: Failover::default(),
             network: Network::default(),
             log: Log::default(),
-            metrics: Metrics::default(),
         }
     }
 }
@@ -146,7 +140,6 @@ impl Settings for Replicator {
                 ByteSize::from_bytes(0),
                 most,
             )?
-            .size("staging_bytes_max", self.memory.staging_bytes_max, page, most)?
             .size("held_bytes_max", self.memory.held_bytes_max, page, most)?
             .number("held_frames_max", self.memory.held_frames_max.into(), 64, 1 << 24)?;
         self.failover.check()?;
@@ -194,17 +187,12 @@ pub struct BackupAgent {
     /// The bridge that the taps of standbys join. No default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bridge: Option<String>,
-    /// How long a takeover announces the guest's addresses. Default 30 s.
-    #[serde(with = "duration")]
-    pub announce_duration: Duration,
     /// When a silent peer counts as lost.
     pub failover: Failover,
     /// QUIC.
     pub network: Network,
     /// Logs.
     pub log: Log,
-    /// Metrics.
-    pub metrics: Metrics,
 }
 
 impl Default for BackupAgent {
@@ -221,11 +209,9 @@ impl Default for BackupAgent {
             vms_max: 16,
             standby: StandbyKind::default(),
             bridge: None,
-            announce_duration: Duration::from_secs(30),
             failover: Failover::default(),
             network: Network::default(),
             log: Log::default(),
-            metrics: Metrics::default(),
         }
     }
 }
@@ -243,13 +229,7 @@ impl Settings for BackupAgent {
             .absolute("image_dir", &self.image_dir)?
             .size("image_bytes_max", self.image_bytes_max, mib, most)?
             .size("staging_bytes_max", self.staging_bytes_max, mib, most)?
-            .number("vms_max", self.vms_max.into(), 1, 1024)?
-            .duration(
-                "announce_duration",
-                self.announce_duration,
-                Duration::ZERO,
-                Duration::from_secs(3600),
-            )?;
+            .number("vms_max", self.vms_max.into(), 1, 1024)?;
         if let Some(bridge) = &self.bridge {
             check_interface("bridge", bridge)?;
         }
