@@ -1,55 +1,36 @@
 //! The primary's host: the guest, its gate, and the replicator, which may die and come back while the guest runs on.
 
+mod guest_side;
+mod lines;
+
+pub(crate) use lines::{ask, read_control, reply};
+
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use romulus_protocol::{
-    Ask, GuestEvent, Hello, Mode, Notice, Primary, PrimaryCommand, PrimaryConfig, PrimaryEvent,
-    PrimaryMessage, Remembered, ToBackup, ToPrimary, WitnessReply, WitnessRequest,
+    Hello, Notice, Primary, PrimaryCommand, PrimaryConfig, PrimaryEvent, Remembered, ToBackup, ToPrimary,
 };
-use romulus_types::{Epoch, HostId, PageIndex, Session, Time};
-use romulus_wire::{
-    FrameDecoder, FrameType, WireError, decode_control, decode_message, encode_control, encode_message,
-};
+use romulus_types::{Epoch, HostId, PageIndex, Session, Term, Time, WitnessInstance};
+use romulus_wire::{FrameDecoder, FrameType, encode_control, encode_message};
 
 use crate::context::{BackupWork, Context, Event, PrimaryWork};
 use crate::gate::Gate;
-use crate::guest::{Memory, Output, PAGES};
+use crate::guest::Memory;
 use crate::mistake::Mistake;
-use crate::network::Stream;
 use crate::plan::{Line, MS, Moment};
-use crate::random::Random;
 use crate::sender::{Harvest, Sender};
 use crate::store::vm;
+use guest_side::Guest;
+use lines::{leave, send_control, tell};
 
 /// For whichever life of a process is there.
 pub(crate) const ANY_LIFE: u32 = u32::MAX;
-const COPY_PAGES: u64 = 10;
 
 struct Link {
     session: Session,
     decoder: FrameDecoder,
     sender: Sender,
-}
-
-/// The guest, as its hypervisor has it.
-pub(crate) struct Guest {
-    pub(crate) memory: Memory,
-    random: Random,
-    /// Its process is there.
-    pub(crate) there: bool,
-    /// Paused by an operator.
-    pub(crate) paused: bool,
-    captured: bool,
-    held: bool,
-    suspended: bool,
-    pub(crate) stopped: bool,
-}
-
-impl Guest {
-    fn runs(&self) -> bool {
-        self.there && !(self.paused || self.captured || self.held || self.suspended || self.stopped)
-    }
 }
 
 struct Outstanding {
@@ -78,16 +59,7 @@ impl PrimaryHost {
     pub(crate) fn new(context: &mut Context) -> Self {
         let mut random = context.random.fork();
         let memory = Memory::new(&mut random);
-        let guest = Guest {
-            memory,
-            random,
-            there: true,
-            paused: false,
-            captured: false,
-            held: false,
-            suspended: false,
-            stopped: false,
-        };
+        let guest = Guest::new(memory, random);
         Self {
             life: 0,
             machine: None,
@@ -169,38 +141,6 @@ impl PrimaryHost {
         }
     }
 
-    /// The guest runs a little.
-    pub(crate) fn guest_runs(&mut self, context: &mut Context) {
-        if self.guest.runs() {
-            let dirty = &mut self.dirty;
-            let output = self.guest.memory.run(&mut self.guest.random, |page| {
-                dirty.insert(page);
-            });
-            if let Some(output) = self.gate.take(output) {
-                leave(context, output);
-            }
-        }
-        if self.guest.there {
-            let pause_ns = context.random.within(MS, 3 * MS);
-            context.after(pause_ns, Event::GuestRuns);
-        }
-    }
-
-    /// The hypervisor reports something.
-    pub(crate) fn guest_event(&mut self, context: &mut Context, event: GuestEvent) {
-        if !self.guest.there {
-            return;
-        }
-        match event {
-            GuestEvent::Lost | GuestEvent::PoweredOff => self.guest.there = false,
-            GuestEvent::Paused => self.guest.paused = true,
-            GuestEvent::Resumed => self.guest.paused = false,
-            GuestEvent::Changed => {}
-        }
-        let notice_ns = context.random.within(1, 3 * MS);
-        context.after(notice_ns, Event::Primary(self.life, PrimaryWork::Guest(event)));
-    }
-
     pub(crate) fn work(&mut self, context: &mut Context, life: u32, work: PrimaryWork) {
         if self.machine.is_none() || (life != ANY_LIFE && life != self.life) {
             return;
@@ -271,96 +211,6 @@ impl PrimaryHost {
             self.drop_link(context, false);
             self.hand_in(context, PrimaryEvent::Disconnected(session));
         }
-    }
-
-    /// Sends the next part of the first copy while the guest runs.
-    fn copy(&mut self, context: &mut Context, session: Session, part: u64) -> Option<PrimaryEvent> {
-        let link = self.link.as_mut().filter(|link| link.session == session)?;
-        let first = part * COPY_PAGES;
-        if first >= PAGES {
-            return Some(PrimaryEvent::FirstCopyDone(session));
-        }
-        let frames = link
-            .sender
-            .first_copy(&self.guest.memory, first..(first + COPY_PAGES).min(PAGES));
-        send_data(context, session, frames);
-        let pause_ns = context.random.within(1, 2 * MS);
-        context.after(
-            pause_ns,
-            Event::Primary(self.life, PrimaryWork::Copy(session, part + 1)),
-        );
-        None
-    }
-
-    fn capture_begins(&mut self, context: &mut Context, session: Session, epoch: Epoch) {
-        let expected = |of: &&Outstanding| of.session == session && of.epoch == epoch;
-        let Some(outstanding) = self.outstanding.as_ref().filter(expected) else {
-            return;
-        };
-        let again = |host: &Self, context: &mut Context| {
-            context.after(
-                2 * MS,
-                Event::Primary(host.life, PrimaryWork::CaptureBegins(session, epoch)),
-            );
-        };
-        if !self.guest.runs() {
-            return again(self, context);
-        }
-        let (close_gate, aborted) = (
-            outstanding.close_gate,
-            context.random.chance(context.plan.abort_capture_permille),
-        );
-        if aborted {
-            context.tell("primary", || {
-                format!("capture {epoch} is given up and made again")
-            });
-            if context.is_planted(Mistake::DirtyForgotten) {
-                self.dirty.clear();
-            }
-            return again(self, context);
-        }
-        self.guest.captured = true;
-        let mut pages = std::mem::take(&mut self.dirty);
-        if context.is_planted(Mistake::PageLeftOut) && context.random.chance(30) {
-            pages.pop_last();
-        }
-        self.harvest = Some(Harvest {
-            epoch,
-            pages,
-            memory: self.guest.memory.clone(),
-        });
-        self.gate.barrier(epoch, close_gate);
-        context.checks.captured(session, epoch, self.guest.memory.clone());
-        context.moment(Moment::CaptureBegins);
-        if close_gate {
-            context.moment(Moment::GateCloses);
-        }
-        let pause_ns = context.random.within(MS / 5, 2 * MS);
-        context.after(
-            pause_ns,
-            Event::Primary(self.life, PrimaryWork::CaptureEnds(session, epoch)),
-        );
-    }
-
-    fn capture_ends(
-        &mut self,
-        context: &mut Context,
-        session: Session,
-        epoch: Epoch,
-    ) -> Option<PrimaryEvent> {
-        let link = self.link.as_mut().filter(|link| link.session == session)?;
-        let harvest = self.harvest.take()?;
-        let outstanding = self.outstanding.take()?;
-        assert!(
-            harvest.epoch == epoch && outstanding.epoch == epoch,
-            "one capture at a time"
-        );
-        self.guest.captured = false;
-        self.guest.held = outstanding.stay_stopped;
-        let frames = link.sender.checkpoint(&harvest, context.now.ns);
-        send_data(context, session, frames);
-        context.moment(Moment::CaptureEnds);
-        Some(PrimaryEvent::Captured(session, epoch))
     }
 
     fn carry_out(&mut self, context: &mut Context) {
@@ -467,13 +317,7 @@ impl PrimaryHost {
         }
     }
 
-    fn connect(
-        &mut self,
-        context: &mut Context,
-        session: Session,
-        term: romulus_types::Term,
-        instance: romulus_types::WitnessInstance,
-    ) {
+    fn connect(&mut self, context: &mut Context, session: Session, term: Term, instance: WitnessInstance) {
         context.moment(Moment::Connect);
         let (decoder, sender) = (FrameDecoder::for_session(session), Sender::new(session));
         self.link = Some(Link {
@@ -495,81 +339,5 @@ impl PrimaryHost {
             Some(at) => context.at(at, Event::Backup(ANY_LIFE, BackupWork::Hello(session, bytes))),
             None => context.after(30 * MS, Event::Primary(self.life, PrimaryWork::End(session))),
         }
-    }
-}
-
-/// A frame leaves the host.
-fn leave(context: &mut Context, output: Output) {
-    let record = context.record.clone();
-    context.checks.left_primary(context.now, record.as_ref(), output);
-}
-
-fn send_control(context: &mut Context, session: Session, bytes: Bytes) {
-    if let Some(at) = context
-        .network
-        .send(context.now, session, Stream::ControlToBackup, bytes.len())
-    {
-        context.at(at, Event::Backup(ANY_LIFE, BackupWork::Control(session, bytes)));
-    }
-}
-
-fn send_data(context: &mut Context, session: Session, frames: Vec<Bytes>) {
-    for frame in frames {
-        let bytes = context.carry(frame);
-        if let Some(at) = context
-            .network
-            .send(context.now, session, Stream::DataToBackup, bytes.len())
-        {
-            context.at(at, Event::Backup(ANY_LIFE, BackupWork::Data(session, bytes)));
-        }
-    }
-}
-
-/// Sends a request to the witness.
-pub(crate) fn ask(context: &mut Context, line: Line, request: &WitnessRequest) {
-    let moment = match &request.ask {
-        Ask::Change {
-            mode: Mode::Paired { .. },
-            ..
-        } => Some(Moment::AskPaired),
-        Ask::Change { .. } if line == Line::BackupWitness => Some(Moment::AskTakeover),
-        Ask::Change { .. } => Some(Moment::AskAlone),
-        Ask::Read | Ask::Register => None,
-    };
-    if let Some(moment) = moment {
-        context.moment(moment);
-    }
-    let bytes = encode_message(FrameType::WitnessRequest, Session(0), request).expect("a small message");
-    for at in context.network.datagram(context.now, line) {
-        context.at(at, Event::Witness(bytes.clone()));
-    }
-}
-
-/// Reads a witness's reply.
-pub(crate) fn reply(bytes: &Bytes) -> Result<WitnessReply, WireError> {
-    let mut decoder = FrameDecoder::first_frame(FrameType::WitnessReply);
-    let taken = decoder.push(bytes);
-    assert_eq!(taken, bytes.len(), "a small message");
-    let frame = decoder.next_frame()?.ok_or(WireError::Truncated("reply"))?;
-    decode_message(FrameType::WitnessReply, &frame)
-}
-
-/// Reads what is whole of a control stream.
-pub(crate) fn read_control<T: serde::de::DeserializeOwned>(
-    decoder: &mut FrameDecoder,
-    bytes: &Bytes,
-    messages: &mut Vec<T>,
-) -> Result<(), WireError> {
-    let taken = decoder.push(bytes);
-    assert_eq!(taken, bytes.len(), "control messages are small");
-    while let Some(frame) = decoder.next_frame()? {
-        messages.push(decode_control(&frame)?);
-    }
-    Ok(())
-}
-
-fn tell(context: &mut Context, command: &PrimaryCommand) {
-    if !matches!(command, PrimaryCommand::Send(_, PrimaryMessage::Heartbeat { .. })) {
-        context.tell("primary", || format!("{command:?}"));
     }
 }
