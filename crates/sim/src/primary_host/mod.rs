@@ -245,6 +245,34 @@ impl PrimaryHost {
                 let bytes = encode_control(session, &ToBackup::Peer(message)).expect("a small message");
                 send_control(context, session, bytes);
             }
+            PrimaryCommand::DrainSockets => {
+                context.after(0, Event::Primary(self.life, PrimaryWork::Drained));
+            }
+            PrimaryCommand::Report(Notice::Paired(..)) => {
+                context.checks.reached.paired = true;
+                context.moment(Moment::Paired);
+            }
+            PrimaryCommand::Report(_) => {}
+            PrimaryCommand::Finish => {
+                self.finished = true;
+                self.machine = None;
+                // What is queued is still sent.
+                if let Some(link) = self.link.take() {
+                    let at =
+                        context
+                            .network
+                            .end_noticed(context.now.after_ns(10 * MS), Line::ToBackup, false);
+                    context.at(at, Event::Backup(ANY_LIFE, BackupWork::End(link.session)));
+                }
+                self.guest.captured = false;
+            }
+            other => self.guest_command(context, other),
+        }
+    }
+
+    /// What concerns the guest and its gate.
+    fn guest_command(&mut self, context: &mut Context, command: PrimaryCommand) {
+        match command {
             PrimaryCommand::StartFirstCopy(session) => {
                 self.dirty.clear();
                 context.moment(Moment::FirstCopy);
@@ -293,27 +321,7 @@ impl PrimaryHost {
                 self.guest.suspended = false;
                 self.guest.held = false;
             }
-            PrimaryCommand::DrainSockets => {
-                context.after(0, Event::Primary(self.life, PrimaryWork::Drained));
-            }
-            PrimaryCommand::Report(Notice::Paired(..)) => {
-                context.checks.reached.paired = true;
-                context.moment(Moment::Paired);
-            }
-            PrimaryCommand::Report(_) => {}
-            PrimaryCommand::Finish => {
-                self.finished = true;
-                self.machine = None;
-                // What is queued is still sent.
-                if let Some(link) = self.link.take() {
-                    let at =
-                        context
-                            .network
-                            .end_noticed(context.now.after_ns(10 * MS), Line::ToBackup, false);
-                    context.at(at, Event::Backup(ANY_LIFE, BackupWork::End(link.session)));
-                }
-                self.guest.captured = false;
-            }
+            other => unreachable!("{other:?} is not the guest's"),
         }
     }
 
