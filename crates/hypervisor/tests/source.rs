@@ -10,7 +10,7 @@ use common::{Guest, counters, linux};
 use romulus_hypervisor::qemu::bootstrap::MigrationSettings;
 use romulus_hypervisor::qemu::qmp::{Monitor, Qmp};
 use romulus_hypervisor::qemu::source::{
-    AttachError, AttachOptions, GuardianProgram, QemuSource, Refusal, guardian,
+    AttachError, AttachOptions, CaptureError, GuardianProgram, QemuSource, Refusal, StoppedBy, guardian,
 };
 use romulus_hypervisor::source::{BarrierError, Checkpoint, GuestEvent, GuestSource};
 use romulus_types::{PAGE_BYTES, PageIndex};
@@ -391,6 +391,111 @@ fn what_others_do_to_the_guest_is_reported() {
     assert_eq!(next_events(&mut source).last(), Some(&GuestEvent::PoweredOff));
     assert!(source.capture(&mut || Ok(()), false, &mut checkpoint).is_err());
     assert_eq!(source.poll_events(), []);
+}
+
+/// The refusals for which a bootstrap failed.
+fn refused_bootstrap(source: &mut QemuSource) -> Vec<Refusal> {
+    let error = source.bootstrap().unwrap_err();
+    let cause = error.source.as_ref().and_then(|cause| cause.downcast_ref());
+    let Some(CaptureError::Learning(cause)) = cause else {
+        panic!("{error}")
+    };
+    match &**cause {
+        AttachError::Refused(refusals) => refusals.clone(),
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn a_device_that_cannot_be_protected_is_refused_when_it_is_plugged_in_later() {
+    let arguments = ["-nodefaults", "-M", "pc,accel=tcg", "-m", "128"];
+    let (guest, mut other) = start(&arguments, "counter:50");
+    let folder = tempfile::tempdir().unwrap();
+    let plug = |other: &mut Qmp, name: &str| {
+        other
+            .execute("netdev_add", json!({"type": "user", "id": name}))
+            .unwrap();
+        let device = json!({"driver": "e1000", "netdev": name, "id": format!("nic-{name}")});
+        other.execute("device_add", device).unwrap();
+    };
+    let ungated = |name: &str| Refusal::UngatedNetdev {
+        id: name.into(),
+        kind: "user".into(),
+        interface: None,
+    };
+    let mut source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+    // Between the attachment, which reads the machine, and the first session.
+    plug(&mut other, "late");
+    assert_eq!(refused_bootstrap(&mut source), [ungated("late")]);
+    assert_eq!(next_events(&mut source), [GuestEvent::DevicesChanged]);
+    // It stays refused until the device is gone.
+    assert_eq!(refused_bootstrap(&mut source), [ungated("late")]);
+    plug(&mut other, "later");
+    assert_eq!(refused_bootstrap(&mut source).len(), 2);
+    goes_on(&guest);
+    Box::new(source).detach().unwrap();
+    goes_on(&guest);
+}
+
+#[test]
+fn the_guardian_knows_the_settings_of_now_before_the_next_bootstrap() {
+    let (guest, mut other) = start(Q35, "counter:50");
+    let folder = tempfile::tempdir().unwrap();
+    let mut source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+    source.bootstrap().unwrap();
+    let first = guardian_of(&guest).expect("an attachment has a guardian");
+    // The operator's new limit has to reach the guardian before the next bootstrap raises it.
+    other
+        .execute("migrate-set-parameters", json!({"max-bandwidth": 12_345_678}))
+        .unwrap();
+    let now = MigrationSettings::read(&mut other).unwrap();
+    source.bootstrap().unwrap();
+    assert_eq!(MigrationSettings::read(&mut other).unwrap(), now);
+    let second = guardian_of(&guest).expect("an attachment has a guardian");
+    assert_ne!(first, second, "the guardian has the settings of now");
+    Box::new(source).detach().unwrap();
+    assert_eq!(guardian_of(&guest), None);
+}
+
+#[test]
+fn a_guest_that_a_replicator_left_stopped_is_refused_with_the_reason_until_it_is_resumed() {
+    let (guest, mut other) = start(Q35, "counter:50");
+    let folder = tempfile::tempdir().unwrap();
+    for for_good in [false, true] {
+        let mut source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+        source.suspend().unwrap();
+        let by = if for_good {
+            source.stop_guest().unwrap();
+            StoppedBy::AnotherHost
+        } else {
+            StoppedBy::Suspension
+        };
+        // As if it had died.
+        drop(source);
+        let Err(AttachError::Refused(refusals)) = QemuSource::attach(options(&guest, folder.path())) else {
+            panic!("it was not refused")
+        };
+        assert_eq!(refusals, [Refusal::StoppedByReplicator(by)]);
+        other.execute("cont", Value::Null).unwrap();
+        let source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+        Box::new(source).detach().unwrap();
+    }
+    assert_eq!(std::fs::read_dir(folder.path().join("fifos")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_machine_without_a_possible_standby_is_refused_at_attach_and_the_guest_goes_on() {
+    let arguments = [Q35, &["-fsdev", "local,id=f,path=/tmp,security_model=none"]].concat();
+    let (guest, mut other) = start(&arguments, "counter:50");
+    let folder = tempfile::tempdir().unwrap();
+    let before = traces(&guest, &mut other);
+    let refused = QemuSource::attach(options(&guest, folder.path())).err().unwrap();
+    assert!(matches!(refused, AttachError::Standby(_)), "{refused}");
+    assert!(refused.to_string().contains("-fsdev"), "{refused}");
+    assert_eq!(std::fs::read_dir(folder.path().join("fifos")).unwrap().count(), 0);
+    goes_on(&guest);
+    let after = traces(&guest, &mut other);
+    assert!(!after.1 && after.2 == before.2);
 }
 
 #[test]

@@ -9,8 +9,11 @@ use std::time::{Duration, Instant};
 
 use common::{Guest, counters, linux};
 use romulus_hypervisor::fault;
+use romulus_hypervisor::qemu::bootstrap::MigrationSettings;
+use romulus_hypervisor::qemu::qmp::{Monitor, Qmp};
 use romulus_hypervisor::qemu::source::{AttachOptions, GuardianProgram, QemuSource, guardian};
 use romulus_hypervisor::source::{Checkpoint, GuestSource};
+use serde_json::json;
 
 const HELPER: &str = "ROMULUS_TEST_SOURCE_QMP";
 /// How long the guest may be held before the holder is killed.
@@ -31,11 +34,13 @@ fn helper_replicator() {
     let Some(qmp) = std::env::var_os(HELPER) else {
         return;
     };
-    let mut source = QemuSource::attach(options(&PathBuf::from(qmp))).unwrap();
+    let qmp = PathBuf::from(qmp);
+    let mut source = QemuSource::attach(options(&qmp)).unwrap();
     source.bootstrap().unwrap();
     source.arm().unwrap();
     let mut checkpoint = Checkpoint::default();
     source.precopy(&mut checkpoint).unwrap();
+    std::fs::write(captures_begin(&qmp), "").unwrap();
     for _ in 0..3 {
         source.capture(&mut || Ok(()), false, &mut checkpoint).unwrap();
     }
@@ -57,6 +62,27 @@ fn options(qmp: &Path) -> AttachOptions {
     options.allow.disposable = ["serial0", "user"].map(str::to_owned).into();
     options.pause_limit_ns = PAUSE_LIMIT_NS;
     options
+}
+
+/// A file that says that the replicator takes checkpoints.
+fn captures_begin(qmp: &Path) -> PathBuf {
+    qmp.with_file_name("captures")
+}
+
+/// QEMU's migration settings, asked while nobody is attached.
+fn settings(guest: &Guest) -> MigrationSettings {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    MigrationSettings::read(&mut Qmp::connect(guest.qmp_path(), deadline).unwrap()).unwrap()
+}
+
+/// Settings that are not QEMU's own.
+fn odd_settings(guest: &Guest) -> MigrationSettings {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut monitor = Qmp::connect(guest.qmp_path(), deadline).unwrap();
+    let odd = json!({ "max-bandwidth": 12_345_678, "downtime-limit": 777 });
+    monitor.execute("migrate-set-parameters", odd).unwrap();
+    drop(monitor);
+    settings(guest)
 }
 
 fn start_replicator(guest: &Guest, point: &str, action: &str) -> Child {
@@ -119,7 +145,7 @@ fn next_one_works(guest: &Guest, point: &str) {
 
 fn points() -> impl Iterator<Item = &'static str> {
     fault::POINTS.iter().copied().filter(|point| {
-        ["attach.", "bootstrap.", "arm.", "capture.", "detach."]
+        ["attach.", "bootstrap.", "arm.", "precopy.", "capture.", "detach."]
             .iter()
             .any(|p| point.starts_with(p))
     })
@@ -128,7 +154,9 @@ fn points() -> impl Iterator<Item = &'static str> {
 fn struck_at_every_point(arguments: &[&str], action: &str) {
     let guest = Guest::start(arguments, &linux("counter:50,dirty:200:25"));
     guest.wait_for("counter 3");
+    let before = odd_settings(&guest);
     for point in points() {
+        let _ = std::fs::remove_file(captures_begin(&guest.qmp_path()));
         let begun = Instant::now();
         let mut replicator = start_replicator(&guest, point, action);
         wait_struck(&mut replicator, point);
@@ -137,7 +165,10 @@ fn struck_at_every_point(arguments: &[&str], action: &str) {
         let _ = replicator.kill();
         replicator.wait().unwrap();
         goes_on(&guest);
+        let in_captures = ["capture.", "detach."].iter().any(|p| point.starts_with(p));
+        assert_eq!(captures_begin(&guest.qmp_path()).exists(), in_captures, "{point}");
         next_one_works(&guest, point);
+        assert_eq!(settings(&guest), before, "{point}");
         println!("{point}:{action} in {:.1} s", begun.elapsed().as_secs_f64());
     }
 }
@@ -186,10 +217,12 @@ fn a_replicator_killed_right_after_its_command_never_leaves_qemu_waiting_for_a_r
 fn leftovers_are_freed_by_the_next_attach_when_the_guardian_died_too() {
     let guest = Guest::start(SHARED, &linux("counter:50,dirty:200:25"));
     guest.wait_for("counter 3");
+    let before = odd_settings(&guest);
     let held = [
         "capture.after_command",
         "capture.holding",
         "bootstrap.before_release",
+        "bootstrap.in_restore",
     ];
     for point in held {
         let mut replicator = start_replicator(&guest, point, "sigstop");
@@ -207,6 +240,7 @@ fn leftovers_are_freed_by_the_next_attach_when_the_guardian_died_too() {
         replicator.kill().unwrap();
         replicator.wait().unwrap();
         next_one_works(&guest, point);
+        assert_eq!(settings(&guest), before, "{point}");
     }
 }
 

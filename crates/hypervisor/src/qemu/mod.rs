@@ -2,6 +2,7 @@
 
 pub mod bootstrap;
 pub mod cmdline;
+mod files;
 pub mod qmp;
 pub mod source;
 pub mod standby;

@@ -138,8 +138,9 @@ pub fn bootstrap(
     let settings = MigrationSettings::read(monitor)?;
     let prepared = settings.prepare(monitor, options.shared_ram, options.pause_ms_max / 10);
     let received = prepared.map_err(BootstrapError::from).and_then(|()| {
-        let stream = start(monitor, deadline)?;
+        let stream = start(monitor, deadline, progress)?;
         let received = receive::receive(monitor, &stream, options, deadline, progress);
+        progress();
         fault::point("bootstrap.before_release");
         // The guest goes on only if this socket stays open until QEMU has let go of it by itself.
         let freed = settings::release(monitor);
@@ -172,7 +173,11 @@ fn check_idle(monitor: &mut dyn Monitor) -> Result<(), BootstrapError> {
 }
 
 /// Has QEMU stream into a socket and returns our end.
-fn start(monitor: &mut dyn Monitor, deadline: Instant) -> Result<UnixStream, BootstrapError> {
+fn start(
+    monitor: &mut dyn Monitor,
+    deadline: Instant,
+    progress: &mut dyn FnMut(),
+) -> Result<UnixStream, BootstrapError> {
     let (ours, theirs) = UnixStream::pair().map_err(BootstrapError::Socket)?;
     ours.set_nonblocking(true).map_err(BootstrapError::Socket)?;
     // A larger buffer saves round trips; without the privilege the default does.
@@ -182,6 +187,7 @@ fn start(monitor: &mut dyn Monitor, deadline: Instant) -> Result<UnixStream, Boo
     fault::point("bootstrap.before_migrate");
     let patience = deadline.min(Instant::now() + YANK_PATIENCE);
     loop {
+        progress();
         match monitor.execute("migrate", json!({ "uri": format!("fd:{FD_NAME}") })) {
             Ok(_) => break,
             // QEMU has not finished clearing away the migration before this one.

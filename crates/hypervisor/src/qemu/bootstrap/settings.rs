@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{BootstrapError, text};
+use crate::fault;
 use crate::qemu::qmp::{Monitor, QmpError};
 
 /// How long QEMU may take to let the guest go.
@@ -78,20 +79,20 @@ impl MigrationSettings {
         Ok(())
     }
 
-    /// Puts everything back.
+    /// Puts everything back. The capability x-colo comes last: it tells [`rescue`] that there is something to put back.
     ///
     /// # Errors
     /// [`QmpError`] when QEMU refuses.
     pub fn restore(&self, monitor: &mut dyn Monitor) -> Result<(), QmpError> {
-        let now = read_capabilities(monitor)?;
-        set_capabilities(monitor, &now, self.capabilities.iter().cloned())?;
         let mut parameters =
             json!({ "max-bandwidth": self.max_bandwidth, "downtime-limit": self.downtime_limit_ms });
         if !self.tls_creds.is_empty() {
             parameters["tls-creds"] = json!(self.tls_creds);
         }
         monitor.execute("migrate-set-parameters", parameters)?;
-        Ok(())
+        fault::point("bootstrap.in_restore");
+        let now = read_capabilities(monitor)?;
+        set_capabilities(monitor, &now, self.capabilities.iter().cloned())
     }
 }
 

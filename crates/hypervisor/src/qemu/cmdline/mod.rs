@@ -61,6 +61,9 @@ pub enum CmdlineError {
     /// Too many keys in one option.
     #[error("an option has too many keys")]
     TooManyKeys,
+    /// A key that is too long.
+    #[error("an option in JSON has a key of more than {0} bytes")]
+    LongKey(usize),
     /// The main RAM block has a name that no memory backend can have.
     #[error("the guest's memory is the block {block:?}, but the command line names {backend:?}")]
     MainBlock {
@@ -305,6 +308,11 @@ impl<'a> Derivation<'a> {
                 return Err(given.refuse("record and replay is not supported"));
             }
             Fate::Keep => self.keep(given),
+            // A folder: what the machine reads of it is in the guest's memory by now.
+            Fate::KeepFile if given.name == "L" => {
+                let path = self.spec.cwd.join(given.value());
+                self.put("L", path.display().to_string());
+            }
             Fate::KeepFile => {
                 let path = self.file(given.value());
                 self.put(&given.name, path);

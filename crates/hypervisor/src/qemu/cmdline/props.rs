@@ -8,6 +8,8 @@ use super::CmdlineError;
 
 /// Most keys of one option.
 const KEYS_MAX: usize = 256;
+/// Longest key: nested objects repeat the outer key in each inner one.
+const KEY_BYTES_MAX: usize = 256;
 
 /// Keys and values in their order. A bare key counts as `on`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -47,6 +49,9 @@ impl Props {
 
     /// Nested keys are joined with dots, as QEMU itself does.
     fn flatten(&mut self, key: String, value: Value) -> Result<(), CmdlineError> {
+        if key.len() > KEY_BYTES_MAX {
+            return Err(CmdlineError::LongKey(KEY_BYTES_MAX));
+        }
         match value {
             Value::Object(object) => object
                 .into_iter()
@@ -173,5 +178,11 @@ mod tests {
         assert_eq!(props.get("file.n.1"), Some("2"));
         assert!(props.is_on("read-only"));
         assert!(Props::parse("{", None).is_err());
+    }
+
+    #[test]
+    fn a_long_key_is_refused_before_it_is_repeated() {
+        let text = format!(r#"{{"{}":{{"a":1}}}}"#, "k".repeat(KEY_BYTES_MAX + 1));
+        assert!(matches!(Props::parse(&text, None), Err(CmdlineError::LongKey(_))));
     }
 }

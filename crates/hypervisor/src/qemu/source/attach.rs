@@ -12,6 +12,7 @@ use super::describe::describe;
 use super::error::{AttachError, CaptureError};
 use super::guardian::{Drainer, Guardian, GuardianArgs};
 use super::lair::Lair;
+use super::notes::{Notes, StoppedBy};
 use super::options::AttachOptions;
 use super::pause::Pauser;
 use super::placement::{Wanted, place};
@@ -47,7 +48,9 @@ pub struct QemuSource {
     pub(super) suspended: bool,
     pub(super) ended: bool,
     pub(super) devices: Vec<Value>,
-    pub(super) devices_looked_at: Instant,
+    /// `None`: look before anything else.
+    pub(super) devices_looked_at: Option<Instant>,
+    pub(super) notes: Notes,
     /// Last: it is given up when all else is gone.
     pub(super) lair: Lair,
 }
@@ -66,13 +69,10 @@ impl QemuSource {
         let lair = Lair::enter(&options.fifo_dir, pid)?;
         fault::point("attach.locked");
         let mut monitor = connect(&options.qmp, &lair)?;
-        rescue(&mut monitor, None)?;
-
-        let facts = ask(&mut monitor, pid)?;
-        let refusals = check(&facts, &options.taps, &options.allow);
-        if !refusals.is_empty() {
-            return Err(AttachError::Refused(refusals));
-        }
+        let mut notes = lair.notes();
+        rescue(&mut monitor, notes.settings())?;
+        let shared_ram = refuse(&mut monitor, pid, &options, notes.stopped())?;
+        notes.set_stopped(None);
         let fifo = lair.make_fifo()?;
         let guardian_args = GuardianArgs {
             qmp: options.qmp.clone(),
@@ -82,6 +82,8 @@ impl QemuSource {
             limit_ns: options.pause_limit_ns,
             settings: MigrationSettings::read(&mut monitor)?,
         };
+        // For the case that the guardian dies, too.
+        notes.set_settings(Some(guardian_args.settings.clone()));
         let pauser = Pauser::new(fifo, options.pause_limit_ns)?;
         let failed = |source| AttachError::Guardian {
             exe: options.guardian.exe.clone(),
@@ -91,19 +93,22 @@ impl QemuSource {
         let guardian = Guardian::spawn(&options.guardian, &guardian_args, lock).map_err(failed)?;
         let attached = Guarded {
             guardian,
+            notes,
             lair,
             monitor,
         };
-        attached.finish(pid, options, guardian_args, pauser, facts.shared_ram)
+        attached.finish(pid, options, guardian_args, pauser, shared_ram)
     }
 
     pub(super) fn process(&self) -> u32 {
         self.pid
     }
 
-    /// Reads the machine anew.
+    /// Reads the machine anew, unless it has become one that is refused.
     pub(super) fn learn_again(&mut self) -> Result<(), AttachError> {
-        let shared = self.tracker.as_ref().is_some_and(Tracker::main_is_shared);
+        let shared = refuse(&mut self.monitor, self.pid, &self.options, None)?;
+        let shared = self.tracker.as_ref().map_or(shared, Tracker::main_is_shared);
+        self.tell_settings()?;
         let learnt = learn(&mut self.monitor, &mut self.pauser, shared)?;
         let placed_as_before = learnt.layout == self.learnt.layout;
         self.events
@@ -131,9 +136,29 @@ impl QemuSource {
     }
 }
 
+/// Refuses a machine that cannot be protected as it is; otherwise says whether its main memory is shared.
+fn refuse(
+    monitor: &mut Qmp,
+    pid: u32,
+    options: &AttachOptions,
+    stopped: Option<StoppedBy>,
+) -> Result<bool, AttachError> {
+    let facts = Facts {
+        stopped,
+        ..ask(monitor, pid)?
+    };
+    let refusals = check(&facts, &options.taps, &options.allow);
+    if refusals.is_empty() {
+        Ok(facts.shared_ram)
+    } else {
+        Err(AttachError::Refused(refusals))
+    }
+}
+
 /// What has to be dismissed and given up in order when the rest of an attach fails.
 struct Guarded {
     guardian: Guardian,
+    notes: Notes,
     lair: Lair,
     monitor: Qmp,
 }
@@ -167,12 +192,14 @@ impl Guarded {
                     suspended: false,
                     ended: false,
                     devices,
-                    devices_looked_at: Instant::now(),
+                    devices_looked_at: Some(Instant::now()),
+                    notes: self.notes,
                     lair: self.lair,
                 })
             }
             Err(error) => {
                 self.guardian.dismiss();
+                self.notes.set_settings(None);
                 self.lair.leave();
                 Err(error)
             }
@@ -289,6 +316,7 @@ fn ask(monitor: &mut Qmp, pid: u32) -> Result<Facts, AttachError> {
         monitors: monitors(&std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default()),
         tun_fds: tun_fds(pid),
         shared_ram: main_ram_is_shared(monitor, pid)?,
+        stopped: None,
     })
 }
 

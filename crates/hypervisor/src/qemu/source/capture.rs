@@ -1,5 +1,6 @@
 //! The epochs of an attached guest.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use romulus_host_sys::monotonic_ns;
@@ -7,10 +8,13 @@ use romulus_types::{PageIndex, RamLayout};
 use serde_json::Value;
 
 use super::attach::{QemuSource, list_devices};
-use super::error::CaptureError;
+use super::error::{AttachError, CaptureError};
 use super::events::meaning;
 use super::guardian::Guardian;
+use super::notes::StoppedBy;
+use super::pause::{ARM, CAPTURE, PRECOPY};
 use crate::fault;
+use crate::qemu::bootstrap::MigrationSettings;
 use crate::qemu::qmp::{Monitor, QmpError};
 use crate::source::{BarrierError, CaptureReport, Checkpoint, GuestEvent, GuestSource, SourceError};
 use crate::spec::MachineSpec;
@@ -31,8 +35,7 @@ impl QemuSource {
         let tracker = self.tracker.as_mut().ok_or(CaptureError::NotArmed)?;
         tracker.forget_pending();
         for slice in tracker.slices(SLICE_BYTES) {
-            let held = self.pauser.hold(&mut self.monitor)?;
-            fault::point("arm.holding");
+            let held = self.pauser.hold(ARM, &mut self.monitor)?;
             let protected = tracker.protect(slice);
             let ended = self.pauser.release(held, &mut self.monitor)?;
             self.events.extend(ended.events.iter().filter_map(meaning));
@@ -53,7 +56,7 @@ impl QemuSource {
             .as_mut()
             .filter(|_| armed)
             .ok_or(CaptureError::NotArmed)?;
-        let held = self.pauser.hold(&mut self.monitor)?;
+        let held = self.pauser.hold(PRECOPY, &mut self.monitor)?;
         let harvested = tracker.harvest();
         let ended = self.pauser.release(held, &mut self.monitor);
         let copied = harvested.and_then(|_| {
@@ -89,6 +92,7 @@ impl QemuSource {
             let settled = match captured {
                 Ok(_) => {
                     self.suspended = true;
+                    self.notes.set_stopped(Some(StoppedBy::Suspension));
                     Ok(())
                 }
                 Err(_) => self.run_again(),
@@ -111,7 +115,7 @@ impl QemuSource {
             .as_mut()
             .filter(|_| armed)
             .ok_or(CaptureError::NotArmed)?;
-        let held = self.pauser.hold(&mut self.monitor)?;
+        let held = self.pauser.hold(CAPTURE, &mut self.monitor)?;
         let (sent_ns, stopped_ns) = (held.sent_ns, held.stopped_ns);
         let mut marks = [stopped_ns; 3];
         let taken = barrier().map_err(CaptureError::from).and_then(|()| {
@@ -183,7 +187,9 @@ impl QemuSource {
         Ok(())
     }
 
-    fn stop_to_stay(&mut self) -> Result<(), CaptureError> {
+    fn stop_to_stay(&mut self, by: StoppedBy) -> Result<(), CaptureError> {
+        // Before it is: if we die in between, the note is on a guest that runs, and counts for nothing.
+        self.notes.set_stopped(Some(by));
         if !self.suspended {
             self.monitor.execute("stop", Value::Null)?;
             self.suspended = true;
@@ -196,6 +202,7 @@ impl QemuSource {
         if self.suspended {
             self.run_again()?;
             self.suspended = false;
+            self.notes.set_stopped(None);
         }
         Ok(())
     }
@@ -209,10 +216,45 @@ impl QemuSource {
             pid = self.process(),
             "the guardian process is gone, starting another"
         );
-        let lock = self.lair.share_lock().map_err(CaptureError::Guardian)?;
-        self.guardian = Guardian::spawn(&self.options.guardian, &self.guardian_args, lock)
-            .map_err(CaptureError::Guardian)?;
+        self.replace_guardian().map_err(CaptureError::Guardian)
+    }
+
+    fn replace_guardian(&mut self) -> io::Result<()> {
+        let lock = self.lair.share_lock()?;
+        let next = Guardian::spawn(&self.options.guardian, &self.guardian_args, lock)?;
+        std::mem::replace(&mut self.guardian, next).dismiss();
         Ok(())
+    }
+
+    /// Whoever frees the guest from the next bootstrap puts back the migration settings of now, not those at attach.
+    pub(super) fn tell_settings(&mut self) -> Result<(), AttachError> {
+        let settings = MigrationSettings::read(&mut self.monitor)?;
+        if settings != self.guardian_args.settings {
+            self.guardian_args.settings = settings.clone();
+            self.replace_guardian().map_err(|source| AttachError::Guardian {
+                exe: self.options.guardian.exe.clone(),
+                source,
+            })?;
+            self.notes.set_settings(Some(settings));
+        }
+        Ok(())
+    }
+
+    fn read_machine(&mut self) -> Result<(), CaptureError> {
+        // What was plugged a moment ago has no event yet.
+        self.devices_looked_at = None;
+        self.take_events()?;
+        let changed = self
+            .events
+            .iter()
+            .any(|e| matches!(e, GuestEvent::Reset | GuestEvent::DevicesChanged));
+        if self.learnt_is_fresh && !changed {
+            self.learnt_is_fresh = false;
+            return Ok(());
+        }
+        self.learnt_is_fresh = false;
+        self.ensure_guardian()?;
+        Ok(self.learn_again()?)
     }
 
     fn take_events(&mut self) -> Result<(), QmpError> {
@@ -222,8 +264,11 @@ impl QemuSource {
         if self.monitor.take_events_lost() > 0 {
             self.events.push_back(GuestEvent::DevicesChanged);
         }
-        if self.devices_looked_at.elapsed() >= DEVICES_EVERY && !self.ended {
-            self.devices_looked_at = Instant::now();
+        let look = self
+            .devices_looked_at
+            .is_none_or(|at| at.elapsed() >= DEVICES_EVERY);
+        if look && !self.ended {
+            self.devices_looked_at = Some(Instant::now());
             let devices = list_devices(&mut self.monitor)?;
             if devices != self.devices {
                 self.devices = devices;
@@ -242,6 +287,7 @@ impl QemuSource {
         fault::point("detach.unregistered");
         drop(self.pauser);
         self.guardian.dismiss();
+        self.notes.set_settings(None);
         self.lair.leave();
         // A QEMU that is gone has nothing left of us.
         if self.ended { Ok(()) } else { Ok(unregistered?) }
@@ -250,17 +296,7 @@ impl QemuSource {
 
 impl GuestSource for QemuSource {
     fn bootstrap(&mut self) -> Result<(), SourceError> {
-        let changed = self
-            .events
-            .iter()
-            .any(|e| matches!(e, GuestEvent::Reset | GuestEvent::DevicesChanged));
-        if self.learnt_is_fresh && !changed {
-            self.learnt_is_fresh = false;
-            return Ok(());
-        }
-        self.ensure_guardian()
-            .map_err(|e| failed("reading the machine failed", e))?;
-        self.learn_again()
+        self.read_machine()
             .map_err(|e| failed("reading the machine failed", e))
     }
 
@@ -319,12 +355,12 @@ impl GuestSource for QemuSource {
     }
 
     fn stop_guest(&mut self) -> Result<(), SourceError> {
-        self.stop_to_stay()
+        self.stop_to_stay(StoppedBy::AnotherHost)
             .map_err(|e| failed("stopping the guest failed", e))
     }
 
     fn suspend(&mut self) -> Result<(), SourceError> {
-        self.stop_to_stay()
+        self.stop_to_stay(StoppedBy::Suspension)
             .map_err(|e| failed("suspending the guest failed", e))
     }
 

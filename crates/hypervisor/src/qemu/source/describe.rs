@@ -1,28 +1,23 @@
 //! What a backup has to know of this machine, from QEMU's answers and its process.
 
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
 
-use romulus_types::Digest;
 use serde_json::Value;
-use xxhash_rust::xxh3::Xxh3;
 
 use super::error::AttachError;
 use super::refusal::nics;
 use crate::qemu::bootstrap::Bootstrap;
+use crate::qemu::cmdline::files_needed;
+use crate::qemu::files::{DIGEST_BYTES_MAX, digest_of, open_regular};
 use crate::qemu::qmp::Monitor;
 use crate::spec::{Disk, FileUse, Hypervisor, MachineSpec, Nic, SPEC_FORMAT};
 
-/// Files up to this length are compared by content.
-const DIGEST_BYTES_MAX: u64 = 256 << 20;
-/// Options whose value is a file that the machine reads.
-const FILE_OPTIONS: &[&str] = &["kernel", "initrd", "bios", "dtb", "pflash", "cdrom"];
-/// Keys whose value is such a file, in options that are lists of `key=value`.
-const FILE_KEYS: &[&str] = &["file=", "filename=", "file.filename=", "romfile=", "loader.file="];
-
 /// Describes the machine of process `pid`.
+///
+/// # Errors
+/// [`AttachError::Standby`] and [`AttachError::File`] when no standby could be derived from it.
 pub(super) fn describe(
     monitor: &mut dyn Monitor,
     pid: u32,
@@ -45,7 +40,7 @@ pub(super) fn describe(
     let network = monitor.hmp("info network")?;
     let blocks = monitor.execute("query-block", Value::Null)?;
     let (argv, cwd) = process(pid)?;
-    Ok(MachineSpec {
+    let mut spec = MachineSpec {
         format: SPEC_FORMAT,
         hypervisor: Hypervisor::Qemu,
         version: monitor.version().to_string(),
@@ -61,13 +56,15 @@ pub(super) fn describe(
                 mac,
             })
             .collect(),
-        files: files(pid, &argv, &cwd),
+        files: Vec::new(),
         disks: disks(&blocks),
         argv,
         cwd,
         disposable: disposable.iter().cloned().collect(),
         template: learnt.template.clone(),
-    })
+    };
+    spec.files = files(pid, &spec)?;
+    Ok(spec)
 }
 
 fn process(pid: u32) -> Result<(Vec<String>, PathBuf), AttachError> {
@@ -80,7 +77,12 @@ fn process(pid: u32) -> Result<(Vec<String>, PathBuf), AttachError> {
     let text = String::from_utf8_lossy(bytes.strip_suffix(&[0]).unwrap_or(&bytes)).into_owned();
     let argv = text.split('\0').map(str::to_owned).collect();
     let path = format!("/proc/{pid}/cwd");
-    Ok((argv, std::fs::read_link(&path).map_err(failed(&path))?))
+    let cwd = std::fs::read_link(&path).map_err(failed(&path))?;
+    if cwd.to_str().is_none() {
+        let source = io::Error::new(io::ErrorKind::InvalidData, "the path is not UTF-8");
+        return Err(failed(&path)(source));
+    }
+    Ok((argv, cwd))
 }
 
 fn host_cpu() -> String {
@@ -91,46 +93,22 @@ fn host_cpu() -> String {
     model.map_or_else(String::new, |(_, name)| name.trim().to_owned())
 }
 
-/// The files that a command line names and that exist in the process's file system.
-fn files(pid: u32, argv: &[String], cwd: &Path) -> Vec<FileUse> {
-    let mut paths = BTreeSet::new();
-    for pair in argv.windows(2) {
-        let option = pair[0].trim_start_matches('-');
-        if pair[0].starts_with('-') && FILE_OPTIONS.contains(&option) {
-            paths.insert(cwd.join(&pair[1]));
-        }
-        let values = pair[1]
-            .split(',')
-            .filter_map(|part| FILE_KEYS.iter().find_map(|key| part.strip_prefix(key)));
-        paths.extend(values.map(|value| cwd.join(value)));
-    }
-    paths.into_iter().filter_map(|path| file_use(pid, path)).collect()
+/// The files that a standby of this machine needs, as they are in the process's file system.
+fn files(pid: u32, spec: &MachineSpec) -> Result<Vec<FileUse>, AttachError> {
+    let paths = files_needed(spec).map_err(AttachError::Standby)?;
+    paths.into_iter().map(|path| file_use(pid, path)).collect()
 }
 
-fn file_use(pid: u32, path: PathBuf) -> Option<FileUse> {
+fn file_use(pid: u32, path: PathBuf) -> Result<FileUse, AttachError> {
     let seen_by_qemu = PathBuf::from(format!("/proc/{pid}/root{}", path.display()));
-    let mut file = File::open(seen_by_qemu).ok()?;
-    let metadata = file.metadata().ok().filter(std::fs::Metadata::is_file)?;
-    let digest = if metadata.len() <= DIGEST_BYTES_MAX {
-        digest(&mut file).ok()
-    } else {
-        None
-    };
-    Some(FileUse {
-        path,
-        bytes: metadata.len(),
-        digest,
-    })
-}
-
-fn digest(file: &mut File) -> io::Result<Digest> {
-    let mut hash = Xxh3::new();
-    let mut buffer = vec![0; 1 << 18];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(Digest(hash.digest128())),
-            bytes => hash.update(&buffer[..bytes]),
-        }
+    let described = open_regular(&seen_by_qemu).and_then(|(file, bytes)| {
+        let short = bytes <= DIGEST_BYTES_MAX;
+        let digest = short.then(|| digest_of(file, bytes)).transpose()?;
+        Ok((bytes, digest))
+    });
+    match described {
+        Ok((bytes, digest)) => Ok(FileUse { path, bytes, digest }),
+        Err(source) => Err(AttachError::File { path, source }),
     }
 }
 
@@ -160,30 +138,81 @@ fn disks(blocks: &Value) -> Vec<Disk> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStrExt;
+    use std::process::{Command, Stdio};
+
     use super::*;
+    use crate::spec::tests::spec;
+
+    fn described(folder: &std::path::Path, more: &[&str]) -> Result<Vec<FileUse>, AttachError> {
+        let argv = [&["qemu-system-x86_64", "-nodefaults"], more].concat();
+        let mut spec = spec(&argv, &[("pc.ram", 1 << 20)]);
+        spec.cwd = folder.to_owned();
+        files(std::process::id(), &spec)
+    }
 
     #[test]
-    fn files_that_the_command_line_names_are_found_and_others_are_not() {
+    fn files_are_found_in_whatever_form_the_command_line_names_them() {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["vmlinuz", "disk.raw"] {
+        let names = ["vmlinuz", "disk.raw", "rom.bin", "table.aml", "node,7.raw"];
+        for name in names {
             std::fs::write(folder.path().join(name), name).unwrap();
         }
         let argv = [
-            "qemu",
+            "-L",
+            ".",
             "-kernel",
             "vmlinuz",
-            "-initrd",
-            "missing",
             "-drive",
-            "if=none,file=disk.raw,readonly=on",
+            "if=none,id=d,file=disk.raw,readonly=on",
+            "-option-rom",
+            "rom.bin",
+            "-acpitable",
+            "data=table.aml",
+            "-blockdev",
+            r#"{"driver":"raw","node-name":"n","read-only":true,"file":{"driver":"file","filename":"node,7.raw"}}"#,
         ];
-        let argv: Vec<String> = argv.iter().map(|word| (*word).to_owned()).collect();
-        let found = files(std::process::id(), &argv, folder.path());
-        let names: Vec<_> = found
+        let found = described(folder.path(), &argv).unwrap();
+        let found: Vec<_> = found
             .iter()
-            .map(|file| (file.path.file_name().unwrap().to_owned(), file.bytes))
+            .map(|file| {
+                let name = file.path.file_name().unwrap().to_str().unwrap();
+                assert!(file.digest.is_some());
+                assert_eq!(file.bytes, name.len() as u64);
+                name
+            })
             .collect();
-        assert_eq!(names, [("disk.raw".into(), 8), ("vmlinuz".into(), 7)]);
-        assert!(found.iter().all(|file| file.digest.is_some()));
+        assert_eq!(found, names);
+    }
+
+    #[test]
+    fn what_no_standby_can_be_derived_from_is_refused_with_its_cause() {
+        let folder = tempfile::tempdir().unwrap();
+        let refused = described(folder.path(), &["-gdb", "tcp::1", "-no-such-option"]).unwrap_err();
+        assert!(matches!(refused, AttachError::Standby(_)), "{refused}");
+        assert!(refused.to_string().contains("-no-such-option"), "{refused}");
+        for (value, why) in [("gone", "No such file"), (".", "directory")] {
+            let refused = described(folder.path(), &["-initrd", value]).unwrap_err();
+            assert!(matches!(refused, AttachError::File { .. }), "{refused}");
+            assert!(refused.to_string().contains(why), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_working_directory_that_is_no_text_is_refused_before_it_is_sent() {
+        let folder = tempfile::tempdir().unwrap();
+        let odd = folder.path().join(std::ffi::OsStr::from_bytes(b"caf\xe9"));
+        std::fs::create_dir(&odd).unwrap();
+        let mut command = Command::new("sleep");
+        let mut child = command
+            .arg("60")
+            .current_dir(odd)
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let refused = process(child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(matches!(refused, Err(AttachError::Folder { .. })));
     }
 }

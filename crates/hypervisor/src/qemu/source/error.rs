@@ -7,6 +7,7 @@ use romulus_host_sys::{KernelFeature, SysError};
 
 use super::refusal::Refusal;
 use crate::qemu::bootstrap::BootstrapError;
+use crate::qemu::cmdline::CmdlineError;
 use crate::qemu::qmp::QmpError;
 use crate::source::BarrierError;
 
@@ -56,6 +57,20 @@ pub enum AttachError {
         bytes: u64,
         /// QEMU's process.
         pid: u32,
+    },
+    /// No standby could be derived from its command line.
+    #[error("no standby of this machine could be started: {0}")]
+    Standby(#[source] CmdlineError),
+    /// A file that a standby needs is not there any more, or no file.
+    #[error(
+        "QEMU's command line names {path}, which a standby needs, too, and it cannot be read (put it back if it was removed, name it by its full path): {source}"
+    )]
+    File {
+        /// The file, as QEMU sees it.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
     },
     /// The FIFO is not where QEMU can open it.
     #[error(

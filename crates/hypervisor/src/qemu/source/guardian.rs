@@ -101,7 +101,8 @@ impl Guardian {
     /// Starts a guardian and waits until it holds the FIFO.
     pub(super) fn spawn(program: &GuardianProgram, args: &GuardianArgs, lock: File) -> io::Result<Self> {
         let (mut socket, theirs) = UnixStream::pair()?;
-        let json = serde_json::to_string(args).expect("paths are UTF-8");
+        // The operator's paths may be no text.
+        let json = serde_json::to_string(args)?;
         let mut command = Command::new(&program.exe);
         command.args(&program.args).arg(json);
         // A fault that is armed for the replicator is not meant for its guardian.

@@ -14,6 +14,7 @@ use romulus_host_sys::{make_fifo, monotonic_ns};
 use rustix::fs::{FlockOperation, flock};
 
 use super::error::AttachError;
+use super::notes::Notes;
 
 /// How long the guardian of a replicator that died may need to clean up.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
@@ -84,6 +85,11 @@ impl Lair {
                 name.starts_with(&prefix) && name.ends_with(".fifo")
             })
             .collect()
+    }
+
+    /// What an earlier attachment noted.
+    pub(super) fn notes(&self) -> Notes {
+        Notes::read(self.folder.join(format!("qemu-{}.note", self.pid)), self.pid)
     }
 
     /// Makes this attachment's FIFO, for QEMU's user, and makes sure that QEMU sees the same file under that path.

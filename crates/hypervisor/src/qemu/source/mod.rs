@@ -19,6 +19,7 @@
 //! | `tracker` | dirty pages, and copying them |
 //! | `pause` | stopping the guest and letting it go |
 //! | `lair` | lock and FIFO |
+//! | `notes` | what the next attachment has to know if this one dies |
 //! | `guardian` | the process that frees the guest when we cannot |
 //! | `events` | what QEMU's events mean |
 
@@ -29,6 +30,7 @@ mod error;
 mod events;
 pub mod guardian;
 mod lair;
+mod notes;
 mod options;
 mod pause;
 mod placement;
@@ -38,5 +40,6 @@ mod tracker;
 pub use attach::QemuSource;
 pub use error::{AttachError, CaptureError};
 pub use guardian::{GuardianArgs, GuardianError};
+pub use notes::StoppedBy;
 pub use options::{Allowances, AttachOptions, GuardianProgram, PAUSE_LIMIT_NS};
 pub use refusal::Refusal;

@@ -39,6 +39,45 @@ const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// How long QEMU may take to end the command after its state was read.
 const RESUME_LIMIT: Duration = Duration::from_secs(10);
 
+/// What a pause is for, by the fault points that it passes.
+#[derive(Debug)]
+pub(super) struct Purpose {
+    before_command: &'static str,
+    after_command: &'static str,
+    holding: &'static str,
+    draining: &'static str,
+    after_drain: &'static str,
+    after_resume: &'static str,
+}
+
+/// Memory is protected.
+pub(super) const ARM: &Purpose = &Purpose {
+    before_command: "arm.before_command",
+    after_command: "arm.after_command",
+    holding: "arm.holding",
+    draining: "arm.draining",
+    after_drain: "arm.after_drain",
+    after_resume: "arm.after_resume",
+};
+/// Dirty pages are taken in advance.
+pub(super) const PRECOPY: &Purpose = &Purpose {
+    before_command: "precopy.before_command",
+    after_command: "precopy.after_command",
+    holding: "precopy.holding",
+    draining: "precopy.draining",
+    after_drain: "precopy.after_drain",
+    after_resume: "precopy.after_resume",
+};
+/// A checkpoint is taken.
+pub(super) const CAPTURE: &Purpose = &Purpose {
+    before_command: "capture.before_command",
+    after_command: "capture.after_command",
+    holding: "capture.holding",
+    draining: "capture.draining",
+    after_drain: "capture.after_drain",
+    after_resume: "capture.after_resume",
+};
+
 /// Stops a guest and lets it go, again and again.
 pub(super) struct Pauser {
     fifo: Fifo,
@@ -50,6 +89,7 @@ pub(super) struct Pauser {
 /// A guest that stands still. It must be [released](Pauser::release); dropping it releases it, too, without its state.
 pub(super) struct Held {
     reader: OwnedFd,
+    purpose: &'static Purpose,
     /// When the command was sent.
     pub(super) sent_ns: u64,
     /// When the guest stood still.
@@ -106,10 +146,14 @@ impl Pauser {
     }
 
     /// Stops the guest.
-    pub(super) fn hold(&mut self, monitor: &mut dyn Monitor) -> Result<Held, CaptureError> {
+    pub(super) fn hold(
+        &mut self,
+        purpose: &'static Purpose,
+        monitor: &mut dyn Monitor,
+    ) -> Result<Held, CaptureError> {
         let path = self.fifo.path().to_str().expect("checked when it was made");
         let arguments = json!({ "filename": path, "live": false });
-        fault::point("capture.before_command");
+        fault::point(purpose.before_command);
         let reader = open_fifo_reader(self.fifo.path())?;
         grow_pipe(&reader, PIPE_BYTES_HELD)?;
         let sent_ns = monotonic_ns();
@@ -118,15 +162,16 @@ impl Pauser {
             .send("xen-save-devices-state", arguments, &[])
             .map_err(CaptureError::from)
             .and_then(|()| {
-                fault::point("capture.after_command");
+                fault::point(purpose.after_command);
                 self.wait_held(monitor, &reader)
             });
         match held {
             Ok(()) => {
                 self.timer.arm(self.limit_ns);
-                fault::point("capture.holding");
+                fault::point(purpose.holding);
                 Ok(Held {
                     reader,
+                    purpose,
                     sent_ns,
                     stopped_ns: monotonic_ns(),
                 })
@@ -167,10 +212,11 @@ impl Pauser {
 
     /// Lets the guest go and keeps the device state.
     pub(super) fn release(&mut self, held: Held, monitor: &mut dyn Monitor) -> Result<Ended, CaptureError> {
-        let drained = self.drain(&held.reader);
+        let purpose = held.purpose;
+        let drained = self.drain(purpose, &held.reader);
         let drained_ns = monotonic_ns();
         drop(held);
-        fault::point("capture.after_drain");
+        fault::point(purpose.after_drain);
         let reply = monitor.next_reply(Instant::now() + RESUME_LIMIT);
         self.timer.disarm();
         let mut events = Vec::new();
@@ -180,7 +226,7 @@ impl Pauser {
         let pause_ns = take_own_pause(&mut events);
         let state_bytes = drained?;
         reply?;
-        fault::point("capture.after_resume");
+        fault::point(purpose.after_resume);
         Ok(Ended {
             state_bytes,
             drained_ns,
@@ -189,10 +235,10 @@ impl Pauser {
         })
     }
 
-    fn drain(&mut self, reader: &OwnedFd) -> Result<usize, CaptureError> {
+    fn drain(&mut self, purpose: &Purpose, reader: &OwnedFd) -> Result<usize, CaptureError> {
         // Without the privilege for a larger pipe, it only takes more turns.
         let _ = grow_pipe(reader, PIPE_BYTES_DRAIN);
-        fault::point("capture.draining");
+        fault::point(purpose.draining);
         let mut bytes = 0;
         loop {
             if bytes == self.state.len() {
@@ -254,6 +300,26 @@ mod tests {
             data: Value::Null,
             seconds: 3,
             microseconds,
+        }
+    }
+
+    #[test]
+    fn each_purpose_passes_fault_points_of_its_own() {
+        for (purpose, prefix) in [(ARM, "arm."), (PRECOPY, "precopy."), (CAPTURE, "capture.")] {
+            let points = [
+                purpose.before_command,
+                purpose.after_command,
+                purpose.holding,
+                purpose.draining,
+                purpose.after_drain,
+                purpose.after_resume,
+            ];
+            for point in points {
+                assert!(
+                    point.starts_with(prefix) && fault::POINTS.contains(&point),
+                    "{point}"
+                );
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use std::fmt;
 
 use serde_json::Value;
 
+use super::notes::StoppedBy;
 use super::options::Allowances;
 
 /// One reason, with its remedy.
@@ -62,6 +63,8 @@ pub enum Refusal {
     Migration(String),
     /// The guest is not running.
     NotRunning(String),
+    /// An earlier replicator stopped it.
+    StoppedByReplicator(StoppedBy),
 }
 
 impl fmt::Display for Refusal {
@@ -106,9 +109,21 @@ impl fmt::Display for Refusal {
             ),
             Self::BlockJob(id) => write!(f, "block job {id:?} is under way: wait for its end or cancel it"),
             Self::Migration(state) => write!(f, "a migration is {state}: wait for its end or cancel it"),
+            Self::NotRunning(state) if state == "paused" => write!(
+                f,
+                "the guest is paused: resume it first (QMP: cont), unless the witness's record says that another host speaks for it"
+            ),
             Self::NotRunning(state) => {
                 write!(f, "the guest is {state}, not running: start or resume it first")
             }
+            Self::StoppedByReplicator(StoppedBy::Suspension) => write!(
+                f,
+                "an earlier replicator suspended the guest, as it did not know whether this host may still speak for it: if the witness's record lets this host speak, resume it yourself (QMP: cont) and protect it again; if not, end this QEMU"
+            ),
+            Self::StoppedByReplicator(StoppedBy::AnotherHost) => write!(
+                f,
+                "an earlier replicator stopped the guest for good, as another host speaks for it: do not resume it, end this QEMU"
+            ),
         }
     }
 }
@@ -160,14 +175,18 @@ pub(super) struct Facts {
     pub(super) tun_fds: Vec<(u32, String)>,
     /// Whether the main RAM is shared.
     pub(super) shared_ram: bool,
+    /// Who stopped the guest, if a replicator noted that it did.
+    pub(super) stopped: Option<StoppedBy>,
 }
 
 /// Everything that speaks against protecting this machine.
 pub(super) fn check(facts: &Facts, taps: &[String], allow: &Allowances) -> Vec<Refusal> {
     let mut refusals = Vec::new();
     let status = text(&facts.status, "status");
-    if status != "running" {
-        refusals.push(Refusal::NotRunning(status.to_owned()));
+    match (status, facts.stopped) {
+        ("running", _) => {}
+        ("paused", Some(by)) => refusals.push(Refusal::StoppedByReplicator(by)),
+        _ => refusals.push(Refusal::NotRunning(status.to_owned())),
     }
     let migration = text(&facts.migration, "status");
     if !matches!(migration, "" | "none" | "completed" | "failed" | "cancelled") {

@@ -43,6 +43,31 @@ fn a_guest_that_is_paused_or_migrates_or_copies_disks_is_refused() {
 }
 
 #[test]
+fn a_guest_that_a_replicator_stopped_is_refused_with_who_and_what_to_do() {
+    for (by, remedy) in [
+        (StoppedBy::Suspension, "resume it yourself"),
+        (StoppedBy::AnotherHost, "do not resume it"),
+    ] {
+        let mut facts = Facts {
+            status: json!({"status": "paused"}),
+            stopped: Some(by),
+            ..running()
+        };
+        let refused = verdict(&facts, &[], &[]);
+        assert_eq!(refused, [Refusal::StoppedByReplicator(by)]);
+        assert!(refused[0].to_string().contains(remedy), "{}", refused[0]);
+        // Somebody resumed it.
+        facts.status = json!({"status": "running"});
+        assert_eq!(verdict(&facts, &[], &[]), []);
+    }
+    let by_somebody = Refusal::NotRunning("paused".into()).to_string();
+    assert!(
+        by_somebody.contains("cont") && by_somebody.contains("witness"),
+        "{by_somebody}"
+    );
+}
+
+#[test]
 fn devices_with_untracked_dma_are_refused_whatever_is_allowed() {
     let tree = "  dev: vfio-pci, id \"gpu\"\n    addr = 01.0\n      dev: vhost-user-blk-pci, id \"\"\n";
     let facts = Facts {

@@ -1,12 +1,8 @@
 //! Is this host able to be the machine's standby?
 
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use romulus_types::Digest;
-use xxhash_rust::xxh3::Xxh3;
-
+use crate::qemu::files::{DIGEST_BYTES_MAX, digest_of, open_regular};
 use crate::qemu::qmp::QemuVersion;
 use crate::spec::{FileUse, MachineSpec};
 use crate::standby::StandbyError;
@@ -14,9 +10,6 @@ use crate::standby::StandbyError;
 /// Each file that the standby reads must be the one that the primary has.
 pub(super) fn files(spec: &MachineSpec, needed: &[PathBuf]) -> Result<(), StandbyError> {
     for path in needed {
-        if path.is_dir() {
-            continue;
-        }
         let described = spec.files.iter().find(|file| file.path == *path);
         let described = described.ok_or_else(|| {
             StandbyError::plain(format!(
@@ -42,27 +35,23 @@ fn compare(described: &FileUse) -> Result<(), StandbyError> {
             "the file {path} differs from the primary's: copy it from there to this host"
         ))
     };
-    let file = File::open(&described.path).map_err(missing)?;
-    let metadata = file.metadata().map_err(missing)?;
-    if metadata.is_file() && metadata.len() != described.bytes {
+    let (file, bytes) = open_regular(&described.path).map_err(missing)?;
+    if bytes != described.bytes {
         return Err(differs());
     }
-    match described.digest {
-        Some(digest) if digest_of(file, described.bytes).map_err(missing)? != digest => Err(differs()),
-        _ => Ok(()),
+    let Some(digest) = described.digest else {
+        return Ok(());
+    };
+    // No primary of this release asks for it; how much is read here is not for a peer to say.
+    if bytes > DIGEST_BYTES_MAX {
+        return Err(StandbyError::plain(format!(
+            "the file {path} has {bytes} bytes, too many for a digest (at most {DIGEST_BYTES_MAX}): run the same release on both hosts"
+        )));
     }
-}
-
-/// XXH3-128 of a file, of which no more than `bytes` are read.
-fn digest_of(file: File, bytes: u64) -> std::io::Result<Digest> {
-    let mut limited = file.take(bytes);
-    let mut hash = Xxh3::new();
-    let mut buffer = vec![0u8; 1 << 18];
-    loop {
-        match limited.read(&mut buffer)? {
-            0 => return Ok(Digest(hash.digest128())),
-            count => hash.update(&buffer[..count]),
-        }
+    if digest_of(file, bytes).map_err(missing)? == digest {
+        Ok(())
+    } else {
+        Err(differs())
     }
 }
 
@@ -96,4 +85,66 @@ pub(super) fn host_cpu() -> String {
         .lines()
         .find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     model.map_or_else(String::new, |(_, name)| name.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use romulus_types::Digest;
+
+    use super::*;
+    use crate::spec::tests::spec;
+
+    /// What `files` says of one file that the primary described so.
+    fn verdict(path: &Path, bytes: u64, digest: Option<Digest>) -> String {
+        let mut spec = spec(&["qemu-system-x86_64"], &[("pc.ram", 1 << 20)]);
+        spec.files = vec![FileUse {
+            path: path.to_owned(),
+            bytes,
+            digest,
+        }];
+        match files(&spec, &[path.to_owned()]) {
+            Ok(()) => "same".to_owned(),
+            Err(error) => {
+                let cause = std::error::Error::source(&error);
+                format!(
+                    "{error} ({})",
+                    cause.map_or_else(String::new, ToString::to_string)
+                )
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_of_the_same_content_is_accepted_and_another_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vmlinuz");
+        std::fs::write(&path, "kernel").unwrap();
+        let digest = digest_of(File::open(&path).unwrap(), 6).unwrap();
+        assert_eq!(verdict(&path, 6, Some(digest)), "same");
+        assert_eq!(verdict(&path, 6, None), "same");
+        assert!(verdict(&path, 7, None).contains("differs"));
+        assert!(verdict(&path, 6, Some(Digest(digest.0 ^ 1))).contains("differs"));
+    }
+
+    #[test]
+    fn what_a_peer_names_is_read_only_when_it_is_a_regular_file_within_the_limit() {
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RUSR).unwrap();
+        for special in [fifo.as_path(), folder.path(), Path::new("/dev/zero")] {
+            let said = verdict(special, 0, Some(Digest(0)));
+            assert!(said.contains(&special.display().to_string()), "{said}");
+            assert!(said.contains("not a regular file"), "{said}");
+        }
+        let huge = folder.path().join("huge");
+        File::create(&huge)
+            .unwrap()
+            .set_len(DIGEST_BYTES_MAX + 1)
+            .unwrap();
+        assert_eq!(verdict(&huge, DIGEST_BYTES_MAX + 1, None), "same");
+        let said = verdict(&huge, DIGEST_BYTES_MAX + 1, Some(Digest(0)));
+        assert!(said.contains("too many"), "{said}");
+    }
 }
