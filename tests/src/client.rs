@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::ledger::{key_of, lost_writes, number_of};
-use crate::resp::{Redis, Reply, connect, push_command, read_reply};
+use crate::resp::{Reply, connect, push_command, read_reply};
 use crate::{Lab, Stamp};
 
 /// How hard to write.
@@ -207,10 +207,10 @@ impl Client {
         }
         let mut resets = u64::from(trouble.is_some());
         let lost = if trouble.is_none() {
-            match same_connection(&self.stream, &mut reading, self.connection) {
-                Ok(()) => lost_writes(self.config.keys, acked, sent, |key| {
-                    get(&self.stream, &mut reading, key)
-                })?,
+            let read_back = same_connection(&self.stream, &mut reading, self.connection)
+                .and_then(|()| held_numbers(&self.stream, &mut reading, self.config.keys.min(sent)));
+            match read_back {
+                Ok(held) => lost_writes(&held, self.config.keys, acked, sent)?,
                 Err(error) => {
                     trouble = Some(format!("{error:#}"));
                     resets = 1;
@@ -366,16 +366,36 @@ fn same_connection(stream: &TcpStream, reading: &mut BufReader<TcpStream>, befor
     Ok(())
 }
 
-fn get(stream: &TcpStream, reading: &mut BufReader<TcpStream>, key: &str) -> Result<Option<u64>> {
-    number_of(ask(stream, reading, &[b"GET", key.as_bytes()])?)
+/// What the first `keys` keys hold, asked for in pipelined batches: a gate makes each round trip an epoch long.
+fn held_numbers(
+    mut stream: &TcpStream,
+    reading: &mut BufReader<TcpStream>,
+    keys: u64,
+) -> Result<Vec<Option<u64>>> {
+    let all: Vec<u64> = (0..keys).collect();
+    let mut held = Vec::with_capacity(all.len());
+    for batch in all.chunks(500) {
+        let mut out = Vec::new();
+        for key in batch {
+            push_command(&mut out, &[b"GET", key_of(*key).as_bytes()]);
+        }
+        stream.write_all(&out).context("cannot write to redis")?;
+        for _ in batch {
+            held.push(number_of(read_reply(reading)?)?);
+        }
+    }
+    Ok(held)
 }
 
 fn lost_by_another_connection(lab: &Lab, config: &ClientConfig, acked: u64, sent: u64) -> Result<u64> {
-    let mut redis =
-        Redis::connect(lab, Duration::from_secs(10)).context("no connection to redis at the end")?;
-    lost_writes(config.keys, acked, sent, |key| {
-        number_of(redis.ask(&[b"GET", key.as_bytes()])?)
-    })
+    let at_most = Duration::from_secs(10);
+    let stream = connect(lab, at_most).context("no connection to redis at the end")?;
+    stream
+        .set_read_timeout(Some(at_most))
+        .context("cannot set a timeout")?;
+    let mut reading = BufReader::new(stream.try_clone().context("cannot duplicate a socket")?);
+    let held = held_numbers(&stream, &mut reading, config.keys.min(sent))?;
+    lost_writes(&held, config.keys, acked, sent)
 }
 
 #[cfg(test)]
