@@ -35,8 +35,6 @@ use romulus_host_sys::process_clock::Clock;
 
 /// How long what already arrived may take to reach the inbox.
 const DRAIN: Duration = Duration::from_millis(2);
-/// How often the gates are looked at: their figures, and whether they still hold.
-const GATE_INTERVAL_NS: u64 = 500_000_000;
 
 /// What the driver works with.
 pub struct Driver {
@@ -83,15 +81,9 @@ impl Driver {
     /// When what must be durable can't be written: the process ends, the guest stays mute while paired, and the
     /// backup takes over.
     pub async fn run(mut self) -> anyhow::Result<()> {
-        let mut gates_seen = self.clock.now();
         loop {
             if matches!(self.carry_out().await?, Step::Finished) {
                 return Ok(());
-            }
-            let now = self.clock.now();
-            if now.since_ns(gates_seen) >= GATE_INTERVAL_NS {
-                gates_seen = now;
-                self.look_at_gates(now);
             }
             let deadline = self.deadline();
             tokio::select! {
@@ -109,18 +101,14 @@ impl Driver {
     }
 
     /// A gate that no longer holds ends the session: the guest goes on alone, and says so.
-    fn look_at_gates(&mut self, now: Time) {
-        self.status.set_gates(self.gates.status());
-        if let Err(error) = self.gates.check() {
-            error!(event = "gate_lost", %error);
-            self.status
-                .add_event("gate_lost", &json!({"error": error.to_string()}));
-            self.status.set_detail(format!("a gate was lost: {error}"));
-            if let Some(session) = self.primary.session() {
-                let epoch = self.primary.captured();
-                self.primary
-                    .handle(now, PrimaryEvent::CaptureFailed(session, epoch));
-            }
+    fn gate_lost(&mut self, now: Time, error: &str) {
+        error!(event = "gate_lost", error);
+        self.status.add_event("gate_lost", &json!({"error": error}));
+        self.status.set_detail(format!("a gate was lost: {error}"));
+        if let Some(session) = self.primary.session() {
+            let epoch = self.primary.captured();
+            self.primary
+                .handle(now, PrimaryEvent::CaptureFailed(session, epoch));
         }
     }
 
@@ -148,6 +136,7 @@ impl Driver {
                 self.waiting.push(answer);
                 self.primary.handle(now, PrimaryEvent::Order(order));
             }
+            Input::GateLost(error) => self.gate_lost(now, &error),
             Input::Terminate => {
                 self.terminating = true;
                 info!(event = "terminate", "going to not protected before ending");

@@ -16,6 +16,8 @@ pub enum Input {
     Event(PrimaryEvent),
     /// An operator's order; the answer says whether it was taken.
     Order(PrimaryOrder, oneshot::Sender<OrderEnd>),
+    /// A closed gate no longer holds, and why.
+    GateLost(String),
     /// SIGTERM or SIGINT: go to not protected, leave no trace, end. A second one ends at once.
     Terminate,
 }

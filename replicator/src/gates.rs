@@ -1,6 +1,6 @@
 //! The packet gates of all of the guest's taps, moved as one.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use net_buffer::{Gate, GateError, GateOptions, GateStats, LearntAddress};
 use romulus_types::Epoch;
@@ -17,11 +17,12 @@ pub struct GateLimits {
     pub held_frames_max: usize,
 }
 
-/// The gates, shared by the driver and the capture thread.
+/// The gates, shared by the driver, the capture thread and the watch. Whoever asks the kernel (which may take long while
+/// somebody else changes interfaces) shares them; they are taken alone only to be made and removed.
 #[derive(Clone)]
 pub struct Gates {
     limits: GateLimits,
-    open: Arc<Mutex<Vec<Gate>>>,
+    open: Arc<RwLock<Vec<Gate>>>,
 }
 
 impl Gates {
@@ -33,8 +34,12 @@ impl Gates {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Gate>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    fn gates(&self) -> RwLockReadGuard<'_, Vec<Gate>> {
+        self.open.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn gates_mut(&self) -> RwLockWriteGuard<'_, Vec<Gate>> {
+        self.open.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether every tap can be gated, said before anything is promised. A gate that an earlier life of ours left is
@@ -45,7 +50,7 @@ impl Gates {
     pub fn check_taps(&self) -> Result<(), GateError> {
         match self.prepare() {
             Ok(()) | Err(GateError::Stale { .. }) => {
-                self.lock().clear();
+                self.gates_mut().clear();
                 Ok(())
             }
             Err(error) => Err(error),
@@ -57,7 +62,7 @@ impl Gates {
     /// # Errors
     /// [`GateError`] of the first tap that can't be gated; none is ready then.
     pub fn prepare(&self) -> Result<(), GateError> {
-        let mut gates = self.lock();
+        let mut gates = self.gates_mut();
         gates.clear();
         let mut made = Vec::with_capacity(self.limits.taps.len());
         for tap in &self.limits.taps {
@@ -76,7 +81,7 @@ impl Gates {
     /// # Errors
     /// [`GateError`] when a gate failed: the checkpoint must not count.
     pub fn barrier(&self, epoch: Epoch, close: bool) -> Result<(), GateError> {
-        for gate in self.lock().iter() {
+        for gate in self.gates().iter() {
             if close {
                 gate.close()?;
             }
@@ -90,7 +95,7 @@ impl Gates {
     /// # Errors
     /// [`GateError`] when a gate failed.
     pub fn release(&self, epoch: Epoch) -> Result<(), GateError> {
-        self.lock().iter().try_for_each(|gate| gate.release(epoch))
+        self.gates().iter().try_for_each(|gate| gate.release(epoch))
     }
 
     /// Everything held leaves in order, the gates are removed, and so is what an earlier life left behind.
@@ -104,7 +109,7 @@ impl Gates {
                 first_error.get_or_insert(error);
             }
         };
-        for gate in self.lock().drain(..) {
+        for gate in self.gates_mut().drain(..) {
             note(gate.open_and_remove().map(drop));
         }
         for tap in &self.limits.taps {
@@ -118,22 +123,22 @@ impl Gates {
     /// # Errors
     /// [`GateError`] names what is missing; output may leave unheld.
     pub fn check(&self) -> Result<(), GateError> {
-        self.lock().iter().try_for_each(Gate::check)
+        self.gates().iter().try_for_each(Gate::check)
     }
 
     /// What is held is dropped; the gates stay closed.
     pub fn discard(&self) {
-        self.lock().iter().for_each(Gate::discard);
+        self.gates().iter().for_each(Gate::discard);
     }
 
     /// The addresses that the guest was heard to use.
     pub fn learnt(&self) -> Vec<LearntAddress> {
-        self.lock().iter().flat_map(Gate::learnt).collect()
+        self.gates().iter().flat_map(Gate::learnt).collect()
     }
 
     /// Figures for `status`.
     pub fn status(&self) -> Vec<Value> {
-        let gates = self.lock();
+        let gates = self.gates();
         gates.iter().map(|gate| figures(gate, &gate.stats())).collect()
     }
 }

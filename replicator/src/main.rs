@@ -8,6 +8,7 @@ mod capture;
 mod driver;
 mod encode;
 mod events;
+mod gate_watch;
 mod gates;
 mod link;
 mod protect;

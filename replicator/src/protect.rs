@@ -31,6 +31,7 @@ use crate::capture::CaptureThread;
 use crate::driver::Driver;
 use crate::encode::Encoder;
 use crate::events::{EventSink, INBOX_MAX, Input};
+use crate::gate_watch;
 use crate::gates::{GateLimits, Gates};
 use crate::link::{Link, LinkConfig};
 use crate::session_cell::SessionCell;
@@ -187,6 +188,10 @@ async fn drive(
     });
     let admin = romulus_telemetry::serve_admin(&admin_socket, routes)?;
     forward_signals(inbox_sender.clone())?;
+    let (watched, seen, lost) = (gates.clone(), Arc::clone(&status), inbox_sender.clone());
+    std::thread::Builder::new()
+        .name("gate-watch".into())
+        .spawn(move || gate_watch::run(&watched, &seen, &lost))?;
     let driver = Driver {
         primary,
         inbox,
