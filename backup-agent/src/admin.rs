@@ -1,10 +1,13 @@
 //! The agent's admin API on its Unix socket.
 
+use std::sync::Arc;
+
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use romulus_protocol::BackupOrder;
+use romulus_transport::Endpoint;
 use romulus_types::VmId;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -22,25 +25,43 @@ pub struct Parameters {
     fenced: bool,
 }
 
+/// What the handlers need.
+#[derive(Clone)]
+pub struct Admin {
+    /// The VMs.
+    pub registry: Registry,
+    /// Where primaries connect.
+    pub endpoint: Arc<Endpoint>,
+}
+
 /// The routes.
-pub fn router(registry: Registry) -> Router {
+pub fn router(admin: Admin) -> Router {
     Router::new()
         .route("/v1/status", get(status))
         .route("/v1/events", get(events))
         .route("/v1/failover", post(failover))
-        .with_state(registry)
+        .with_state(admin)
 }
 
-async fn status(State(registry): State<Registry>, Query(wanted): Query<Parameters>) -> Json<Value> {
-    let vms = chosen(&registry, &wanted, |status| status.json());
-    Json(
-        json!({"schema": STATUS_SCHEMA, "role": "backup", "refused_connections": registry.refused(), "vms": vms}),
-    )
+async fn status(State(admin): State<Admin>, Query(wanted): Query<Parameters>) -> Json<Value> {
+    let handshakes = admin.endpoint.accept_counts();
+    Json(json!({
+        "schema": STATUS_SCHEMA,
+        "role": "backup",
+        "handshakes": {
+            "accepted": handshakes.accepted,
+            "failed": handshakes.failed,
+            "refused": handshakes.refused,
+            "retried": handshakes.retried,
+        },
+        "refused_connections": admin.registry.refused(),
+        "vms": chosen(&admin.registry, &wanted, |status| status.json()),
+    }))
 }
 
-async fn events(State(registry): State<Registry>, Query(wanted): Query<Parameters>) -> Json<Value> {
+async fn events(State(admin): State<Admin>, Query(wanted): Query<Parameters>) -> Json<Value> {
     let mut all = Vec::new();
-    for answer in chosen(&registry, &wanted, |status| status.events()) {
+    for answer in chosen(&admin.registry, &wanted, |status| status.events()) {
         for event in answer["events"].as_array().into_iter().flatten() {
             let mut event = event.clone();
             event["vm"] = answer["vm"].clone();
@@ -66,7 +87,7 @@ fn chosen(
 }
 
 async fn failover(
-    State(registry): State<Registry>,
+    State(Admin { registry, .. }): State<Admin>,
     Query(wanted): Query<Parameters>,
 ) -> (StatusCode, Json<Value>) {
     let statuses = registry.statuses();

@@ -123,7 +123,11 @@ impl Guest {
         match self.standby(image) {
             Ok(standby) => standby.is_active(),
             Err(error) => {
-                warn!(vm = self.config.vm.as_str(), error = format!("{error:#}"), "no guest was found");
+                warn!(
+                    vm = self.config.vm.as_str(),
+                    error = format!("{error:#}"),
+                    "no guest was found"
+                );
                 false
             }
         }

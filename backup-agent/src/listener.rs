@@ -58,7 +58,7 @@ impl Listener {
                 peer = peer.as_str(),
                 error = format!("{error:#}")
             );
-            self.registry.count_refused();
+            self.registry.refused_count().count();
             connection.close(CloseCode::BAD_INPUT, &format!("{error:#}"));
         }
     }
@@ -91,7 +91,7 @@ impl Listener {
         let (vm, machine) = match checked {
             Ok(checked) => checked,
             Err(error) => {
-                self.registry.count_refused();
+                self.registry.refused_count().count();
                 refuse_early(session, sender, connection, &format!("{error:#}")).await;
                 return Ok(());
             }
@@ -105,6 +105,7 @@ impl Listener {
             sender,
             reader,
             backup: self.host.clone(),
+            refused: self.registry.refused_count().clone(),
         };
         let session = Box::new(SessionIn::new(asking, Arc::clone(&vm.status)));
         let Hello {

@@ -82,7 +82,11 @@ async fn run(settings: romulus_config::BackupAgent, state_dir: std::path::PathBu
         state_dir,
     });
     registry.recover()?;
-    let admin = romulus_telemetry::serve_admin(&admin_socket, admin::router(registry.clone()))?;
+    let routes = admin::router(admin::Admin {
+        registry: registry.clone(),
+        endpoint: Arc::clone(&endpoint),
+    });
+    let admin = romulus_telemetry::serve_admin(&admin_socket, routes)?;
     let listener = Arc::new(Listener {
         endpoint: Arc::clone(&endpoint),
         registry,

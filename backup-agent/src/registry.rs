@@ -12,7 +12,8 @@ use romulus_host_sys::durable;
 use romulus_host_sys::process_clock::Clock;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_protocol::{
-    Backup, BackupConfig, BackupEvent, BackupOrder, ImageStatus, NotProtected, Protection, Remembered, WitnessRequest,
+    Backup, BackupConfig, BackupEvent, BackupOrder, ImageStatus, NotProtected, Protection, Remembered,
+    WitnessRequest,
 };
 use romulus_transport::WitnessClient;
 use romulus_types::{HostId, VmId};
@@ -55,12 +56,23 @@ pub struct VmHandle {
     image_bytes: u64,
 }
 
+/// Connections that were refused, whoever refused them.
+#[derive(Clone, Default)]
+pub struct RefusedCount(Arc<AtomicU64>);
+
+impl RefusedCount {
+    /// One more.
+    pub fn count(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 /// All VMs.
 #[derive(Clone)]
 pub struct Registry {
     shared: Arc<Shared>,
     vms: Arc<Mutex<BTreeMap<VmId, VmHandle>>>,
-    refused: Arc<AtomicU64>,
+    refused: RefusedCount,
 }
 
 impl Registry {
@@ -69,7 +81,7 @@ impl Registry {
         Self {
             shared: Arc::new(shared),
             vms: Arc::default(),
-            refused: Arc::default(),
+            refused: RefusedCount::default(),
         }
     }
 
@@ -91,7 +103,11 @@ impl Registry {
                 && let Ok(vm) = VmId::new(name)
                 && let Err(error) = self.vm(&vm, None)
             {
-                error!(event = "image_unusable", vm = vm.as_str(), error = format!("{error:#}"));
+                error!(
+                    event = "image_unusable",
+                    vm = vm.as_str(),
+                    error = format!("{error:#}")
+                );
             }
         }
         Ok(())
@@ -233,14 +249,14 @@ impl Registry {
             .map_or(0, |handle| handle.status.image_bytes())
     }
 
-    /// A connection was refused before it had a session.
-    pub fn count_refused(&self) {
-        self.refused.fetch_add(1, Ordering::Relaxed);
+    /// Where refused connections are counted.
+    pub fn refused_count(&self) -> &RefusedCount {
+        &self.refused
     }
 
     /// Connections refused so far.
     pub fn refused(&self) -> u64 {
-        self.refused.load(Ordering::Relaxed)
+        self.refused.0.load(Ordering::Relaxed)
     }
 
     /// The statuses, by name.

@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use crate::inbox::EventSink;
+use crate::registry::RefusedCount;
 use crate::status::VmStatus;
 use crate::store::StoreSender;
 
@@ -31,6 +32,7 @@ pub struct SessionIn {
     connection: Connection,
     backup: HostId,
     status: Arc<VmStatus>,
+    refused: RefusedCount,
     control: mpsc::Sender<ToPrimary>,
     reader: Mutex<Option<FrameReader>>,
 }
@@ -53,6 +55,8 @@ pub struct Asking {
     pub reader: FrameReader,
     /// This host.
     pub backup: HostId,
+    /// Where a refusal is counted.
+    pub refused: RefusedCount,
 }
 
 impl SessionIn {
@@ -68,6 +72,7 @@ impl SessionIn {
             connection: asking.connection,
             backup: asking.backup,
             status,
+            refused: asking.refused,
             control,
             reader: Mutex::new(Some(asking.reader)),
         }
@@ -141,12 +146,16 @@ impl SessionIn {
             primary = self.primary.as_str(),
             reason
         );
+        self.refused.count();
         refuse(self.connection.clone(), self.control.clone(), reason, passing);
     }
 
-    /// Ends the session.
+    /// Ends the session. A primary whose checkpoint was refused is told why.
     pub fn close(self: Box<Self>, reason: &str) {
-        self.connection.close(CloseCode::DONE, reason);
+        match self.status.refusal_of(self.session) {
+            Some(refusal) => self.connection.close(CloseCode::BAD_INPUT, &refusal),
+            None => self.connection.close(CloseCode::DONE, reason),
+        }
     }
 }
 
@@ -187,6 +196,8 @@ async fn write_control(session: Session, mut stream: SendStream, mut messages: m
             return;
         }
     }
+    // Dropped, it would be reset, and a refusal that was said last could be lost with it.
+    stream.finish();
 }
 
 struct ReadTask {

@@ -24,6 +24,7 @@ struct Inner {
     verify: Histogram<u64>,
     apply: Histogram<u64>,
     refused_input: u64,
+    refused_session: Option<(Session, String)>,
     activation: Option<Value>,
     events: EventLog,
 }
@@ -61,6 +62,7 @@ impl VmStatus {
             verify: histogram(),
             apply: histogram(),
             refused_input: 0,
+            refused_session: None,
             activation: None,
             events: EventLog::default(),
         };
@@ -119,6 +121,20 @@ impl VmStatus {
     /// A peer sent something that was refused.
     pub fn count_refused_input(&self) {
         self.lock().refused_input += 1;
+    }
+
+    /// A checkpoint of this session was refused, for this reason.
+    pub fn refuse_session(&self, session: Session, reason: String) {
+        let mut inner = self.lock();
+        inner.refused_input += 1;
+        inner.refused_session = Some((session, reason));
+    }
+
+    /// Why a checkpoint of this session was refused, if one was.
+    pub fn refusal_of(&self, session: Session) -> Option<String> {
+        let inner = self.lock();
+        let (refused, reason) = inner.refused_session.as_ref()?;
+        (*refused == session).then(|| reason.clone())
     }
 
     /// How the activation went.

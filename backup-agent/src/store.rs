@@ -215,9 +215,9 @@ impl Store {
             epoch = epoch.0,
             error = format!("{error:#}")
         );
-        self.status.count_refused_input();
-        self.status
-            .set_detail(format!("checkpoint {epoch} was refused: {error:#}"));
+        let refusal = format!("checkpoint {epoch} was refused: {error:#}");
+        self.status.refuse_session(session, refusal.clone());
+        self.status.set_detail(refusal);
         self.receiver = None;
         self.image.discard_staging();
         self.events.send(BackupEvent::Invalid(session, epoch));

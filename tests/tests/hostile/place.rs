@@ -1,0 +1,216 @@
+//! Certificates, ports and the two daemons, as an operator would start them.
+
+use std::fs::File;
+use std::net::{SocketAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use romulus_e2e::Paths;
+use romulus_transport::{Endpoint, Identity, Network, PeerAddress, Service};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// How much a daemon may grow under attack. The agent's share is: one device state (64 MiB, held twice while it is staged),
+/// one connection's window (16 MiB) for each of the few open at once, one frame a stream.
+pub const GROWTH_BYTES_MAX: u64 = 200 << 20;
+/// What the agent is told to stage at most, in bytes.
+pub const STAGING_MIB: u64 = 8;
+/// Longer than anything here takes; a wait that ends by it has failed.
+pub const SOON: Duration = Duration::from_secs(10);
+
+/// A daemon as a child process. Dropping it kills it.
+pub struct Daemon {
+    child: Child,
+    log: PathBuf,
+    base_bytes: u64,
+}
+
+impl Daemon {
+    fn start(dir: &Path, name: &str, arguments: &[&str]) -> Daemon {
+        let log = dir.join(format!("{name}.log"));
+        let out = File::create(&log).unwrap();
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL"])
+            .arg(Paths::here().binary(name).unwrap())
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(out.try_clone().unwrap())
+            .stderr(out)
+            .spawn()
+            .unwrap();
+        Daemon {
+            child,
+            log,
+            base_bytes: 0,
+        }
+    }
+
+    /// All that it has said.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+    }
+
+    /// Growth is counted from here.
+    pub fn note_memory(&mut self) {
+        self.base_bytes = self.resident_bytes();
+    }
+
+    /// It lives, and has not grown past [`GROWTH_BYTES_MAX`].
+    pub fn assert_well(&mut self, case: &str) {
+        if let Some(status) = self.child.try_wait().unwrap() {
+            panic!("{case}: the daemon ended ({status}):\n{}", self.log());
+        }
+        let growth = self.resident_bytes().saturating_sub(self.base_bytes);
+        assert!(
+            growth < GROWTH_BYTES_MAX,
+            "{case}: it grew by {} MiB",
+            growth >> 20
+        );
+    }
+
+    /// Kills it, as a crash would.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A folder with everything, and where the daemons listen.
+pub struct Place {
+    pub dir: TempDir,
+    pub agent_at: SocketAddr,
+    pub witness_at: SocketAddr,
+}
+
+impl Place {
+    /// Certificates for the hosts, of one CA, and for the same names of another.
+    pub fn new() -> Place {
+        let dir = tempfile::Builder::new().prefix("romhost").tempdir().unwrap();
+        for pki in ["pki", "other-pki"] {
+            let mut command = Command::new(Paths::here().binary("romulus").unwrap());
+            command.args(["pki", "init", "--dir"]).arg(dir.path().join(pki));
+            for host in ["primary", "other", "backup", "witness"] {
+                command.args(["--host", &format!("{host},127.0.0.1")]);
+            }
+            let made = command.output().unwrap();
+            assert!(made.status.success(), "{made:?}");
+        }
+        let [agent_at, witness_at] = free_ports();
+        Place {
+            dir,
+            agent_at,
+            witness_at,
+        }
+    }
+
+    /// A path in the folder, as text.
+    pub fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    pub async fn start_witness(&self) -> Daemon {
+        let store = self.path("store");
+        let witness = Paths::here().binary("witness").unwrap();
+        let made = Command::new(witness)
+            .args(["init", "--dir", &store])
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{made:?}");
+        let listen = self.witness_at.to_string();
+        let (pki, admin) = (self.path("pki/witness"), self.path("witness.sock"));
+        let arguments = [
+            "run", "--listen", &listen, "--dir", &store, "--pki", &pki, "--admin", &admin,
+        ];
+        self.up("witness", &arguments).await
+    }
+
+    /// The agent suspects nobody for 50 s: no takeover gets into the way of what is tried.
+    pub async fn start_agent(&self) -> Daemon {
+        let config = self.path("agent.toml");
+        std::fs::write(
+            &config,
+            format!("staging_bytes_max = \"{STAGING_MIB} MiB\"\nvms_max = 3\n"),
+        )
+        .unwrap();
+        let (listen, witness) = (self.agent_at.to_string(), self.witness_at.to_string());
+        let (pki, admin) = (self.path("pki/backup"), self.path("backup-agent.sock"));
+        let (images, state) = (self.path("images"), self.path("state"));
+        let arguments = [
+            "run",
+            "--config",
+            &config,
+            "--host",
+            "backup",
+            "--listen",
+            &listen,
+            "--witness",
+            &witness,
+            "--pki",
+            &pki,
+            "--image-dir",
+            &images,
+            "--state-dir",
+            &state,
+            "--admin",
+            &admin,
+            "--cold",
+            "--suspicion-timeout",
+            "50s",
+        ];
+        self.up("backup-agent", &arguments).await
+    }
+
+    async fn up(&self, name: &str, arguments: &[&str]) -> Daemon {
+        let mut daemon = Daemon::start(self.dir.path(), name, arguments);
+        let began = Instant::now();
+        while self.try_status(name).is_none() {
+            assert!(began.elapsed() < SOON, "{name} is not up:\n{}", daemon.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        daemon.note_memory();
+        daemon
+    }
+
+    /// What `romulus status --json` says of a daemon.
+    pub fn status(&self, name: &str) -> Value {
+        self.try_status(name).expect("the daemon answers its operator")
+    }
+
+    fn try_status(&self, name: &str) -> Option<Value> {
+        let mut command = Command::new(Paths::here().binary("romulus").unwrap());
+        command.args(["status", "--json", "--admin", &self.path(&format!("{name}.sock"))]);
+        serde_json::from_slice(&command.output().unwrap().stdout).ok()
+    }
+
+    /// A host's certificates, of the CA that the daemons trust.
+    pub fn identity(&self, host: &str) -> Identity {
+        Identity::load(&self.dir.path().join("pki").join(host)).unwrap()
+    }
+}
+
+/// Free again when the sockets are dropped; nothing else takes ports in a hurry.
+fn free_ports() -> [SocketAddr; 2] {
+    let sockets = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+    sockets.map(|socket| socket.local_addr().unwrap())
+}
+
+pub fn peer(address: SocketAddr) -> PeerAddress {
+    address.to_string().parse().unwrap()
+}
+
+pub fn client(identity: &Identity, service: Service) -> Endpoint {
+    Endpoint::client(identity, &Network::default(), service).unwrap()
+}
