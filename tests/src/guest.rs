@@ -1,9 +1,10 @@
 //! The guest: a stock QEMU, started as any operator would, with nothing of ours on its command line.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use rustix::process::{Pid, Signal};
 
 use crate::lab::{wait_for, word};
@@ -166,11 +167,11 @@ impl Guest {
                 bail!("{} is missing: run `cargo xtask setup`", needed.display());
             }
         }
+        let console = console(lab);
+        // What an earlier guest said there must not be taken for this one's.
+        File::create(&console).with_context(|| format!("cannot create {}", console.display()))?;
         let process = lab.spawn(Host::Primary, "qemu", &config.argv(lab))?;
-        Ok(Guest {
-            process,
-            console: console(lab),
-        })
+        Ok(Guest { process, console })
     }
 
     /// Waits until its first process has said that it is ready.

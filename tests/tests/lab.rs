@@ -4,11 +4,12 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use romulus_e2e::client::ClientConfig;
 use romulus_e2e::guest::GuestConfig;
 use romulus_e2e::qmp::Qmp;
 use romulus_e2e::scenario::slip_ratio;
 use romulus_e2e::stage::{Stage, StageConfig};
-use romulus_e2e::{Host, Paths, Stamp, TEST_LAB};
+use romulus_e2e::{GUEST_IP, Host, Paths, Stamp, TEST_LAB};
 
 fn config() -> StageConfig {
     StageConfig {
@@ -89,6 +90,38 @@ fn a_cut_cable_is_an_outage_that_the_client_measures() -> Result<()> {
         "the client waited {} ms",
         to.ms_since(from)
     );
+    Ok(())
+}
+
+fn redis_cli(stage: &Stage, words: &[&str]) -> Result<String> {
+    let mut argv = vec!["redis-cli".to_owned(), "-h".to_owned(), GUEST_IP.to_string()];
+    argv.extend(words.iter().map(|word| (*word).to_owned()));
+    stage.lab.output(Host::Client, &argv)
+}
+
+#[test]
+fn an_acknowledged_write_that_vanishes_is_counted_as_lost() -> Result<()> {
+    // So many keys that none is written twice.
+    let client = ClientConfig {
+        keys: 1_000_000,
+        ..ClientConfig::default()
+    };
+    let mut stage = Stage::raise(&Paths::here(), TEST_LAB, &StageConfig { client, ..config() })?;
+    sleep(Duration::from_secs(1));
+    assert_eq!(redis_cli(&stage, &["del", "w:5", "w:7"])?.trim(), "2");
+    let report = stage.finish_client()?;
+    assert_eq!((report.lost, report.resets), (2, 0), "{:?}", report.trouble);
+    Ok(())
+}
+
+#[test]
+fn a_connection_that_is_closed_is_counted_although_nothing_is_lost() -> Result<()> {
+    let mut stage = Stage::raise(&Paths::here(), TEST_LAB, &config())?;
+    sleep(Duration::from_secs(1));
+    redis_cli(&stage, &["client", "kill", "type", "normal"])?;
+    sleep(Duration::from_millis(500));
+    let report = stage.finish_client()?;
+    assert_eq!((report.lost, report.resets), (0, 1), "{:?}", report.trouble);
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, anyhow};
 use romulus_e2e::daemons::ProtectConfig;
 use romulus_e2e::guest::{Guest, GuestConfig};
+use romulus_e2e::qmp::Qmp;
 use romulus_e2e::stage::{Stage, StageConfig};
 use romulus_e2e::{Host, Lab, Paths, Stamp, TAP, TEST_LAB};
 use serde_json::Value;
@@ -167,8 +168,30 @@ fn a_vm_that_another_host_protects_is_refused() -> Result<()> {
     let status: Value = stage.lab.status(Host::Backup)?;
     assert!(status.to_string().contains("demo"), "{status}");
     // The dead host comes back, boots the guest from its disk, and is told that it must not.
-    let _guest = Guest::start(&stage.lab, &GuestConfig::default())?;
+    let mut guest = Guest::start(
+        &stage.lab,
+        &GuestConfig {
+            second_monitor: true,
+            ..GuestConfig::default()
+        },
+    )?;
+    guest.wait_ready(SOON)?;
     let mut replicator = stage.lab.start_replicator(&ProtectConfig::default())?;
-    assert!(!replicator.wait(SOON)?.success(), "it was not refused");
+    let ended = replicator.wait(SOON)?;
+    let (at, said) = (Stamp::now(), replicator.tail());
+    assert_ne!(
+        Qmp::connect(&stage.lab)?.status()?,
+        "running",
+        "two hosts run the guest: {said}"
+    );
+    sleep(Duration::from_secs(1));
+    assert_eq!(
+        stage.from_primary.count_after(at),
+        0,
+        "two hosts speak for the guest: {said}"
+    );
+    // That it ended for want of a monitor would prove nothing.
+    assert!(said.contains("another host speaks"), "{said}");
+    assert!(!ended.success(), "it ended as if all were well ({ended}): {said}");
     Ok(())
 }
