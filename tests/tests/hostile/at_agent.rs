@@ -20,13 +20,14 @@ const STEADY: &str = "web";
 
 /// The daemons, the good session, and how many cases were tried.
 struct Siege {
-    place: Place,
     agent: Daemon,
     _witness: Daemon,
     steady: Primary,
     _steady_endpoint: romulus_transport::Endpoint,
     done: Vec<&'static str>,
     sessions: std::cell::Cell<u128>,
+    /// Last, so that its folder goes after the daemons that write into it.
+    place: Place,
 }
 
 impl Siege {

@@ -37,12 +37,13 @@ fn asker(place: &Place, host: &str) -> WitnessClient {
 
 /// The witness, the record that must stand, and how many cases were tried.
 struct Siege {
-    place: Place,
     witness: Daemon,
     good: WitnessClient,
     record: Record,
     nonce: u128,
     done: Vec<&'static str>,
+    /// Last, so that its folder goes after the daemons that write into it.
+    place: Place,
 }
 
 impl Siege {
