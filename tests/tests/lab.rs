@@ -74,6 +74,8 @@ fn a_guest_that_is_not_protected_dies_with_its_host_and_the_client_notices() -> 
 #[test]
 fn a_cut_cable_is_an_outage_that_the_client_measures() -> Result<()> {
     let mut stage = Stage::raise(&Paths::here(), TEST_LAB, &config())?;
+    // A gap has two ends: the client must have been answered before.
+    stage.wait_ack_after(Stamp::now(), Duration::from_secs(20))?;
     let cut = Stamp::now();
     stage.lab.net.set_cable(Host::Primary, false)?;
     sleep(Duration::from_millis(500));
