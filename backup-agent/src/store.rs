@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, anyhow};
+use romulus_host_sys::priority;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_protocol::BackupEvent;
 use romulus_types::{Epoch, Session, Term};
@@ -131,6 +132,8 @@ pub struct Store {
 impl Store {
     /// Works until the driver is gone.
     pub fn run(mut self) {
+        // It computes, and the hypervisors that it starts inherit from it.
+        priority::lower();
         while let Some(job) = self.jobs.blocking_recv() {
             self.job(job);
         }

@@ -9,6 +9,7 @@ use std::sync::mpsc::Receiver;
 
 use bytes::Bytes;
 use net_buffer::LearntAddress;
+use romulus_host_sys::priority;
 use romulus_hypervisor::source::Checkpoint;
 use romulus_page_codec::{ImageDigest, Kind, PreviousPages, Scratch, encode, page_digest};
 use romulus_protocol::PrimaryEvent;
@@ -123,6 +124,7 @@ impl Encoder {
 
     /// Works until every sender of jobs is gone.
     pub fn run(mut self, jobs: &Receiver<EncodeJob>) {
+        priority::lower();
         while let Ok(job) = jobs.recv() {
             self.job(job);
         }

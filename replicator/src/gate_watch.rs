@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use romulus_host_sys::priority;
 use tokio::sync::mpsc;
 
 use crate::events::Input;
@@ -16,6 +17,7 @@ const INTERVAL: Duration = Duration::from_millis(500);
 
 /// Watches until the driver is gone.
 pub fn run(gates: &Gates, status: &Arc<Status>, inbox: &mpsc::Sender<Input>) {
+    priority::lower();
     while !inbox.is_closed() {
         std::thread::sleep(INTERVAL);
         status.set_gates(gates.status());
