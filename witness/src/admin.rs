@@ -7,8 +7,8 @@ use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use romulus_protocol::{Mode, Record};
-use romulus_telemetry::Metrics;
+use romulus_protocol::Record;
+use romulus_telemetry::{Metrics, mode_json};
 use romulus_types::{VmId, WitnessInstance};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -111,7 +111,7 @@ pub(crate) fn view(instance: WitnessInstance, records: &[(VmId, Record)]) -> Val
         json!({
             "vm": vm,
             "term": record.term.0,
-            "mode": mode_view(&record.mode),
+            "mode": mode_json(&record.mode),
             "instance": record.instance.to_string(),
             "usable": record.instance == instance,
         })
@@ -120,24 +120,9 @@ pub(crate) fn view(instance: WitnessInstance, records: &[(VmId, Record)]) -> Val
     json!({"schema": SCHEMA, "instance": instance.to_string(), "records": records})
 }
 
-/// A mode as JSON. The session is text: JSON has no numbers of 128 bits.
-fn mode_view(mode: &Mode) -> Value {
-    match mode {
-        Mode::Alone { host } => json!({"alone": {"host": host}}),
-        Mode::Paired {
-            primary,
-            backup,
-            session,
-            first_epoch,
-        } => json!({"paired": {
-            "primary": primary, "backup": backup, "session": session.to_string(), "first_epoch": first_epoch.0,
-        }}),
-        Mode::Ended => json!("ended"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use romulus_protocol::Mode;
     use romulus_types::{Epoch, HostId, Nonce, Session, Term};
 
     use super::*;

@@ -27,5 +27,5 @@ pub use error::TelemetryError;
 pub use event_log::{EVENTS_MAX, EventLog};
 pub use histogram::{Histogram, Summary};
 pub use metrics::{Metrics, PREFIX, VmLabel};
-pub use notice::notice_event;
+pub use notice::{mode_json, notice_event};
 pub use prometheus_client;

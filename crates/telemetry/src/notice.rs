@@ -28,9 +28,9 @@ pub fn notice_event(notice: &Notice) -> (&'static str, Value) {
 }
 
 /// A record's mode. The session is text: JSON has no numbers of 128 bits.
-fn mode_json(mode: &Mode) -> Value {
+pub fn mode_json(mode: &Mode) -> Value {
     match mode {
-        Mode::Alone { host } => json!({"alone": host}),
+        Mode::Alone { host } => json!({"alone": {"host": host}}),
         Mode::Paired {
             primary,
             backup,
