@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use romulus_protocol::{
-    Notice, Primary, PrimaryCommand, PrimaryEvent, PrimaryOrder, Protection, Remembered, WitnessRequest,
+    NotProtected, Notice, Primary, PrimaryCommand, PrimaryEvent, PrimaryMessage, PrimaryOrder, Protection,
+    Remembered, WitnessRequest,
 };
 use romulus_telemetry::notice_event;
 use romulus_types::{Epoch, Term, Time};
@@ -35,6 +36,10 @@ use romulus_host_sys::process_clock::Clock;
 
 /// How long what already arrived may take to reach the inbox.
 const DRAIN: Duration = Duration::from_millis(2);
+
+/// Why the replicator ends when the record names another host, and what to do.
+const FENCED: &str = "another host speaks for this VM, so the guest here was stopped: see `witness show` for where it \
+    runs; end this copy, and protect the VM from there";
 
 /// What the driver works with.
 pub struct Driver {
@@ -66,6 +71,8 @@ pub struct Driver {
     pub waiting: Vec<oneshot::Sender<OrderEnd>>,
     /// A signal asked for the end.
     pub terminating: bool,
+    /// The guest was moved to the backup on purpose.
+    pub handed_over: bool,
 }
 
 /// How the loop went on.
@@ -197,7 +204,10 @@ impl Driver {
                 }
                 self.link.disconnect(session);
             }
-            PrimaryCommand::Send(session, message) => self.link.send(session, message),
+            PrimaryCommand::Send(session, message) => {
+                self.handed_over |= matches!(message, PrimaryMessage::HandOver { .. });
+                self.link.send(session, message);
+            }
             PrimaryCommand::StartFirstCopy(session) => self.job(Job::FirstCopy(session))?,
             PrimaryCommand::Capture {
                 session,
@@ -225,7 +235,10 @@ impl Driver {
             PrimaryCommand::DrainSockets => self.drain(),
             PrimaryCommand::Report(notice) => self.notice(&notice),
             PrimaryCommand::Finish => {
-                self.finish().await;
+                let fenced = self.primary.protection() == Protection::NotProtected(NotProtected::Fenced)
+                    && !self.handed_over;
+                self.finish(fenced).await;
+                anyhow::ensure!(!fenced, FENCED);
                 return Ok(Step::Finished);
             }
         }
@@ -288,12 +301,12 @@ impl Driver {
     }
 
     /// Detaches and lets the last messages out.
-    async fn finish(&mut self) {
+    async fn finish(&mut self, fenced: bool) {
         if self.jobs.try_send(Job::Detach).is_err() {
             warn!("the capture thread was gone before it could detach");
         }
         self.link.close().await;
         self.status.add_event("finished", &json!({}));
-        self.end_orders(&Ok(()));
+        self.end_orders(&if fenced { Err(FENCED.into()) } else { Ok(()) });
     }
 }

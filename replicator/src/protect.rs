@@ -46,6 +46,8 @@ const ENCODE_JOBS_MAX: usize = 4;
 const STATE_BYTES_MAX: u64 = 64 << 10;
 /// Between two tries to reach the backup or the witness.
 const RETRY: Duration = Duration::from_millis(100);
+/// How long the admin socket goes on answering after the driver ended.
+const LAST_ANSWERS: Duration = Duration::from_millis(100);
 /// Longest hold of output before the backup is given up.
 const HOLD_MAX: Duration = Duration::from_secs(10);
 
@@ -207,8 +209,11 @@ async fn drive(
         captured_at: VecDeque::new(),
         waiting: Vec::new(),
         terminating: false,
+        handed_over: false,
     };
     let result = driver.run().await;
+    // Whoever ordered the end still waits for the answer.
+    tokio::time::sleep(LAST_ANSWERS).await;
     tokio::task::spawn_blocking(move || capture.join())
         .await?
         .map_err(|_| anyhow::anyhow!("the capture thread panicked"))?;
