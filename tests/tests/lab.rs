@@ -162,7 +162,8 @@ fn a_guest_that_steers_by_its_rtc_keeps_time_although_it_is_paused_forty_times_a
         without * 1e2,
         with * 1e2
     );
-    assert!(without > 0.03, "pauses that do not stop the clock: {without}");
+    // How long a pause takes depends on the machine; below this there would be nothing to correct.
+    assert!(without > 0.01, "pauses that do not stop the clock: {without}");
     assert!(
         with.abs() < without / 10.0,
         "{with} with the remedy, {without} without"
