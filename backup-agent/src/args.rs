@@ -53,6 +53,9 @@ pub struct RunOptions {
     /// Start standbys only when they are needed.
     #[arg(long)]
     cold: bool,
+    /// Let a guest run only after all its memory was compared with the commit. Costs the time to read it.
+    #[arg(long)]
+    verify_activation: bool,
     /// Silence of the primary after which it is suspected.
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     suspicion_timeout: Option<std::time::Duration>,
@@ -84,6 +87,7 @@ impl RunOptions {
         if self.cold {
             settings.standby = StandbyKind::Cold;
         }
+        settings.verify_activation |= self.verify_activation;
         if let Some(timeout) = self.suspicion_timeout {
             settings.failover.suspicion_timeout = timeout;
         }

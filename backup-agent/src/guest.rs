@@ -23,6 +23,8 @@ pub struct GuestConfig {
     pub standby: StandbyKind,
     /// The bridge that its taps join at activation.
     pub bridge: Option<String>,
+    /// Compare the standby's memory with the commit before its guest runs.
+    pub verify_activation: bool,
     /// Folder for sockets and logs of its hypervisor.
     pub run_dir: PathBuf,
 }
@@ -57,6 +59,7 @@ impl Checkpoint {
             Committed {
                 ram: &self.ram,
                 device_state,
+                memory: None,
             },
         ))
     }
@@ -165,13 +168,24 @@ impl Guest {
     /// What the hypervisor said; no guest runs then.
     pub fn activate(&mut self, image: &VmImage) -> anyhow::Result<Value> {
         let checkpoint = Checkpoint::of(image)?;
-        let (learnt, committed) = checkpoint.parts()?;
+        let (learnt, mut committed) = checkpoint.parts()?;
+        if self.config.verify_activation {
+            committed.memory = Some(image.digest()?);
+        }
         let standby = self.standby(image)?;
         if standby.is_waiting() {
             // The guest's first frame must find the way out open.
             self.join();
         }
         let report = self.standby(image)?.activate(&committed)?;
+        if let (Some(digest), Some(verify_us)) = (committed.memory, report.verify_us) {
+            info!(
+                event = "activation_verified",
+                vm = self.config.vm.as_str(),
+                %digest,
+                verify_us,
+            );
+        }
         self.join();
         self.announce(&image.machine()?.nics, &learnt);
         Ok(json!({"activation": report, "announced": learnt}))

@@ -213,6 +213,7 @@ impl Registry {
             vm: vm.clone(),
             standby: settings.standby,
             bridge: settings.bridge.clone(),
+            verify_activation: settings.verify_activation,
             // No VM's name begins with a dot, so this is taken for no image.
             run_dir: settings.image_dir.join(format!(".run-{vm}")),
         });

@@ -8,7 +8,7 @@ use romulus_host_sys::durable;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_image::{HostFiles, Image, ImageError, ImageState, Limits};
 use romulus_protocol::ImageStatus;
-use romulus_types::{BlockId, Epoch, Session, VmId};
+use romulus_types::{BlockId, Digest, Epoch, Session, VmId};
 use tracing::{info, warn};
 
 /// Largest description of a machine that is read back, in bytes.
@@ -209,6 +209,14 @@ impl VmImage {
     pub fn guest_state(&self) -> anyhow::Result<Vec<u8>> {
         let image = self.image.as_ref().context("there is no image")?;
         Ok(image.device_state()?)
+    }
+
+    /// The digest of all memory in the last commit.
+    ///
+    /// # Errors
+    /// When there is no image.
+    pub fn digest(&self) -> anyhow::Result<Digest> {
+        Ok(self.image.as_ref().context("there is no image")?.image_digest())
     }
 
     /// The file of a memory block.

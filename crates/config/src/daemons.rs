@@ -184,6 +184,9 @@ pub struct BackupAgent {
     pub vms_max: u16,
     /// Warm or cold standbys. Default warm.
     pub standby: StandbyKind,
+    /// At a takeover, compare all memory of the standby with the commit before its guest runs, and refuse to run it when it differs.
+    /// Takes the time to read the memory. Default off.
+    pub verify_activation: bool,
     /// The bridge that the taps of standbys join. No default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bridge: Option<String>,
@@ -208,6 +211,7 @@ impl Default for BackupAgent {
             staging_bytes_max: ByteSize::from_mib(256),
             vms_max: 16,
             standby: StandbyKind::default(),
+            verify_activation: false,
             bridge: None,
             failover: Failover::default(),
             network: Network::default(),

@@ -11,7 +11,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use romulus_types::{BlockId, PAGE_BYTES, PageIndex, RamBlock, RamLayout};
+use romulus_page_codec::{ImageDigest, page_digest};
+use romulus_types::{BlockId, Digest, PAGE_BYTES, PageIndex, RamBlock, RamLayout};
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::qemu::stream::{StreamBlock, Template};
@@ -341,6 +342,16 @@ fn verify(checkpoint: &Committed<'_>) -> Result<u64, StandbyError> {
                 .map_err(|error| StandbyError::new(format!("could not read {}", path.display()), error))?,
         );
     }
+    let image = || {
+        let mut image = ImageDigest::ZERO;
+        for (index, page) in (0..).map(PageIndex).zip(memory.as_chunks::<PAGE_BYTES>().0) {
+            image.replace(Digest(0), page_digest(index, page));
+        }
+        image.digest()
+    };
+    if checkpoint.memory.is_some_and(|expected| expected != image()) {
+        return Err(StandbyError::plain("the memory is not what was committed"));
+    }
     if digest != xxh3_128(&memory).to_le_bytes() {
         return Err(StandbyError::plain("the memory is not that of the device state"));
     }
@@ -442,6 +453,7 @@ mod tests {
             let committed = Committed {
                 ram: &ram,
                 device_state: &self.device_state,
+                memory: None,
             };
             standby.trial_load(&committed)?;
             standby.activate(&committed)?;

@@ -51,6 +51,9 @@ pub const POINTS: &[&str] = &[
     "standby.before_stream",
     "standby.in_stream",
     "standby.after_stream",
+    "standby.loaded",
+    "standby.verified",
+    "standby.running",
 ];
 
 /// The environment variable that arms a point.

@@ -13,6 +13,7 @@
 use std::error::Error;
 use std::path::PathBuf;
 
+use romulus_types::Digest;
 use serde::Serialize;
 
 /// A failure of the standby, with what the operator can do.
@@ -51,6 +52,9 @@ pub struct Committed<'a> {
     pub ram: &'a [PathBuf],
     /// The device state as the hypervisor wrote it.
     pub device_state: &'a [u8],
+    /// The digest of all memory in the commit. When it is given, [`Standby::activate`] compares the machine's own memory with it
+    /// before the guest runs.
+    pub memory: Option<Digest>,
 }
 
 /// How a trial went.
@@ -73,6 +77,9 @@ pub struct ActivationReport {
     pub start_us: u64,
     /// Preparing and writing the stream, in microseconds.
     pub stream_us: u64,
+    /// Comparing all memory with the commit, in microseconds, when that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verify_us: Option<u64>,
     /// From the call to the guest running, in microseconds.
     pub total_us: u64,
     /// Bytes of the stream.
@@ -99,7 +106,7 @@ pub trait Standby: Send {
     /// the guest: it is no checkpoint any more.
     ///
     /// # Errors
-    /// What the machine said; no guest runs then.
+    /// What the machine said, or that its memory is not what was committed; no guest runs then.
     fn activate(&mut self, checkpoint: &Committed<'_>) -> Result<ActivationReport, StandbyError>;
 
     /// Whether a machine waits and is healthy.

@@ -1,6 +1,8 @@
 //! A real QEMU with a real Linux guest, under TCG, for the tests of this crate.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+pub(crate) mod saved;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

@@ -33,7 +33,7 @@ mod lair;
 mod notes;
 mod options;
 mod pause;
-mod placement;
+pub(super) mod placement;
 mod refusal;
 mod tracker;
 

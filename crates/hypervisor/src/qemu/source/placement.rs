@@ -24,34 +24,34 @@ const GUARD_BYTES: u64 = 4096;
 
 /// What is looked for.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Wanted<'a> {
+pub(in crate::qemu) struct Wanted<'a> {
     /// The block's name.
-    pub(super) name: &'a str,
+    pub(in crate::qemu) name: &'a str,
     /// Its length in use.
-    pub(super) bytes: u64,
+    pub(in crate::qemu) bytes: u64,
     /// What it holds, if known.
-    pub(super) content: Option<&'a [u8]>,
+    pub(in crate::qemu) content: Option<&'a [u8]>,
 }
 
 /// One block's place.
 #[derive(Debug)]
-pub(super) struct Placed {
+pub(in crate::qemu) struct Placed {
     /// The block's name.
-    pub(super) name: String,
+    pub(in crate::qemu) name: String,
     /// Its first address in QEMU.
-    pub(super) start: u64,
+    pub(in crate::qemu) start: u64,
     /// Its length in use.
-    pub(super) bytes: u64,
+    pub(in crate::qemu) bytes: u64,
     /// The mapping that holds it, from `start` on.
-    pub(super) mapping_bytes: u64,
+    pub(in crate::qemu) mapping_bytes: u64,
     /// Our own view of it, when it is shared memory.
-    pub(super) view: Option<SharedView>,
+    pub(in crate::qemu) view: Option<SharedView>,
     /// Other places that it may just as well have: it must not be written.
-    pub(super) twins: Vec<(u64, u64)>,
+    pub(in crate::qemu) twins: Vec<(u64, u64)>,
 }
 
 /// Finds all blocks of process `pid`, in the order asked for.
-pub(super) fn place(
+pub(in crate::qemu) fn place(
     monitor: &mut dyn Monitor,
     pid: u32,
     wanted: &[Wanted<'_>],

@@ -75,6 +75,7 @@ pub(super) fn load(
     fault::point("standby.after_stream");
     let stream = begun.elapsed();
     await_goal(machine, goal, Instant::now() + timeout)?;
+    fault::point("standby.loaded");
     Ok(Loaded { stream, stream_bytes })
 }
 
@@ -140,7 +141,7 @@ fn read_pieces(path: &Path, block_bytes: u64) -> io::Result<Vec<(u64, Vec<u8>)>>
     Ok(pieces)
 }
 
-fn await_goal(machine: &mut Waiting, goal: Goal, deadline: Instant) -> Result<(), StandbyError> {
+pub(super) fn await_goal(machine: &mut Waiting, goal: Goal, deadline: Instant) -> Result<(), StandbyError> {
     loop {
         match run_state(&mut machine.qmp) {
             Ok(state) => match (state.as_str(), goal) {

@@ -14,11 +14,13 @@
 mod check;
 mod load;
 mod process;
+mod verify;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::fault;
 use crate::qemu::cmdline::{Derived, Plan, derive, taps_needed};
 use crate::qemu::qmp::{Monitor, Qmp, QmpError};
 use crate::spec::{Hypervisor, MachineSpec};
@@ -203,7 +205,10 @@ impl QemuStandby {
             let unknown =
                 |error| StandbyError::new("a machine in the standby's folder cannot be asked", error);
             let state = load::run_state(&mut qmp).map_err(unknown)?;
-            if purpose == Purpose::Wait && state != "inmigrate" {
+            let folder = self.folder(purpose);
+            let never_ran = state == "inmigrate" || (state != "running" && verify::is_pending(&folder));
+            if purpose == Purpose::Wait && !never_ran {
+                verify::settle(&folder);
                 self.state = State::Active(Process::adopt(qmp.peer_pid().map_err(unknown)?)?);
                 continue;
             }
@@ -306,7 +311,12 @@ impl Standby for QemuStandby {
         let State::Waiting(mut machine) = std::mem::replace(&mut self.state, State::Idle) else {
             unreachable!("start_waiting leaves a machine waiting")
         };
-        let goal = load::Goal::Running;
+        let folder = self.folder(Purpose::Wait);
+        let mut goal = load::Goal::Running;
+        if checkpoint.memory.is_some() {
+            verify::hold(&mut machine, &folder)?;
+            goal = load::Goal::Paused;
+        }
         let loaded = load::load(
             &self.spec,
             &mut machine,
@@ -316,10 +326,20 @@ impl Standby for QemuStandby {
         );
         // A machine that failed to load is ended by the drop of its process; no guest runs then.
         let loaded = loaded?;
+        let mut verify_us = None;
+        if let Some(expected) = checkpoint.memory {
+            let begun = Instant::now();
+            verify::compare(&self.spec, &mut machine, checkpoint, expected)?;
+            verify_us = Some(micros(begun.elapsed()));
+            fault::point("standby.verified");
+            verify::run(&mut machine, &folder, Instant::now() + self.options.load_timeout)?;
+        }
+        fault::point("standby.running");
         let report = ActivationReport {
             warm,
             start_us: if warm { 0 } else { micros(started - begun) },
             stream_us: micros(loaded.stream),
+            verify_us,
             total_us: micros(begun.elapsed()),
             stream_bytes: loaded.stream_bytes,
         };
