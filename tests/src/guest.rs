@@ -7,8 +7,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow, bail};
 use rustix::process::{Pid, Signal};
 
-use crate::lab::{wait_for, word};
-use crate::netns::{GUEST_IP, GUEST_IP6, Host, TAP};
+pub use crate::guest_config::{Firmware, GuestConfig, Memory, Nic};
+use crate::lab::wait_for;
+use crate::netns::Host;
 use crate::resp::Redis;
 use crate::{Lab, Process};
 
@@ -16,120 +17,6 @@ use crate::{Lab, Process};
 pub const MAC: &str = "52:54:00:77:00:02";
 /// The port of its redis.
 pub const REDIS_PORT: u16 = 6379;
-
-/// How the guest's memory is made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Memory {
-    /// Plain `-m`: private anonymous memory.
-    Plain,
-    /// A shared memfd, as libvirt gives guests that share memory.
-    Memfd,
-}
-
-/// What to start.
-#[derive(Clone, Debug)]
-pub struct GuestConfig {
-    /// `tcg` or `kvm`.
-    pub accel: String,
-    /// The machine type.
-    pub machine: String,
-    /// Memory in MiB.
-    pub memory_mib: u32,
-    /// How the memory is made.
-    pub memory: Memory,
-    /// Virtual processors.
-    pub vcpus: u32,
-    /// What runs in the guest; see `tests/guest/init`.
-    pub workload: String,
-    /// Whether the guest steers its clock by the RTC.
-    pub clock_remedy: bool,
-    /// Give it a second monitor, as an operator may, so that a test can ask beside the replicator.
-    pub second_monitor: bool,
-    /// Leave out QEMU's default devices.
-    pub no_defaults: bool,
-    /// Further arguments of QEMU.
-    pub extra: Vec<String>,
-}
-
-impl Default for GuestConfig {
-    fn default() -> GuestConfig {
-        GuestConfig {
-            accel: "tcg".to_owned(),
-            machine: "q35".to_owned(),
-            memory_mib: 256,
-            memory: Memory::Plain,
-            vcpus: 1,
-            workload: "redis".to_owned(),
-            clock_remedy: false,
-            second_monitor: false,
-            no_defaults: true,
-            extra: Vec::new(),
-        }
-    }
-}
-
-impl GuestConfig {
-    /// QEMU's command line, for a guest on the primary.
-    #[must_use]
-    pub fn argv(&self, lab: &Lab) -> Vec<String> {
-        let mut machine = format!("{},accel={}", self.machine, self.accel);
-        let mut argv = vec!["qemu-system-x86_64".to_owned()];
-        let mut add = |words: &[&str]| argv.extend(words.iter().map(|word| (*word).to_owned()));
-        add(&["-name", "demo", "-display", "none"]);
-        if self.no_defaults {
-            add(&["-nodefaults"]);
-        }
-        if self.memory == Memory::Memfd {
-            machine.push_str(",memory-backend=ram0");
-            add(&[
-                "-object",
-                &format!("memory-backend-memfd,id=ram0,size={}M,share=on", self.memory_mib),
-            ]);
-        }
-        add(&[
-            "-M",
-            &machine,
-            "-m",
-            &self.memory_mib.to_string(),
-            "-smp",
-            &self.vcpus.to_string(),
-        ]);
-        add(&[
-            "-kernel",
-            &word(&lab.paths.kernel()),
-            "-initrd",
-            &word(&lab.paths.initramfs()),
-        ]);
-        add(&["-append", &self.kernel_line()]);
-        add(&[
-            "-netdev",
-            &format!("tap,id=net0,ifname={TAP},script=no,downscript=no"),
-        ]);
-        add(&["-device", &format!("virtio-net-pci,netdev=net0,mac={MAC}")]);
-        add(&[
-            "-chardev",
-            &format!("file,id=console,path={}", word(&console(lab))),
-        ]);
-        add(&["-serial", "chardev:console"]);
-        add(&["-qmp", &format!("unix:{},server=on,wait=off", word(&qmp(lab)))]);
-        if self.second_monitor {
-            add(&[
-                "-qmp",
-                &format!("unix:{},server=on,wait=off", word(&second_qmp(lab))),
-            ]);
-        }
-        argv.extend(self.extra.iter().cloned());
-        argv
-    }
-
-    fn kernel_line(&self) -> String {
-        let clock = if self.clock_remedy { " clock=remedy" } else { "" };
-        format!(
-            "console=ttyS0 quiet panic=-1 ip4={GUEST_IP}/24 ip6={GUEST_IP6}/64 gw=10.77.0.1 wl={}{clock}",
-            self.workload
-        )
-    }
-}
 
 /// The socket of the guest's monitor.
 #[must_use]
@@ -162,11 +49,15 @@ impl Guest {
     /// # Errors
     /// When the guest has not been built or QEMU cannot be started.
     pub fn start(lab: &Lab, config: &GuestConfig) -> Result<Guest> {
-        for needed in [lab.paths.kernel(), lab.paths.initramfs()] {
+        for needed in [
+            lab.paths.kernel(config.kernel),
+            lab.paths.initramfs(config.kernel),
+        ] {
             if !needed.exists() {
                 bail!("{} is missing: run `cargo xtask setup`", needed.display());
             }
         }
+        config.prepare(lab)?;
         let console = console(lab);
         // What an earlier guest said there must not be taken for this one's.
         File::create(&console).with_context(|| format!("cannot create {}", console.display()))?;

@@ -18,6 +18,7 @@ pub mod accel;
 pub mod client;
 pub mod daemons;
 pub mod guest;
+mod guest_config;
 mod lab;
 mod ledger;
 mod netns;
@@ -36,9 +37,13 @@ pub mod timeline;
 
 pub use lab::{Lab, wait_for};
 pub use netns::{BRIDGE, GUEST_IP, GUEST_IP6, Host, Net, TAP};
-pub use paths::Paths;
+pub use paths::{Kernel, Paths};
 pub use process::Process;
 pub use stamp::Stamp;
 
-/// What the names of the end-to-end tests' namespaces, folders and sockets begin with.
-pub const TEST_LAB: &str = "romt";
+/// What the names of the end-to-end tests' namespaces, folders and sockets begin with. Two checkouts that test on one
+/// machine at once need different ones: set `ROMULUS_TEST_LAB` when building.
+pub const TEST_LAB: &str = match option_env!("ROMULUS_TEST_LAB") {
+    Some(name) => name,
+    None => "romt",
+};

@@ -4,12 +4,22 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 
+/// Which of Debian's kernels a guest runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kernel {
+    /// The small one for virtual machines: virtio only.
+    #[default]
+    Cloud,
+    /// The ordinary one, which knows QEMU's default network cards.
+    Ordinary,
+}
+
 /// The folders and files that the lab uses.
 #[derive(Clone, Debug)]
 pub struct Paths {
     /// Cargo's target folder.
     pub target: PathBuf,
-    /// The guest's kernel and root file system (`cargo xtask setup` makes them).
+    /// The guests' kernels and root file systems (`cargo xtask setup` makes them).
     pub assets: PathBuf,
     /// The release binaries.
     pub release: PathBuf,
@@ -40,16 +50,22 @@ impl Paths {
         Paths::of_checkout(manifest.parent().unwrap_or(manifest))
     }
 
-    /// The guest's kernel.
+    /// A guest's kernel.
     #[must_use]
-    pub fn kernel(&self) -> PathBuf {
-        self.assets.join("vmlinuz")
+    pub fn kernel(&self, which: Kernel) -> PathBuf {
+        self.assets.join(match which {
+            Kernel::Cloud => "vmlinuz",
+            Kernel::Ordinary => "vmlinuz-ordinary",
+        })
     }
 
-    /// The guest's root file system.
+    /// The root file system with this kernel's modules.
     #[must_use]
-    pub fn initramfs(&self) -> PathBuf {
-        self.assets.join("initramfs.cpio.gz")
+    pub fn initramfs(&self, which: Kernel) -> PathBuf {
+        self.assets.join(match which {
+            Kernel::Cloud => "initramfs.cpio.gz",
+            Kernel::Ordinary => "initramfs-ordinary.cpio.gz",
+        })
     }
 
     /// A release binary of the workspace.

@@ -1,4 +1,7 @@
-//! The guest's kernel: Debian's cloud kernel, fetched as a package and unpacked, never installed here.
+//! The guests' kernels: Debian's, fetched as packages and unpacked, never installed here.
+//!
+//! The cloud kernel is small and quick to boot; the ordinary one has drivers of real hardware, which QEMU's default
+//! machine shows to its guest.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,10 +11,29 @@ use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::{packages, sh};
 
-/// The package that always depends on the newest cloud kernel.
-const META: &str = "linux-image-cloud-amd64";
-/// The folder, inside the assets, that the package is unpacked into.
-const UNPACKED: &str = "kernel";
+/// Which of Debian's kernels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Flavour {
+    /// The package that always depends on the newest one.
+    meta: &'static str,
+    /// The folder, inside the assets, that it is unpacked into.
+    unpacked: &'static str,
+    /// About how much is downloaded, in MB.
+    megabytes: u32,
+}
+
+/// For virtual machines with virtio devices.
+pub(crate) const CLOUD: Flavour = Flavour {
+    meta: "linux-image-cloud-amd64",
+    unpacked: "kernel",
+    megabytes: 27,
+};
+/// For all machines.
+pub(crate) const ORDINARY: Flavour = Flavour {
+    meta: "linux-image-amd64",
+    unpacked: "kernel-ordinary",
+    megabytes: 71,
+};
 
 /// An unpacked kernel.
 #[derive(Debug)]
@@ -23,21 +45,22 @@ pub(crate) struct Kernel {
 }
 
 /// Unpacks the kernel under `assets` unless it is there, and finds its parts.
-pub(crate) fn fetch(assets: &Path) -> Result<Kernel> {
-    let folder = assets.join(UNPACKED);
+pub(crate) fn fetch(assets: &Path, flavour: Flavour) -> Result<Kernel> {
+    let folder = assets.join(flavour.unpacked);
     if let Ok(kernel) = find(&folder) {
         return Ok(kernel);
     }
-    let package = package_name()?;
+    let package = package_name(flavour.meta)?;
     sh::step(&format!(
-        "kernel: downloading {package} (about 27 MB; unpacked, not installed)"
+        "kernel: downloading {package} (about {} MB; unpacked, not installed)",
+        flavour.megabytes
     ));
     let download = assets.join("download");
     recreate(&download)?;
     // apt's own download user needs to write here, or apt warns.
     if download_package(&download, &package).is_err() {
         packages::update()?;
-        download_package(&download, &package_name()?)?;
+        download_package(&download, &package_name(flavour.meta)?)?;
     }
     let deb = first_with_suffix(&download, ".deb")?;
     recreate(&folder)?;
@@ -97,18 +120,18 @@ fn visit(text: &str, file: &str, needs: &str, order: &mut Vec<PathBuf>) {
     }
 }
 
-fn package_name() -> Result<String> {
-    if let Some(name) = dependency()? {
+fn package_name(meta: &str) -> Result<String> {
+    if let Some(name) = dependency(meta)? {
         return Ok(name);
     }
     packages::update()?;
-    dependency()?.ok_or_else(|| {
-        anyhow!("apt knows no {META}; the demo's guest needs Debian's kernel: add a Debian main repository for amd64")
+    dependency(meta)?.ok_or_else(|| {
+        anyhow!("apt knows no {meta}; the demo's guest needs Debian's kernel: add a Debian main repository for amd64")
     })
 }
 
-fn dependency() -> Result<Option<String>> {
-    let Ok(text) = sh::output(Command::new("apt-cache").args(["depends", META])) else {
+fn dependency(meta: &str) -> Result<Option<String>> {
+    let Ok(text) = sh::output(Command::new("apt-cache").args(["depends", meta])) else {
         return Ok(None);
     };
     Ok(text

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::SystemTime;
 
 use anyhow::{Context as _, Result, bail};
-use romulus_e2e::Paths;
+use romulus_e2e::{Kernel, Paths};
 
 use crate::{initramfs, kernel, packages, sh};
 
@@ -22,22 +22,33 @@ pub(crate) fn prepare() -> Result<Paths> {
     packages::install()?;
     let paths = Paths::of_checkout(&sh::root());
     fs::create_dir_all(&paths.assets).with_context(|| format!("cannot create {}", paths.assets.display()))?;
-    let kernel = kernel::fetch(&paths.assets)?;
     let guest_tool = build_guest_tool(&paths)?;
-    let initramfs = paths.initramfs();
+    for (flavour, which) in [
+        (kernel::CLOUD, Kernel::Cloud),
+        (kernel::ORDINARY, Kernel::Ordinary),
+    ] {
+        build_guest(&paths, flavour, which, &guest_tool)?;
+    }
+    Ok(paths)
+}
+
+/// One kernel and the initramfs with its modules.
+fn build_guest(paths: &Paths, flavour: kernel::Flavour, which: Kernel, guest_tool: &Path) -> Result<()> {
+    let unpacked = kernel::fetch(&paths.assets, flavour)?;
+    let (image, initramfs) = (paths.kernel(which), paths.initramfs(which));
     let sources = [
-        guest_tool.clone(),
+        guest_tool.to_owned(),
         sh::root().join("tests/guest/init"),
         sh::root().join("xtask/src/initramfs.rs"),
     ];
-    if is_newer_than_all(&initramfs, &sources) && paths.kernel().exists() {
-        sh::step("guest: the initramfs is up to date");
-        return Ok(paths);
+    let name = initramfs.file_name().unwrap_or_default().to_string_lossy();
+    if is_newer_than_all(&initramfs, &sources) && image.exists() {
+        sh::step(&format!("guest: {name} is up to date"));
+        return Ok(());
     }
-    sh::step("guest: building the initramfs");
-    fs::copy(&kernel.image, paths.kernel()).context("cannot copy the guest's kernel")?;
-    initramfs::build(&kernel, &guest_tool, &paths.assets.join("root"), &initramfs)?;
-    Ok(paths)
+    sh::step(&format!("guest: building {name}"));
+    fs::copy(&unpacked.image, &image).context("cannot copy the guest's kernel")?;
+    initramfs::build(&unpacked, guest_tool, &paths.assets.join("root"), &initramfs)
 }
 
 /// Fails early, with what to do, where the lab cannot be built.

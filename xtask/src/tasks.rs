@@ -16,6 +16,9 @@ pub(crate) struct TestArgs {
     /// Only the end-to-end tests
     #[arg(long, conflicts_with = "no_e2e")]
     only_e2e: bool,
+    /// The shapes of machines that are tried end to end: those of the CI, or only shapes, but every one
+    #[arg(long, value_name = "WHICH", default_value = "ci", value_parser = ["ci", "all"], conflicts_with = "no_e2e")]
+    shapes: String,
     /// Only tests whose names contain this
     #[arg(value_name = "NAME")]
     name: Option<String>,
@@ -37,7 +40,8 @@ pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
     // The hypervisor's own tests boot the guest, too.
     setup::need_lab_rights()?;
     setup::prepare()?;
-    if !args.only_e2e {
+    let every_shape = args.shapes == "all";
+    if !args.only_e2e && !every_shape {
         sh::step("tests of the workspace");
         let mut command = sh::cargo(&["test", "--workspace", "--no-fail-fast"]);
         if let Some(name) = &args.name {
@@ -50,29 +54,25 @@ pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
         sh::step("building the daemons (release)");
         demo::build_daemons()?;
         sh::step("end-to-end tests, one at a time");
-        end_to_end(args.name.as_deref())?;
+        end_to_end(args.name.as_deref(), every_shape)?;
     }
     sh::step("tests: all passed");
     Ok(ExitCode::SUCCESS)
 }
 
 /// Each file of `tests/tests` by name: cargo then fails when one of them is not built, instead of leaving it out.
-fn end_to_end(name: Option<&str>) -> Result<()> {
+fn end_to_end(name: Option<&str>, every_shape: bool) -> Result<()> {
     let folder = sh::root().join("tests/tests");
-    let mut command = sh::cargo(&[
-        "test",
-        "--package",
-        "romulus-e2e",
-        "--features",
-        "e2e",
-        "--no-fail-fast",
-    ]);
+    let features = if every_shape { "every-shape" } else { "e2e" };
+    let mut command = sh::cargo(&["test", "--package", "romulus-e2e", "--features", features]);
+    command.arg("--no-fail-fast");
     let mut files = 0;
     for entry in fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))? {
         let path = entry
             .with_context(|| format!("cannot read {}", folder.display()))?
             .path();
-        if path.extension().is_some_and(|extension| extension == "rs") {
+        let wanted = !every_shape || path.ends_with("shapes.rs");
+        if wanted && path.extension().is_some_and(|extension| extension == "rs") {
             command.arg("--test").arg(path.file_stem().unwrap_or_default());
             files += 1;
         }

@@ -212,3 +212,19 @@ fn network_cards_are_found_with_their_addresses() {
         [("e1000.0", [0x52, 0x54, 0, 0x12, 0x34, 0x56])]
     );
 }
+
+#[test]
+fn the_machines_own_flash_is_no_disk_as_its_content_is_memory() {
+    let facts = Facts {
+        blocks: json!([
+            {"device": "pflash1", "qdev": "/machine/system.flash1", "inserted": {"ro": false, "file": "VARS.fd", "node-name": "v"}},
+            {"device": "hd0", "qdev": "/machine/peripheral/flash1", "inserted": {"ro": false, "file": "disk", "node-name": "d"}},
+        ]),
+        ..running()
+    };
+    let disk = Refusal::WritableDisk {
+        id: "hd0".into(),
+        file: "disk".into(),
+    };
+    assert_eq!(verdict(&facts, &[], &[]), [disk]);
+}
