@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::bail;
+use bytes::Bytes;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_protocol::{BackupEvent, BackupMessage, ToBackup, ToPrimary};
 use romulus_transport::{CloseCode, Connection, FrameError, FrameReader, SendStream};
@@ -33,7 +34,8 @@ pub struct SessionIn {
     backup: HostId,
     status: Arc<VmStatus>,
     refused: RefusedCount,
-    control: mpsc::Sender<ToPrimary>,
+    /// Frames for the primary.
+    control: mpsc::Sender<Bytes>,
     reader: Mutex<Option<FrameReader>>,
 }
 
@@ -63,7 +65,7 @@ impl SessionIn {
     /// Takes the streams over; nothing is answered yet.
     pub fn new(asking: Asking, status: Arc<VmStatus>) -> Self {
         let (control, messages) = mpsc::channel(CONTROL_WAITING_MAX);
-        tokio::spawn(write_control(asking.session, asking.sender, messages));
+        tokio::spawn(write_control(asking.sender, messages));
         Self {
             session: asking.session,
             primary: asking.primary,
@@ -103,7 +105,15 @@ impl SessionIn {
         self.connection.close_reason().is_some()
     }
 
-    /// Says yes, and begins to read.
+    /// Says yes. The primary then waits for the list of the pages that the image holds: frames for what is returned.
+    pub fn welcome(&self) -> mpsc::Sender<Bytes> {
+        self.queue(&ToPrimary::Welcome {
+            backup: self.backup.clone(),
+        });
+        self.control.clone()
+    }
+
+    /// Begins to read.
     pub fn start(&self, store: &StoreSender, events: &EventSink) {
         let reader = self
             .reader
@@ -111,9 +121,6 @@ impl SessionIn {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
             .take();
         let Some(reader) = reader else { return };
-        self.queue(ToPrimary::Welcome {
-            backup: self.backup.clone(),
-        });
         let task = ReadTask {
             session: self.session,
             connection: self.connection.clone(),
@@ -126,11 +133,13 @@ impl SessionIn {
 
     /// For the protocol's messages.
     pub fn send(&self, message: BackupMessage) {
-        self.queue(ToPrimary::Peer(message));
+        self.queue(&ToPrimary::Peer(message));
     }
 
-    fn queue(&self, message: ToPrimary) {
-        if self.control.try_send(message).is_err() {
+    fn queue(&self, message: &ToPrimary) {
+        let queued =
+            encode_control(self.session, message).is_ok_and(|frame| self.control.try_send(frame).is_ok());
+        if !queued {
             warn!(
                 vm = self.status.vm(),
                 "the control stream does not keep up; a message was dropped"
@@ -147,7 +156,11 @@ impl SessionIn {
             reason
         );
         self.refused.count();
-        refuse(self.connection.clone(), self.control.clone(), reason, passing);
+        self.queue(&ToPrimary::Refused {
+            reason: reason.into(),
+            passing,
+        });
+        close_refused(self.connection.clone());
     }
 
     /// Ends the session. A primary whose checkpoint was refused is told why.
@@ -159,12 +172,8 @@ impl SessionIn {
     }
 }
 
-/// Says no on a control stream, and closes the connection once that can have arrived.
-fn refuse(connection: Connection, control: mpsc::Sender<ToPrimary>, reason: &str, passing: bool) {
-    let _ = control.try_send(ToPrimary::Refused {
-        reason: reason.into(),
-        passing,
-    });
+/// Closes a connection once a refusal can have arrived.
+fn close_refused(connection: Connection) {
     tokio::spawn(async move {
         let _ = tokio::time::timeout(REFUSE_TIMEOUT, connection.closed()).await;
         connection.close(CloseCode::REFUSED, "see the refusal");
@@ -187,11 +196,8 @@ pub async fn refuse_early(session: Session, mut sender: SendStream, connection: 
     connection.close(CloseCode::REFUSED, "see the refusal");
 }
 
-async fn write_control(session: Session, mut stream: SendStream, mut messages: mpsc::Receiver<ToPrimary>) {
-    while let Some(message) = messages.recv().await {
-        let Ok(frame) = encode_control(session, &message) else {
-            return;
-        };
+async fn write_control(mut stream: SendStream, mut frames: mpsc::Receiver<Bytes>) {
+    while let Some(frame) = frames.recv().await {
         if stream.send(frame).await.is_err() {
             return;
         }

@@ -12,11 +12,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, anyhow};
+use bytes::Bytes;
 use romulus_host_sys::priority;
 use romulus_hypervisor::spec::MachineSpec;
+use romulus_page_codec::PageHasher;
 use romulus_protocol::BackupEvent;
 use romulus_types::{Epoch, Session, Term};
-use romulus_wire::Frame;
+use romulus_wire::{Frame, HeldPagesWriter};
 use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tracing::{error, info, warn};
@@ -44,6 +46,8 @@ pub enum StoreJob {
         term: Term,
         /// The machine.
         machine: Arc<MachineSpec>,
+        /// Where frames go that tell the primary what the image holds already.
+        held: mpsc::Sender<Bytes>,
     },
     /// A frame of the session's data stream; the permit bounds how many wait.
     Frame(Session, Frame, OwnedSemaphorePermit),
@@ -145,10 +149,11 @@ impl Store {
                 session,
                 term,
                 machine,
+                held,
             } => {
                 self.receiver = None;
                 self.guest.dismiss();
-                match self.image.begin(session, machine) {
+                match self.begin(session, machine, &held) {
                     Ok(()) => self.receiver = Some(Receiver::new(session, term)),
                     Err(error) => self.invalid(session, Epoch::NONE, &error),
                 }
@@ -176,6 +181,26 @@ impl Store {
             StoreJob::Activate { session, epoch, term } => self.activate(session, epoch, term),
             StoreJob::StopGuest => self.guest.stop(),
         }
+    }
+
+    fn begin(
+        &mut self,
+        session: Session,
+        machine: Arc<MachineSpec>,
+        held: &mpsc::Sender<Bytes>,
+    ) -> anyhow::Result<()> {
+        let hasher = PageHasher::new(session);
+        let mut writer = HeldPagesWriter::new(session);
+        let mut pages = 0;
+        // A primary that is gone by now leaves the image as it is, for its next session.
+        let send = |frame| drop(held.blocking_send(frame));
+        self.image.begin(session, machine, |index, page| {
+            pages += 1;
+            writer.push(index, hasher.hash(page)).into_iter().for_each(send);
+        })?;
+        writer.finish().for_each(send);
+        info!(event = "receiving", vm = self.status.vm(), held_pages = pages);
+        Ok(())
     }
 
     fn frame(&mut self, session: Session, frame: &Frame) {

@@ -189,6 +189,7 @@ impl VmDriver {
             session,
             term: current.term(),
             machine: current.machine(),
+            held: current.welcome(),
         })?;
         current.start(&self.store, &self.events);
         self.status.event(

@@ -7,8 +7,9 @@ use anyhow::{Context, anyhow};
 use romulus_host_sys::durable;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_image::{HostFiles, Image, ImageError, ImageState, Limits};
+use romulus_page_codec::Page;
 use romulus_protocol::ImageStatus;
-use romulus_types::{BlockId, Digest, Epoch, Session, VmId};
+use romulus_types::{BlockId, Digest, Epoch, PageIndex, Session, VmId};
 use tracing::{info, warn};
 
 /// Largest description of a machine that is read back, in bytes.
@@ -102,11 +103,17 @@ impl VmImage {
         }
     }
 
-    /// Makes the image ready for a new session of this machine: unusable, all zeros, receiving.
+    /// Makes the image ready for a new session of this machine: unusable, receiving. What it still holds of an earlier
+    /// session is told to `held`, page by page.
     ///
     /// # Errors
     /// When the files can't be made.
-    pub fn begin(&mut self, session: Session, machine: Arc<MachineSpec>) -> anyhow::Result<()> {
+    pub fn begin(
+        &mut self,
+        session: Session,
+        machine: Arc<MachineSpec>,
+        held: impl FnMut(PageIndex, &Page),
+    ) -> anyhow::Result<()> {
         let same_layout = self
             .image
             .as_ref()
@@ -133,7 +140,7 @@ impl VmImage {
         };
         image.mark_unusable()?;
         image.begin_sync(session)?;
-        image.reset_to_zero()?;
+        image.survey(held)?;
         durable::replace(&self.machine_file(), &machine.to_json()).context("could not keep the machine")?;
         self.machine = Some(machine);
         if self.consumed_file().exists() {

@@ -10,7 +10,7 @@ use libfuzzer_sys::fuzz_target;
 use romulus_types::{Epoch, Session};
 use romulus_wire::{
     BUFFER_BYTES_MAX, COMMIT_BYTES_MAX, CommitRecord, DeviceStateAssembler, DeviceStateChunk,
-    FRAME_BYTES_MAX, Frame, FrameDecoder, FrameType, Pages, PagesWriter, decode_message,
+    FRAME_BYTES_MAX, Frame, FrameDecoder, FrameType, HeldPagesFrame, HeldPagesWriter, Pages, PagesWriter, decode_message,
     device_state_section, encode_frame, encode_message, unpack_guest_state,
 };
 use serde::{Deserialize, Serialize};
@@ -86,6 +86,7 @@ fn read(frame: &Frame, device_state: &mut DeviceStateAssembler) {
                 let _ = whole.finish(&device_state_section(chunk.bytes));
             }
         }
+        FrameType::HeldPages => held_pages(frame),
         FrameType::Commit => {
             if let Ok(record) = CommitRecord::from_frame(frame) {
                 let again = record.encode();
@@ -99,6 +100,21 @@ fn read(frame: &Frame, device_state: &mut DeviceStateAssembler) {
                 assert!(again.len() <= FRAME_BYTES_MAX);
             }
         }
+    }
+}
+
+fn held_pages(frame: &Frame) {
+    let Ok(held) = HeldPagesFrame::parse(frame) else { return };
+    let mut writer = HeldPagesWriter::new(SESSION);
+    let mut again: Vec<_> = Vec::new();
+    for (page, hash) in held.entries() {
+        again.extend(writer.push(page, hash));
+    }
+    again.extend(writer.finish());
+    // The writer makes smaller frames than are accepted.
+    if let [only, end] = &again[..] {
+        assert_eq!(*only, encode_frame(FrameType::HeldPages, SESSION, &frame.payload));
+        assert_eq!(*end, encode_frame(FrameType::HeldPages, SESSION, &[0; 8]));
     }
 }
 

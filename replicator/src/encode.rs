@@ -1,8 +1,7 @@
 //! The encoder thread: turns captured pages into frames, off the guest's pause, and gives them to the session's sender.
 //!
-//! It keeps the three things that an incremental checkpoint needs on the primary: previous versions of pages for
-//! deltas (bounded), the digest of each page (16 bytes a page), and the digest of the whole image. A new session starts
-//! all three afresh: nothing is assumed about what a backup holds.
+//! What it knows of the backup's image is in its [`SessionEncoder`]. A new session starts that afresh, from what the
+//! backup says that it holds.
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -11,15 +10,16 @@ use bytes::Bytes;
 use net_buffer::LearntAddress;
 use romulus_host_sys::priority;
 use romulus_hypervisor::source::Checkpoint;
-use romulus_page_codec::{ImageDigest, Kind, PreviousPages, Scratch, encode, page_digest};
+use romulus_page_codec::{HeldPages, Page, SessionEncoder};
 use romulus_protocol::PrimaryEvent;
-use romulus_types::{Digest, Epoch, PAGE_BYTES, PageIndex, Session, Time};
+use romulus_types::{Epoch, PAGE_BYTES, PageIndex, Session, Time};
 use romulus_wire::{
     CommitRecord, PagesFrame, PagesSection, PagesWriter, WireError, device_state_frames,
     device_state_section, pack_guest_state,
 };
+use serde_json::json;
 use tokio::sync::mpsc;
-use tracing::{debug, error};
+use tracing::{debug, error, info};
 
 use crate::buffers::BufferReturn;
 use crate::events::EventSink;
@@ -36,8 +36,8 @@ pub enum EncodeJob {
     Begin {
         /// The session.
         session: Session,
-        /// Pages of the guest.
-        page_count: u64,
+        /// What the backup has of the guest's pages.
+        held: HeldPages,
         /// Where frames go; bounded, so that a slow link holds the encoder and not memory.
         sink: mpsc::Sender<Bytes>,
     },
@@ -81,8 +81,10 @@ pub enum EncodeJob {
 struct Sending {
     session: Session,
     sink: mpsc::Sender<Bytes>,
-    digests: Vec<Digest>,
-    image: ImageDigest,
+    /// Pages of the first copy that were sent.
+    first_copy_sent: u64,
+    /// Pages that the backup held when the session began.
+    held: u64,
 }
 
 /// The session's connection is gone; what is encoded for it has no receiver.
@@ -91,9 +93,7 @@ struct Gone;
 /// The encoder thread's state.
 pub struct Encoder {
     sending: Option<Sending>,
-    previous: PreviousPages,
-    scratch: Scratch,
-    payload: Vec<u8>,
+    pages: SessionEncoder,
     buffers: BufferReturn,
     events: EventSink,
     status: Arc<Status>,
@@ -113,9 +113,7 @@ impl Encoder {
     pub fn new(delta_bytes_max: u64, buffers: BufferReturn, events: EventSink, status: Arc<Status>) -> Self {
         Self {
             sending: None,
-            previous: PreviousPages::new(delta_bytes_max),
-            scratch: Scratch::new(),
-            payload: Vec::with_capacity(2 * PAGE_BYTES),
+            pages: SessionEncoder::new(HeldPages::new(Session(0), 0), delta_bytes_max),
             buffers,
             events,
             status,
@@ -132,11 +130,7 @@ impl Encoder {
 
     fn job(&mut self, job: EncodeJob) {
         match job {
-            EncodeJob::Begin {
-                session,
-                page_count,
-                sink,
-            } => self.begin(session, page_count, sink),
+            EncodeJob::Begin { session, held, sink } => self.begin(session, held, sink),
             EncodeJob::FirstCopy { session, first, data } => {
                 let (pages, _) = data.as_chunks::<PAGE_BYTES>();
                 let pages = (first.0..).map(PageIndex).zip(pages);
@@ -146,11 +140,7 @@ impl Encoder {
                 self.send_pages(session, FIRST_COPY_EPOCH, buffer.page_contents());
                 self.buffers.give(buffer);
             }
-            EncodeJob::FirstCopyDone { session } => {
-                if self.is_current(session) {
-                    self.events.send(PrimaryEvent::FirstCopyDone(session));
-                }
-            }
+            EncodeJob::FirstCopyDone { session } => self.first_copy_done(session),
             EncodeJob::Checkpoint {
                 session,
                 epoch,
@@ -170,16 +160,32 @@ impl Encoder {
             .is_some_and(|sending| sending.session == session)
     }
 
-    fn begin(&mut self, session: Session, page_count: u64, sink: mpsc::Sender<Bytes>) {
-        self.previous.clear();
-        let page_count = usize::try_from(page_count).expect("a guest's pages fit in memory");
-        let digests = vec![Digest(0); page_count];
+    fn begin(&mut self, session: Session, held: HeldPages, sink: mpsc::Sender<Bytes>) {
         self.sending = Some(Sending {
             session,
             sink,
-            digests,
-            image: ImageDigest::ZERO,
+            first_copy_sent: 0,
+            held: held.left(),
         });
+        self.pages.begin(held);
+    }
+
+    fn first_copy_done(&mut self, session: Session) {
+        let Some(sending) = self.sending.as_ref().filter(|sending| sending.session == session) else {
+            return;
+        };
+        assert_eq!(
+            self.pages.held_left(),
+            0,
+            "the first copy goes over every page, or the backup keeps an old one"
+        );
+        let (sent_pages, held_pages) = (sending.first_copy_sent, sending.held);
+        info!(event = "first_copy_sent", sent_pages, held_pages);
+        self.status.add_event(
+            "first_copy_sent",
+            &json!({"sent_pages": sent_pages, "held_pages": held_pages}),
+        );
+        self.events.send(PrimaryEvent::FirstCopyDone(session));
     }
 
     fn checkpoint(
@@ -232,7 +238,7 @@ impl Encoder {
             session,
             epoch,
             captured_ns: captured.ns,
-            image_digest: sending.image.digest(),
+            image_digest: self.pages.image_digest(),
             pages,
             device_state: device_state_section(state),
         };
@@ -245,53 +251,35 @@ impl Encoder {
         &mut self,
         session: Session,
         epoch: Epoch,
-        pages: impl Iterator<Item = (PageIndex, &'p [u8; PAGE_BYTES])>,
+        pages: impl Iterator<Item = (PageIndex, &'p Page)>,
     ) -> Option<Tally> {
         if !self.is_current(session) {
             return None;
         }
+        let first_copy = epoch == FIRST_COPY_EPOCH;
         let mut tally = Tally::default();
         let mut writer = PagesWriter::new(session, epoch, FRAME_BYTES);
         for (index, page) in pages {
-            let Some(kind) = self.encode_page(index, page) else {
+            let Some((kind, payload)) = self.pages.encode(index, page) else {
                 continue;
             };
             tally.page_bytes += PAGE_BYTES as u64;
             tally.kinds[usize::from(kind as u8) % tally.kinds.len()] += 1;
-            if writer.push(index, kind as u8, &self.payload) {
+            if writer.push(index, kind as u8, payload) {
                 continue;
             }
             let full = std::mem::replace(&mut writer, PagesWriter::new(session, epoch, FRAME_BYTES));
-            self.send_frame(full.finish(), &mut tally).ok()?;
             assert!(
-                writer.push(index, kind as u8, &self.payload),
+                writer.push(index, kind as u8, payload),
                 "an empty frame takes any page"
             );
+            self.send_frame(full.finish(), &mut tally).ok()?;
         }
         self.send_frame(writer.finish(), &mut tally).ok()?;
+        if let Some(sending) = self.sending.as_mut().filter(|_| first_copy) {
+            sending.first_copy_sent += tally.section.pages;
+        }
         Some(tally)
-    }
-
-    /// Encodes one page into `self.payload`; `None` when the backup has this very content already.
-    fn encode_page(&mut self, index: PageIndex, page: &[u8; PAGE_BYTES]) -> Option<Kind> {
-        let sending = self.sending.as_mut().expect("checked by the caller");
-        let position = usize::try_from(index.0).expect("a guest's pages fit in memory");
-        let old = sending.digests[position];
-        let new = page_digest(index, page);
-        // Both all zeros: known without trusting a hash.
-        if old == Digest(0) && new == Digest(0) {
-            return None;
-        }
-        self.payload.clear();
-        let previous = self.previous.get(index);
-        let kind = encode(page, previous, &mut self.scratch, &mut self.payload);
-        self.previous.put(index, page);
-        if kind == Kind::Same {
-            return None;
-        }
-        sending.image.replace(old, new);
-        sending.digests[position] = new;
-        Some(kind)
     }
 
     fn send_frame(&mut self, frame: Option<PagesFrame>, tally: &mut Tally) -> Result<(), Gone> {

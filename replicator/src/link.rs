@@ -1,9 +1,9 @@
 //! The connection to the backup: one session at a time, its control stream, and the stream of page data.
 //!
 //! ```text
-//!   connect ─► QUIC, mutual TLS ─► Hello ─► Welcome ─► Connected ┬─► control reader (Alive, StandbyLoaded)
-//!                                      └─► Refused ─► Disconnected ├─► control writer (Heartbeat, …)
-//!                                                                  └─► data writer  (frames from the encoder)
+//!   connect ─► QUIC, mutual TLS ─► Hello ─► Welcome, HeldPages… ─► Connected ┬─► control reader (Alive, StandbyLoaded)
+//!                                      └─► Refused ─► Disconnected             ├─► control writer (Heartbeat, …)
+//!                                                                              └─► data writer  (frames from the encoder)
 //! ```
 //!
 //! Whatever ends the session ends its task, which says `Disconnected` exactly once.
@@ -15,10 +15,11 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
+use romulus_page_codec::HeldPages;
 use romulus_protocol::{Hello, PrimaryEvent, PrimaryMessage, ToBackup, ToPrimary};
 use romulus_transport::{CloseCode, Connection, Control, Endpoint, FrameReader, PeerAddress, SendStream};
 use romulus_types::{HostId, Session, Term, VmId, WitnessInstance};
-use romulus_wire::{FrameType, decode_control, encode_control, encode_message};
+use romulus_wire::{FrameType, HeldPagesFrame, decode_control, encode_control, encode_message};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
@@ -32,7 +33,8 @@ use crate::status::Status;
 const CONTROL_WAITING_MAX: usize = 64;
 /// Frames of page data that wait to be sent, at most.
 const DATA_WAITING_MAX: usize = 16;
-/// How long a backup may take to answer a `Hello`: it may have to make an image first.
+/// How long a backup may take to answer a `Hello`, and for each further part of what it holds: it may have to make an
+/// image first.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long to wait after a backup could not be reached or refused.
 const TRY_INTERVAL: Duration = Duration::from_secs(1);
@@ -212,9 +214,10 @@ impl SessionTask {
         tokio::time::timeout(WELCOME_TIMEOUT, self.welcome(&mut reader))
             .await
             .context("the backup did not answer in time")??;
+        let held = self.held_pages(&mut reader, page_count).await?;
         let data = connection.open_data().await?;
         let (sink, frames) = mpsc::channel(DATA_WAITING_MAX);
-        self.begin_encoding(page_count, sink).await?;
+        self.begin_encoding(held, sink).await?;
         info!(event = "session", session = %self.session);
         self.connected.store(true, Ordering::Relaxed);
         self.events
@@ -239,15 +242,36 @@ impl SessionTask {
         .context("the machine could not be described")
     }
 
-    async fn begin_encoding(&self, page_count: u64, sink: mpsc::Sender<Bytes>) -> anyhow::Result<()> {
+    /// The backup's list of the pages that it holds from an earlier session.
+    async fn held_pages(&self, reader: &mut FrameReader, page_count: u64) -> anyhow::Result<HeldPages> {
+        let mut held = HeldPages::new(self.session, page_count);
+        loop {
+            let frame = tokio::time::timeout(WELCOME_TIMEOUT, reader.next())
+                .await
+                .context("the backup did not say in time what it holds")??
+                .context("the backup closed the stream")?;
+            if frame.frame_type == FrameType::Control {
+                // It changed its mind: the image could not be made, or the record says otherwise by now.
+                match decode_control::<ToPrimary>(&frame)? {
+                    ToPrimary::Refused { reason, .. } => bail!("the backup refused: {reason}"),
+                    _ => bail!("the backup spoke before it had said what it holds"),
+                }
+            }
+            let part = HeldPagesFrame::parse(&frame)?;
+            if part.is_end() {
+                return Ok(held);
+            }
+            for (page, hash) in part.entries() {
+                held.note(page, hash)?;
+            }
+        }
+    }
+
+    async fn begin_encoding(&self, held: HeldPages, sink: mpsc::Sender<Bytes>) -> anyhow::Result<()> {
         let (encoder, session) = (self.encoder.clone(), self.session);
         tokio::task::spawn_blocking(move || {
             encoder
-                .send(EncodeJob::Begin {
-                    session,
-                    page_count,
-                    sink,
-                })
+                .send(EncodeJob::Begin { session, held, sink })
                 .context("the encoder is gone")
         })
         .await?

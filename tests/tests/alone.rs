@@ -8,6 +8,7 @@ use romulus_e2e::daemons::ProtectConfig;
 use romulus_e2e::guest::GuestConfig;
 use romulus_e2e::qmp::Qmp;
 use romulus_e2e::stage::{Stage, StageConfig};
+use romulus_e2e::timeline::Event;
 use romulus_e2e::{Host, Paths, Stamp, TEST_LAB, wait_for};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -43,6 +44,15 @@ fn nothing_lost(stage: &mut Stage) -> Result<()> {
         report.trouble
     );
     Ok(())
+}
+
+fn detail(event: &Event, name: &str) -> Result<u64> {
+    let value = event
+        .detail
+        .split(' ')
+        .find_map(|part| part.strip_prefix(name)?.strip_prefix('='))
+        .ok_or_else(|| anyhow!("no {name} in {}", event.detail))?;
+    Ok(value.parse()?)
 }
 
 fn wait_state(stage: &Stage, state: &str) -> Result<Value> {
@@ -116,6 +126,13 @@ fn when_the_agent_dies_the_guest_stays_and_is_protected_again_once_there_is_an_a
     );
     stage.agent = Some(stage.lab.start_agent()?);
     wait_state(&stage, "protected")?;
+    let copied = stage.timeline.wait("first_copy_sent", at, SOON)?;
+    println!("the second first copy: {}", copied.detail);
+    let (sent, held) = (detail(&copied, "sent_pages")?, detail(&copied, "held_pages")?);
+    assert!(
+        held > 1000 && sent < held / 2,
+        "sent {sent} pages to an agent that held {held}"
+    );
     nothing_lost(&mut stage)
 }
 

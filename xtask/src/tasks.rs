@@ -40,28 +40,57 @@ pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
     // The hypervisor's own tests boot the guest, too.
     setup::need_lab_rights()?;
     setup::prepare()?;
+    let name = args.name.as_deref();
     let every_shape = args.shapes == "all";
+    let mut ran = 0;
     if !args.only_e2e && !every_shape {
         sh::step("tests of the workspace");
-        let mut command = sh::cargo(&["test", "--workspace", "--no-fail-fast"]);
-        if let Some(name) = &args.name {
-            command.arg(name);
-        }
-        sh::run(&mut command)?;
+        ran += run_tests(
+            || Ok(sh::cargo(&["test", "--workspace", "--no-fail-fast"])),
+            &[],
+            name,
+        )?;
     }
     if !args.no_e2e {
         demo::clean_up_on_signals(romulus_e2e::TEST_LAB);
         sh::step("building the daemons (release)");
         demo::build_daemons()?;
         sh::step("end-to-end tests, one at a time");
-        end_to_end(args.name.as_deref(), every_shape)?;
+        ran += run_tests(
+            || end_to_end(every_shape),
+            &["--test-threads=1", "--nocapture"],
+            name,
+        )?;
     }
-    sh::step("tests: all passed");
+    if let Some(name) = name {
+        if ran == 0 {
+            bail!("no test's name contains {name:?}: nothing ran");
+        }
+        sh::step(&format!("tests: all {ran} of {name:?} passed"));
+    } else {
+        sh::step("tests: all passed");
+    }
     Ok(ExitCode::SUCCESS)
 }
 
+/// Runs the tests whose names contain `name`, or all. Says how many `name` chose: a name that chooses none must not
+/// look like a pass.
+fn run_tests(tests: impl Fn() -> Result<Command>, flags: &[&str], name: Option<&str>) -> Result<usize> {
+    let mut command = tests()?;
+    let Some(name) = name else {
+        sh::run(command.arg("--").args(flags))?;
+        return Ok(0);
+    };
+    let listed = sh::output(tests()?.args(["--", "--list"]).arg(name))?;
+    let chosen = listed.lines().filter(|line| line.ends_with(": test")).count();
+    if chosen > 0 {
+        sh::run(command.arg("--").args(flags).arg(name))?;
+    }
+    Ok(chosen)
+}
+
 /// Each file of `tests/tests` by name: cargo then fails when one of them is not built, instead of leaving it out.
-fn end_to_end(name: Option<&str>, every_shape: bool) -> Result<()> {
+fn end_to_end(every_shape: bool) -> Result<Command> {
     let folder = sh::root().join("tests/tests");
     let features = if every_shape { "every-shape" } else { "e2e" };
     let mut command = sh::cargo(&["test", "--package", "romulus-e2e", "--features", features]);
@@ -80,11 +109,7 @@ fn end_to_end(name: Option<&str>, every_shape: bool) -> Result<()> {
     if files == 0 {
         bail!("there is no end-to-end test in {}", folder.display());
     }
-    command.args(["--", "--test-threads=1", "--nocapture"]);
-    if let Some(name) = name {
-        command.arg(name);
-    }
-    sh::run(&mut command)
+    Ok(command)
 }
 
 /// Runs the fuzz targets, which need a nightly compiler and cargo-fuzz.

@@ -83,12 +83,6 @@ impl DigestTable {
             .map(PageIndex)
             .find(|page| self.page(*page) != other.page(*page))
     }
-
-    /// Forgets everything: all pages are zero.
-    pub(crate) fn clear(&mut self) {
-        self.chunks.fill(None);
-        self.image = ImageDigest::ZERO;
-    }
 }
 
 #[cfg(test)]
@@ -106,8 +100,6 @@ mod tests {
             (table.page(PageIndex(0)), table.page(PageIndex(1024))),
             (Digest(7), Digest(0))
         );
-        table.clear();
-        assert_eq!(table.image(), ImageDigest::ZERO);
     }
 
     #[test]

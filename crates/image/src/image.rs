@@ -10,7 +10,7 @@ use romulus_types::{BlockId, Digest, Epoch, PageIndex, RamLayout, Session, Term,
 use crate::digests::DigestTable;
 use crate::error::Named;
 use crate::files::{FileName, Files, HostFiles};
-use crate::memory::{block_ids, digest_all, locate, sync_blocks, write_page};
+use crate::memory::{block_ids, digest_all, locate, survey, sync_blocks, write_page};
 use crate::slot::{self, CommitRecord, Slot, Verdict};
 use crate::staging::{Contents, Writer};
 use crate::{ImageError, Recovery};
@@ -212,9 +212,8 @@ impl<F: Files> Image<F> {
         Ok(())
     }
 
-    /// Starts to copy memory: marks the image unusable first, durably. Old content stays, so pages that are
-    /// equal need not be sent: compare with [`page_digest_at`](Self::page_digest_at), or call
-    /// [`reset_to_zero`](Self::reset_to_zero) to start from nothing.
+    /// Starts to copy memory: marks the image unusable first, durably. Old content stays: call
+    /// [`survey`](Self::survey) before the first page is written.
     ///
     /// # Errors
     /// [`ImageError::Io`]; the image must then be opened again.
@@ -243,25 +242,17 @@ impl<F: Files> Image<F> {
         Ok(())
     }
 
-    /// Makes all memory zero while synchronising, and gives the space back.
+    /// Reads what an earlier session left in memory, while synchronising, so that pages that are equal need not be sent.
+    /// `visit` sees each page that is not all zeros, in ascending order. Only the files count: an agent that died may have
+    /// left any page half written.
     ///
     /// # Errors
     /// [`ImageError::WrongState`]; [`ImageError::Io`] makes it necessary to open the image again.
-    pub fn reset_to_zero(&mut self) -> Result<(), ImageError> {
+    pub fn survey(&mut self, mut visit: impl FnMut(PageIndex, &Page)) -> Result<(), ImageError> {
         self.check_writable()?;
-        self.check_syncing("reset memory")?;
-        for (id, block) in block_ids(&self.layout).zip(self.layout.blocks()) {
-            let file = FileName::Ram(id);
-            let punched = self
-                .files
-                .punch(file, 0..block.bytes)
-                .named("punch a hole into", file);
-            if punched.is_err() {
-                self.write_failed = true;
-            }
-            punched?;
-        }
-        self.table.clear();
+        self.check_syncing("read memory")?;
+        let table = survey(&self.files, &self.layout, &mut visit);
+        self.table = self.note_failure(table)?;
         Ok(())
     }
 
@@ -287,16 +278,6 @@ impl<F: Files> Image<F> {
             _ => (FileName::Ram(block), offset),
         };
         self.files.read_at(file, offset, into).named("read", file)
-    }
-
-    /// The digest of a page as [`read_page`](Self::read_page) would return it, without reading it; `Digest(0)` for a
-    /// page of zeros.
-    ///
-    /// # Errors
-    /// [`ImageError::PageOutOfRange`].
-    pub fn page_digest_at(&self, index: PageIndex) -> Result<Digest, ImageError> {
-        locate(&self.layout, index)?;
-        Ok(self.table.page(index))
     }
 
     /// The digest of the whole image after the last commit, or of what is copied so far.

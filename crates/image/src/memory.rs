@@ -90,6 +90,16 @@ pub(crate) fn sync_blocks<F: Files>(
 
 /// Computes the digest of every page from the files. Holes are not read.
 pub(crate) fn digest_all<F: Files>(files: &F, layout: &RamLayout) -> Result<DigestTable, ImageError> {
+    survey(files, layout, &mut |_, _| ())
+}
+
+/// Reads every page that is not a hole, in ascending order, and computes the digests. `visit` sees those that are not all
+/// zeros.
+pub(crate) fn survey<F: Files>(
+    files: &F,
+    layout: &RamLayout,
+    visit: &mut dyn FnMut(PageIndex, &Page),
+) -> Result<DigestTable, ImageError> {
     let mut table = DigestTable::new(layout.page_count());
     let mut buffer = vec![0; SCAN_BYTES];
     for (id, block) in block_ids(layout).zip(layout.blocks()) {
@@ -108,7 +118,11 @@ pub(crate) fn digest_all<F: Files>(files: &F, layout: &RamLayout) -> Result<Dige
                 for (position, page) in buffer[..length].chunks_exact(PAGE_BYTES).enumerate() {
                     let index = PageIndex(first + from / PAGE + position as u64);
                     let page: &Page = page.try_into().expect("a chunk is a page");
-                    table.set(index, page_digest(index, page));
+                    let digest = page_digest(index, page);
+                    table.set(index, digest);
+                    if digest != Digest(0) {
+                        visit(index, page);
+                    }
                 }
                 from += length as u64;
             }

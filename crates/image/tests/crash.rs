@@ -17,7 +17,7 @@ enum Step {
     /// A new session that copies all memory, from zero or keeping what is equal.
     Sync {
         memory: [u8; PAGES],
-        from_zero: bool,
+        surveyed: bool,
         pages: BTreeMap<u64, u8>,
     },
     /// A checkpoint; `discarded`: its connection breaks before the commit.
@@ -35,10 +35,10 @@ fn pages() -> impl Strategy<Value = BTreeMap<u64, u8>> {
 
 fn step() -> impl Strategy<Value = Step> {
     let sync =
-        (prop::array::uniform8(0..4u8), any::<bool>(), pages()).prop_map(|(memory, from_zero, pages)| {
+        (prop::array::uniform8(0..4u8), any::<bool>(), pages()).prop_map(|(memory, surveyed, pages)| {
             Step::Sync {
                 memory,
-                from_zero,
+                surveyed,
                 pages,
             }
         });
@@ -57,7 +57,7 @@ fn step() -> impl Strategy<Value = Step> {
 fn script() -> impl Strategy<Value = Vec<Step>> {
     let first = (prop::array::uniform8(0..4u8), pages()).prop_map(|(memory, pages)| Step::Sync {
         memory,
-        from_zero: false,
+        surveyed: false,
         pages,
     });
     (first, prop::collection::vec(step(), 1..6)).prop_map(|(first, mut rest)| {
@@ -140,12 +140,12 @@ fn run_step<F: Files>(
     match step {
         Step::Sync {
             memory,
-            from_zero,
+            surveyed,
             pages,
         } => {
             allowed.moving(None, || image.begin_sync(Session(session)))?;
-            if *from_zero {
-                image.reset_to_zero()?;
+            if *surveyed {
+                image.survey(|_, _| ())?;
             }
             for (index, content) in memory.iter().enumerate() {
                 image.sync_page(PageIndex(index as u64), &page(*content))?;
@@ -224,7 +224,7 @@ fn judge<F: Files>(files: impl Fn() -> F, allowed: &Allowed, second_crash: u64, 
     } else {
         let step = Step::Sync {
             memory: [1, 0, 2, 0, 3, 0, 1, 0],
-            from_zero: true,
+            surveyed: true,
             pages: follow,
         };
         run_step(&mut image, &mut after, &step, 77).unwrap();

@@ -14,6 +14,8 @@
 //!   allocates nothing.
 //! - Both sides must hold the same previous version. [`ImageDigest`] is what finds out when they do not.
 //!
+//! [`SessionEncoder`] puts it together for one session of a primary; [`HeldPages`] is what its backup had before.
+//!
 //! The crate has no I/O, no clock and no randomness.
 #![forbid(unsafe_code)]
 
@@ -21,12 +23,16 @@ mod decode;
 mod delta;
 mod digest;
 mod encode;
+mod held;
 mod kind;
 mod previous;
+mod session;
 
 pub use decode::{DecodeError, decode};
 pub use delta::DeltaError;
 pub use digest::{ImageDigest, page_digest};
 pub use encode::{Scratch, encode};
+pub use held::{Held, HeldPages, NoSuchPage, PageHasher};
 pub use kind::{Kind, PAYLOAD_BYTES_MAX, Page, UnknownKind};
 pub use previous::{PreviousPages, PreviousPagesCounters, SLOT_OVERHEAD_BYTES};
+pub use session::SessionEncoder;

@@ -7,14 +7,14 @@ use romulus_protocol::{
     Notice, Remembered, ToBackup, ToPrimary, Weakness,
 };
 use romulus_types::{HostId, Session, Term, Time};
-use romulus_wire::{FrameDecoder, FrameType, WireError, decode_message, encode_control};
+use romulus_wire::{FrameDecoder, FrameType, WireError, decode_control, decode_message, encode_control};
 
 use crate::context::{BackupWork, Context, Event, PrimaryWork};
 use crate::guest::Memory;
 use crate::mistake::Mistake;
 use crate::network::Stream;
 use crate::plan::{Line, MS, Moment};
-use crate::primary_host::{ANY_LIFE, ask, read_control, reply};
+use crate::primary_host::{ANY_LIFE, ask, read_frames, reply};
 use crate::receiver::{Receiver, Refused};
 use crate::store::{Store, vm};
 
@@ -248,10 +248,13 @@ impl BackupHost {
         let Some(link) = self.link.as_mut().filter(|link| link.session == session) else {
             return;
         };
-        let mut messages = Vec::new();
-        let read = read_control::<ToBackup>(&mut link.control, bytes, &mut messages);
-        for ToBackup::Peer(message) in messages {
-            self.hand_in(context, BackupEvent::Peer(session, message));
+        let mut frames = Vec::new();
+        let mut read = read_frames(&mut link.control, bytes, &mut frames);
+        for frame in &frames {
+            match decode_control(frame) {
+                Ok(ToBackup::Peer(message)) => self.hand_in(context, BackupEvent::Peer(session, message)),
+                Err(error) => read = Err(error),
+            }
         }
         if read.is_err() {
             self.drop_link(context, false);
@@ -392,7 +395,8 @@ impl BackupHost {
     fn accept(&mut self, context: &mut Context, session: Session) -> Result<(), Died> {
         context.checks.given_up();
         let mistaken = context.mistake.and_then(Mistake::weakness) == Some(Weakness::TakeOverFromOldSession);
-        self.store.begin(session, !mistaken)?;
+        let old_list = context.is_planted(Mistake::OldListOfHeldPages);
+        let held = self.store.begin(session, !mistaken, old_list)?;
         let (control, data) = (
             FrameDecoder::for_session(session),
             FrameDecoder::for_session(session),
@@ -407,11 +411,18 @@ impl BackupHost {
         context.moment(Moment::Accept);
         let backup = HostId::new("b").expect("a name");
         self.send(context, session, &ToPrimary::Welcome { backup });
+        for frame in held {
+            self.send_bytes(context, session, frame);
+        }
         Ok(())
     }
 
     fn send(&mut self, context: &mut Context, session: Session, message: &ToPrimary) {
         let bytes = encode_control(session, message).expect("a small message");
+        self.send_bytes(context, session, bytes);
+    }
+
+    fn send_bytes(&mut self, context: &mut Context, session: Session, bytes: Bytes) {
         if let Some(at) = context
             .network
             .send(context.now, session, Stream::ControlToPrimary, bytes.len())

@@ -23,6 +23,8 @@ pub enum Mistake {
     DirtyForgotten,
     /// The pages of a commit are written again after the next one.
     CommitAppliedTwice,
+    /// The backup tells what its image held a session earlier.
+    OldListOfHeldPages,
 }
 
 impl Mistake {
@@ -35,7 +37,10 @@ impl Mistake {
             Self::TakeOverWithoutGrant => Some(Weakness::TakeOverWithoutGrant),
             Self::TakeOverFromOldSession => Some(Weakness::TakeOverFromOldSession),
             Self::PairBeforeGateCommit => Some(Weakness::PairBeforeGateCommit),
-            Self::PageLeftOut | Self::DirtyForgotten | Self::CommitAppliedTwice => None,
+            Self::PageLeftOut
+            | Self::DirtyForgotten
+            | Self::CommitAppliedTwice
+            | Self::OldListOfHeldPages => None,
         }
     }
 }

@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
-use romulus_page_codec::{ImageDigest, Kind, Page, PreviousPages, Scratch, encode, page_digest};
-use romulus_types::{Digest, Epoch, PAGE_BYTES, PageIndex, Session};
+use romulus_page_codec::{HeldPages, SessionEncoder};
+use romulus_types::{Epoch, PageIndex, Session};
 use romulus_wire::{
     CommitRecord, PagesFrame, PagesSection, PagesWriter, device_state_frames, device_state_section,
 };
 
-use crate::guest::{Memory, PAGES};
+use crate::guest::Memory;
 
 /// Small enough that checkpoints have several frames.
 const FRAME_BYTES: usize = 12 << 10;
@@ -27,23 +27,15 @@ pub(crate) struct Harvest {
 /// The state of one session's encoding.
 pub(crate) struct Sender {
     session: Session,
-    previous: PreviousPages,
-    scratch: Scratch,
-    payload: Vec<u8>,
-    digests: Vec<Digest>,
-    image: ImageDigest,
+    encoder: SessionEncoder,
 }
 
 impl Sender {
-    pub(crate) fn new(session: Session) -> Self {
-        let pages = usize::try_from(PAGES).expect("a small number");
+    /// `held` is what the backup has already.
+    pub(crate) fn new(session: Session, held: HeldPages) -> Self {
         Self {
             session,
-            previous: PreviousPages::new(PREVIOUS_BYTES),
-            scratch: Scratch::new(),
-            payload: Vec::with_capacity(2 * PAGE_BYTES),
-            digests: vec![Digest(0); pages],
-            image: ImageDigest::ZERO,
+            encoder: SessionEncoder::new(held, PREVIOUS_BYTES),
         }
     }
 
@@ -63,7 +55,7 @@ impl Sender {
             session: self.session,
             epoch,
             captured_ns,
-            image_digest: self.image.digest(),
+            image_digest: self.encoder.image_digest(),
             pages,
             device_state: device_state_section(&state),
         };
@@ -87,40 +79,20 @@ impl Sender {
         };
         let mut writer = PagesWriter::new(self.session, epoch, FRAME_BYTES);
         for index in pages {
-            let Some(kind) = self.encode(index, memory.page(index)) else {
+            let Some((kind, payload)) = self.encoder.encode(index, memory.page(index)) else {
                 continue;
             };
-            if !writer.push(index, kind.number(), &self.payload) {
+            if !writer.push(index, kind.number(), payload) {
                 let full = std::mem::replace(&mut writer, PagesWriter::new(self.session, epoch, FRAME_BYTES));
                 finish(full.finish());
                 assert!(
-                    writer.push(index, kind.number(), &self.payload),
+                    writer.push(index, kind.number(), payload),
                     "an empty frame takes any page"
                 );
             }
         }
         finish(writer.finish());
         (frames, section)
-    }
-
-    /// `None` when the backup has this content.
-    fn encode(&mut self, index: PageIndex, page: &Page) -> Option<Kind> {
-        let position = usize::try_from(index.0).expect("a small number");
-        let new = page_digest(index, page);
-        let old = std::mem::replace(&mut self.digests[position], new);
-        if old == Digest(0) && new == Digest(0) {
-            return None;
-        }
-        self.image.replace(old, new);
-        self.payload.clear();
-        let kind = encode(
-            page,
-            self.previous.get(index),
-            &mut self.scratch,
-            &mut self.payload,
-        );
-        self.previous.put(index, page);
-        (kind != Kind::Same).then_some(kind)
     }
 }
 

@@ -1,9 +1,11 @@
 //! The backup's image on a disk of the simulator, which outlives the agent and can fail in the middle of a write.
 
+use bytes::Bytes;
 use romulus_image::{Crashing, Fuse, Image, ImageError, ImageState, Limits, MemFiles};
-use romulus_page_codec::Page;
+use romulus_page_codec::{Page, PageHasher};
 use romulus_protocol::ImageStatus;
 use romulus_types::{PAGE_BYTES, PageIndex, RamBlock, RamLayout, Session, VmId};
+use romulus_wire::HeldPagesWriter;
 
 use crate::guest::{Memory, PAGES};
 
@@ -24,6 +26,8 @@ pub(crate) struct Store {
     /// A guest was started from it.
     consumed: bool,
     image: Option<Image<SimFiles>>,
+    /// What the image held when the last session began, for a planted mistake.
+    held: Vec<(PageIndex, Page)>,
 }
 
 pub(crate) fn vm() -> VmId {
@@ -38,6 +42,7 @@ impl Store {
             made: false,
             consumed: false,
             image: None,
+            held: Vec::new(),
         }
     }
 
@@ -77,8 +82,13 @@ impl Store {
         }
     }
 
-    /// Makes it ready for a session: all zeros, receiving.
-    pub(crate) fn begin(&mut self, session: Session, mark: bool) -> Result<(), ImageError> {
+    /// Makes it ready for a session. The frames tell the primary what it holds from an earlier one.
+    pub(crate) fn begin(
+        &mut self,
+        session: Session,
+        mark: bool,
+        old_list: bool,
+    ) -> Result<Vec<Bytes>, ImageError> {
         self.consumed = false;
         if self.image.is_none() {
             self.files = MemFiles::new();
@@ -97,7 +107,18 @@ impl Store {
             image.mark_unusable()?;
         }
         image.begin_sync(session)?;
-        image.reset_to_zero()
+        let mut held = Vec::new();
+        image.survey(|index, page| held.push((index, *page)))?;
+        let before = std::mem::replace(&mut self.held, held);
+        let told = if old_list { &before } else { &self.held };
+        let hasher = PageHasher::new(session);
+        let mut writer = HeldPagesWriter::new(session);
+        let mut frames: Vec<_> = told
+            .iter()
+            .filter_map(|(index, page)| writer.push(*index, hasher.hash(page)))
+            .collect();
+        frames.extend(writer.finish());
+        Ok(frames)
     }
 
     pub(crate) fn image(&mut self) -> Option<&mut Image<SimFiles>> {

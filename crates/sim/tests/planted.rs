@@ -87,3 +87,11 @@ fn a_commit_applied_twice_is_found() {
         Violation::WrongMemory { .. } | Violation::Invalid { .. }
     ));
 }
+
+#[test]
+fn an_old_list_of_what_the_backup_holds_is_found() {
+    assert!(matches!(
+        found(Mistake::OldListOfHeldPages),
+        Violation::Invalid { .. } | Violation::WrongMemory { .. }
+    ));
+}

@@ -21,6 +21,7 @@ fn run_all(seeds: impl Iterator<Item = u64>) -> (Vec<String>, Reached, u64) {
         sum.commits += outcome.reached.commits;
         sum.outputs += outcome.reached.outputs;
         sum.reopened += outcome.reached.reopened;
+        sum.held_pages += outcome.reached.held_pages;
         took_over += u64::from(outcome.reached.took_over);
     }
     (broken, sum, took_over)
@@ -41,9 +42,10 @@ fn no_schedule_breaks_an_invariant() {
     let broken: Vec<_> = halves.iter().flat_map(|(broken, ..)| broken.clone()).collect();
     let commits: u64 = halves.iter().map(|(_, sum, _)| sum.commits).sum();
     let reopened: u64 = halves.iter().map(|(_, sum, _)| sum.reopened).sum();
+    let held: u64 = halves.iter().map(|(_, sum, _)| sum.held_pages).sum();
     let took_over: u64 = halves.iter().map(|(.., took_over)| took_over).sum();
     println!(
-        "{runs} schedules from seed {first}: {commits} commits, {took_over} takeovers, {reopened} images reopened"
+        "{runs} schedules from seed {first}: {commits} commits, {took_over} takeovers, {reopened} images reopened, {held} pages held by backups at a new session"
     );
     assert!(
         broken.is_empty(),
@@ -52,7 +54,7 @@ fn no_schedule_breaks_an_invariant() {
     );
     // A simulator in which nothing happens finds nothing.
     assert!(
-        took_over > runs / 20 && commits > runs * 20 && reopened > runs / 50,
+        took_over > runs / 20 && commits > runs * 20 && reopened > runs / 50 && held > runs,
         "too little happened"
     );
 }

@@ -64,11 +64,13 @@ pub enum FrameType {
     WitnessRequest = 6,
     /// The witness's answer.
     WitnessReply = 7,
+    /// Hashes of the pages that a backup holds from an earlier session.
+    HeldPages = 8,
 }
 
 impl FrameType {
     /// Every type, in the order of their numbers.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Control,
         Self::Hello,
         Self::Pages,
@@ -76,6 +78,7 @@ impl FrameType {
         Self::Commit,
         Self::WitnessRequest,
         Self::WitnessReply,
+        Self::HeldPages,
     ];
 
     /// The number on the wire.
@@ -93,13 +96,14 @@ impl FrameType {
             Self::Commit => "commit",
             Self::WitnessRequest => "witness request",
             Self::WitnessReply => "witness reply",
+            Self::HeldPages => "held pages",
         }
     }
 
     /// Most bytes of such a frame's payload.
     pub const fn payload_bytes_max(self) -> usize {
         match self {
-            Self::Hello | Self::Pages | Self::DeviceState => PAYLOAD_BYTES_MAX,
+            Self::Hello | Self::Pages | Self::DeviceState | Self::HeldPages => PAYLOAD_BYTES_MAX,
             Self::Control | Self::WitnessRequest | Self::WitnessReply => 64 << 10,
             Self::Commit => crate::COMMIT_BYTES_MAX,
         }
@@ -304,7 +308,7 @@ mod tests {
     #[test]
     fn numbers_on_the_wire_do_not_change() {
         let numbers: Vec<u16> = FrameType::ALL.into_iter().map(FrameType::number).collect();
-        assert_eq!(numbers, [1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(numbers, [1, 2, 3, 4, 5, 6, 7, 8]);
     }
 
     #[test]

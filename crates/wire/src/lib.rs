@@ -7,6 +7,7 @@
 //!       Control, Hello, Witness… ├──► decode_message       serde types of the caller
 //!       Pages                    ├──► Pages                entries in ascending order
 //!       DeviceState              ├──► DeviceStateAssembler one blob from chunks
+//!       HeldPages                ├──► HeldPagesFrame       hashes in ascending order
 //!       Commit                   └──► CommitRecord         sections with count and digest
 //! ```
 //!
@@ -24,6 +25,7 @@ mod device_state;
 mod error;
 mod frame;
 mod guest_state;
+mod held;
 mod message;
 mod pages;
 mod varint;
@@ -41,5 +43,6 @@ pub use frame::{
     VERSION, encode_frame,
 };
 pub use guest_state::{NOTES_BYTES_MAX, pack_guest_state, unpack_guest_state};
+pub use held::{HeldPagesFrame, HeldPagesWriter};
 pub use message::{decode_control, decode_message, encode_control, encode_message};
 pub use pages::{ENTRY_HEAD_BYTES_MAX, PAGE_INDEX_MAX, PageEntry, Pages, PagesFrame, PagesWriter};

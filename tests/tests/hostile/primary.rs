@@ -14,7 +14,7 @@ use romulus_types::{
     WitnessInstance,
 };
 use romulus_wire::{
-    CommitRecord, FrameType, PagesSection, PagesWriter, decode_control, device_state_frames,
+    CommitRecord, FrameType, HeldPagesFrame, PagesSection, PagesWriter, decode_control, device_state_frames,
     device_state_section, encode_control, encode_message, pack_guest_state,
 };
 
@@ -100,6 +100,19 @@ pub async fn closed(connection: &Connection) -> Refusal {
     }
 }
 
+/// The pages that the agent says it holds from an earlier session.
+async fn held_pages(reader: &mut FrameReader) -> Vec<PageIndex> {
+    let mut held = Vec::new();
+    loop {
+        let frame = reader.next().await.unwrap().expect("the list goes on");
+        let part = HeldPagesFrame::parse(&frame).unwrap();
+        if part.is_end() {
+            return held;
+        }
+        held.extend(part.entries().map(|(page, _)| page));
+    }
+}
+
 /// One session of a primary.
 pub struct Primary {
     pub connection: Connection,
@@ -130,7 +143,18 @@ impl Primary {
             }
             ToPrimary::Peer(message) => panic!("{message:?} came before the welcome"),
         }
-        let data = connection.open_data().await.unwrap();
+        let held = tokio::time::timeout(SOON, held_pages(&mut reader)).await;
+        let held = held.expect("the list of held pages ends");
+        let mut data = connection.open_data().await.unwrap();
+        if !held.is_empty() {
+            // This guest's memory is all zeros so far.
+            let zeros: Vec<_> = held
+                .iter()
+                .map(|page| (page.0, Kind::Zero.number(), &[][..]))
+                .collect();
+            let (frame, _) = pages_frame(hello.session, Epoch::NONE, &zeros);
+            data.send(frame).await.unwrap();
+        }
         Ok(Primary {
             connection,
             control: streams.sender,

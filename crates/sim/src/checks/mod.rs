@@ -110,6 +110,8 @@ pub struct Reached {
     pub outputs: u64,
     /// Images opened again after a crash with a commit in them.
     pub reopened: u64,
+    /// Pages that a backup held when a session began.
+    pub held_pages: u64,
 }
 
 impl Checks {

@@ -95,6 +95,7 @@ impl PrimaryHost {
         }
         let frames = link
             .sender
+            .as_mut()?
             .first_copy(&self.guest.memory, first..(first + COPY_PAGES).min(PAGES));
         send_data(context, session, frames);
         let pause_ns = context.random.within(1, 2 * MS);
@@ -170,7 +171,7 @@ impl PrimaryHost {
         );
         self.guest.captured = false;
         self.guest.held = outstanding.stay_stopped;
-        let frames = link.sender.checkpoint(&harvest, context.now.ns);
+        let frames = link.sender.as_mut()?.checkpoint(&harvest, context.now.ns);
         send_data(context, session, frames);
         context.moment(Moment::CaptureEnds);
         Some(PrimaryEvent::Captured(session, epoch))

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use romulus_protocol::{Ask, Mode, PrimaryCommand, PrimaryMessage, WitnessReply, WitnessRequest};
 use romulus_types::Session;
-use romulus_wire::{FrameDecoder, FrameType, WireError, decode_control, decode_message, encode_message};
+use romulus_wire::{Frame, FrameDecoder, FrameType, WireError, decode_message, encode_message};
 
 use super::ANY_LIFE;
 use crate::context::{BackupWork, Context, Event};
@@ -68,15 +68,15 @@ pub(crate) fn reply(bytes: &Bytes) -> Result<WitnessReply, WireError> {
 }
 
 /// Reads what is whole of a control stream.
-pub(crate) fn read_control<T: serde::de::DeserializeOwned>(
+pub(crate) fn read_frames(
     decoder: &mut FrameDecoder,
     bytes: &Bytes,
-    messages: &mut Vec<T>,
+    frames: &mut Vec<Frame>,
 ) -> Result<(), WireError> {
     let taken = decoder.push(bytes);
     assert_eq!(taken, bytes.len(), "control messages are small");
     while let Some(frame) = decoder.next_frame()? {
-        messages.push(decode_control(&frame)?);
+        frames.push(frame);
     }
     Ok(())
 }

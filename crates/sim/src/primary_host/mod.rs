@@ -3,20 +3,23 @@
 mod guest_side;
 mod lines;
 
-pub(crate) use lines::{ask, read_control, reply};
+pub(crate) use lines::{ask, read_frames, reply};
 
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
+use romulus_page_codec::HeldPages;
 use romulus_protocol::{
     Hello, Notice, Primary, PrimaryCommand, PrimaryConfig, PrimaryEvent, Remembered, ToBackup, ToPrimary,
 };
 use romulus_types::{Epoch, HostId, PageIndex, Session, Term, Time, WitnessInstance};
-use romulus_wire::{FrameDecoder, FrameType, encode_control, encode_message};
+use romulus_wire::{
+    Frame, FrameDecoder, FrameType, HeldPagesFrame, WireError, decode_control, encode_control, encode_message,
+};
 
 use crate::context::{BackupWork, Context, Event, PrimaryWork};
 use crate::gate::Gate;
-use crate::guest::Memory;
+use crate::guest::{Memory, PAGES};
 use crate::mistake::Mistake;
 use crate::plan::{Line, MS, Moment};
 use crate::sender::{Harvest, Sender};
@@ -30,7 +33,10 @@ pub(crate) const ANY_LIFE: u32 = u32::MAX;
 struct Link {
     session: Session,
     decoder: FrameDecoder,
-    sender: Sender,
+    /// What the backup said so far that it holds.
+    held: HeldPages,
+    /// There is one once that list is complete.
+    sender: Option<Sender>,
 }
 
 struct Outstanding {
@@ -197,13 +203,16 @@ impl PrimaryHost {
         let Some(link) = self.link.as_mut().filter(|link| link.session == session) else {
             return;
         };
-        let mut messages = Vec::new();
-        let read = read_control::<ToPrimary>(&mut link.decoder, bytes, &mut messages);
-        for message in messages {
-            let event = match message {
-                ToPrimary::Welcome { .. } => PrimaryEvent::Connected(session),
-                ToPrimary::Refused { .. } => PrimaryEvent::Disconnected(session),
-                ToPrimary::Peer(message) => PrimaryEvent::Peer(session, message),
+        let mut frames = Vec::new();
+        let mut read = read_frames(&mut link.decoder, bytes, &mut frames);
+        for frame in frames {
+            let event = match self.control_frame(context, session, &frame) {
+                Ok(Some(event)) => event,
+                Ok(None) => continue,
+                Err(error) => {
+                    read = Err(error);
+                    break;
+                }
             };
             self.hand_in(context, event);
         }
@@ -211,6 +220,36 @@ impl PrimaryHost {
             self.drop_link(context, false);
             self.hand_in(context, PrimaryEvent::Disconnected(session));
         }
+    }
+
+    fn control_frame(
+        &mut self,
+        context: &mut Context,
+        session: Session,
+        frame: &Frame,
+    ) -> Result<Option<PrimaryEvent>, WireError> {
+        if frame.frame_type == FrameType::HeldPages {
+            let part = HeldPagesFrame::parse(frame)?;
+            let link = self.link.as_mut().filter(|link| link.session == session);
+            let Some(link) = link else { return Ok(None) };
+            for (page, hash) in part.entries() {
+                link.held
+                    .note(page, hash)
+                    .expect("the backup has the guest's layout");
+                context.checks.reached.held_pages += 1;
+            }
+            if !part.is_end() {
+                return Ok(None);
+            }
+            let held = std::mem::replace(&mut link.held, HeldPages::new(session, 0));
+            link.sender = Some(Sender::new(session, held));
+            return Ok(Some(PrimaryEvent::Connected(session)));
+        }
+        Ok(match decode_control(frame)? {
+            ToPrimary::Welcome { .. } => None,
+            ToPrimary::Refused { .. } => Some(PrimaryEvent::Disconnected(session)),
+            ToPrimary::Peer(message) => Some(PrimaryEvent::Peer(session, message)),
+        })
     }
 
     fn carry_out(&mut self, context: &mut Context) {
@@ -327,11 +366,11 @@ impl PrimaryHost {
 
     fn connect(&mut self, context: &mut Context, session: Session, term: Term, instance: WitnessInstance) {
         context.moment(Moment::Connect);
-        let (decoder, sender) = (FrameDecoder::for_session(session), Sender::new(session));
         self.link = Some(Link {
             session,
-            decoder,
-            sender,
+            decoder: FrameDecoder::for_session(session),
+            held: HeldPages::new(session, PAGES),
+            sender: None,
         });
         let hello = Hello {
             vm: vm(),
