@@ -195,6 +195,16 @@ impl Lab {
         self.output(host, &self.romulus_argv(host, words)?)
     }
 
+    /// The records that the witness has, as `witness show` prints them.
+    ///
+    /// # Errors
+    /// When the witness does not answer.
+    pub fn records(&self) -> Result<String> {
+        let mut argv = vec![self.program("witness")?, "show".into()];
+        push(&mut argv, "--dir", &word(&self.run_path("witness")));
+        self.output(Host::Witness, &argv)
+    }
+
     fn romulus_argv(&self, host: Host, words: &[&str]) -> Result<Vec<String>> {
         let mut argv = vec![self.program("romulus")?];
         argv.extend(words.iter().map(|word| (*word).to_owned()));

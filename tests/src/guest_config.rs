@@ -64,6 +64,8 @@ pub struct GuestConfig {
     pub user: Option<String>,
     /// What runs in the guest; see `tests/guest/init`.
     pub workload: String,
+    /// More for the kernel's command line, each word after a blank.
+    pub kernel_args: String,
     /// Whether the guest steers its clock by the RTC.
     pub clock_remedy: bool,
     /// Give it a second monitor, as an operator may, so that a test can ask beside the replicator.
@@ -87,6 +89,7 @@ impl Default for GuestConfig {
             firmware: Firmware::Bios,
             user: None,
             workload: "redis".to_owned(),
+            kernel_args: String::new(),
             clock_remedy: false,
             second_monitor: false,
             no_defaults: true,
@@ -175,8 +178,8 @@ impl GuestConfig {
     fn kernel_line(&self) -> String {
         let clock = if self.clock_remedy { " clock=remedy" } else { "" };
         format!(
-            "console=ttyS0 quiet panic=-1 ip4={GUEST_IP}/24 ip6={GUEST_IP6}/64 gw=10.77.0.1 wl={}{clock}",
-            self.workload
+            "console=ttyS0 quiet panic=-1 ip4={GUEST_IP}/24 ip6={GUEST_IP6}/64 gw=10.77.0.1 wl={}{clock}{}",
+            self.workload, self.kernel_args
         )
     }
 

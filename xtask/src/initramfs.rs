@@ -28,6 +28,7 @@ const MODULES: &[&str] = &[
     "virtio_blk",
     "e1000",
     "e1000e",
+    "pvpanic-mmio",
     "af_packet",
     "ipv6",
 ];

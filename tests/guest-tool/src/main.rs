@@ -7,6 +7,7 @@
 //! | `check PAGES` | fills PAGES pages with a pattern, verifies them, and again | `check ok N` or `check BAD page P` |
 //! | `clock MS` | reads both clocks | `clock REALTIME_US MONOTONIC_US` every MS milliseconds |
 //! | `echo PORT` | answers UDP datagrams with what they hold | nothing |
+//! | `trigger PORT` | writes each UDP datagram to the kernel's sysrq trigger: `o` powers off, `b` reboots | nothing |
 //! | `steer` | slews the clock to follow the emulated RTC | `steer ...` when it corrects |
 //!
 //! Everything goes to standard output, which is the guest's console.
@@ -35,6 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Some("counter") => counter(Duration::from_millis(number(1)?)),
         Some("clock") => clock(Duration::from_millis(number(1)?)),
         Some("echo") => echo(u16::try_from(number(1)?)?),
+        Some("trigger") => trigger(u16::try_from(number(1)?)?),
         Some("steer") => steer::run(),
         _ => Err("guest-tool: unknown verb; see tests/guest-tool/src/main.rs".into()),
     }
@@ -73,5 +75,14 @@ fn echo(port: u16) -> Result<(), Box<dyn Error>> {
         let (bytes, from) = socket.recv_from(&mut buffer)?;
         // A reply that cannot be sent is a lost datagram, which UDP allows.
         let _ = socket.send_to(&buffer[..bytes], from);
+    }
+}
+
+fn trigger(port: u16) -> Result<(), Box<dyn Error>> {
+    let socket = UdpSocket::bind(("::", port))?;
+    let mut buffer = [0_u8; 16];
+    loop {
+        let bytes = socket.recv(&mut buffer)?;
+        std::fs::write("/proc/sysrq-trigger", &buffer[..bytes])?;
     }
 }

@@ -275,16 +275,14 @@ fn wait_readable(fd: &OwnedFd, limit: Duration) -> Result<bool, SysError> {
     }
 }
 
-/// Takes the first STOP and the first RESUME after it out of the events: they are ours.
+/// Takes the first STOP and the first RESUME after it out of the events: they are ours. A STOP without a RESUME is somebody
+/// else's: QEMU has none for a guest that was stopped before us, and lets only one that ran run again.
 fn take_own_pause(events: &mut Vec<QmpEvent>) -> Option<u64> {
     let stop = events.iter().position(|event| event.name == "STOP")?;
-    let stopped_us = events.remove(stop).at_us();
-    let resume = events
-        .iter()
-        .skip(stop)
-        .position(|event| event.name == "RESUME")?
-        + stop;
+    let mut later = events.iter().skip(stop);
+    let resume = stop + later.position(|event| event.name == "RESUME")?;
     let resumed_us = events.remove(resume).at_us();
+    let stopped_us = events.remove(stop).at_us();
     Some(resumed_us.saturating_sub(stopped_us) * 1000)
 }
 
@@ -340,5 +338,8 @@ mod tests {
         );
         let mut paused_before = vec![event("RTC_CHANGE", 1)];
         assert_eq!(take_own_pause(&mut paused_before), None);
+        let mut paused_just_before = vec![event("STOP", 1)];
+        assert_eq!(take_own_pause(&mut paused_just_before), None);
+        assert_eq!(paused_just_before.len(), 1, "somebody else's pause must be seen");
     }
 }
