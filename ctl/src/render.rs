@@ -43,6 +43,7 @@ fn one(vm: &Value) -> String {
     field("epoch", epoch(vm));
     field("on time", percent(&vm["epoch_on_time_ratio"]));
     field("pause", milliseconds(&vm["pause_ms"]));
+    field("pause parts", pause_parts(&vm["pause_parts_ms"]));
     field("commit lag", milliseconds(&vm["commit_lag_ms"]));
     field(
         "dirty pages",
@@ -94,6 +95,15 @@ fn milliseconds(value: &Value) -> Option<String> {
     })
 }
 
+/// The medians of the parts, in the order of time.
+fn pause_parts(value: &Value) -> Option<String> {
+    let part = |name: &str| Some(format!("{name} {}", value[name]["p50"].as_f64()?));
+    let parts = ["stop", "barrier", "scan", "copy", "resume"].map(part);
+    let parts: Option<Vec<String>> = parts.into_iter().collect();
+    (value["stop"]["count"].as_u64()? > 0).then_some(())?;
+    Some(format!("{} (p50, ms)", parts?.join(", ")))
+}
+
 /// Events, a line each.
 pub(crate) fn events(answer: &Value) -> String {
     let events = answer["events"].as_array().map_or(&[][..], Vec::as_slice);
@@ -120,6 +130,18 @@ mod tests {
         let text = status(&json!({"vm": "web", "state": "not_protected", "reason": "no backup"}));
         assert!(text.starts_with("web: Not protected (no backup)\n"), "{text}");
         assert!(status(&json!({"vm": "web", "state": "protected"})).starts_with("web: Protected\n"));
+    }
+
+    #[test]
+    fn the_parts_of_a_pause_are_shown_in_the_order_of_time() {
+        let part = |p50: f64| json!({"p50": p50, "p99": 9.0, "max": 9.0, "count": 3});
+        let parts = json!({"barrier": part(0.002), "copy": part(0.4), "resume": part(0.05), "scan": part(0.1), "stop": part(0.07)});
+        let text = status(&json!({"vm": "web", "state": "protected", "pause_parts_ms": parts}));
+        assert!(
+            text.contains("stop 0.07, barrier 0.002, scan 0.1, copy 0.4, resume 0.05 (p50, ms)"),
+            "{text}"
+        );
+        assert!(!status(&json!({"vm": "web", "state": "protected"})).contains("pause"));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant};
 
 use romulus_hypervisor::source::{
-    BarrierError, Checkpoint, GuestEvent as SourceEvent, GuestSource, SourceError,
+    BarrierError, CaptureReport, Checkpoint, GuestEvent as SourceEvent, GuestSource, SourceError,
 };
 use romulus_protocol::{GuestEvent, PrimaryEvent};
 use romulus_types::{Epoch, PAGE_BYTES, PageIndex, Session, Time};
@@ -20,7 +20,7 @@ use crate::encode::EncodeJob;
 use crate::events::EventSink;
 use crate::gates::Gates;
 use crate::session_cell::SessionCell;
-use crate::status::{CaptureSample, Status};
+use crate::status::Status;
 use romulus_host_sys::process_clock::Clock;
 
 /// Pages read at once during the first copy.
@@ -235,15 +235,9 @@ impl CaptureThread {
             return;
         };
         match self.try_capture(epoch, close_gate, stay_stopped, &mut buffer) {
-            Ok(sample) => {
+            Ok(report) => {
                 let now = self.clock.now();
-                self.status.add_capture(
-                    now,
-                    CaptureSample {
-                        interval_ns,
-                        ..sample
-                    },
-                );
+                self.status.add_capture(now, interval_ns, &report);
                 let learnt = self.gates.learnt();
                 let job = EncodeJob::Checkpoint {
                     session,
@@ -266,22 +260,14 @@ impl CaptureThread {
         close_gate: bool,
         stay_stopped: bool,
         buffer: &mut Checkpoint,
-    ) -> anyhow::Result<CaptureSample> {
+    ) -> anyhow::Result<CaptureReport> {
         let gates = self.gates.clone();
         let mut barrier = move || {
             gates
                 .barrier(epoch, close_gate)
                 .map_err(|error| BarrierError::new(Box::new(error)))
         };
-        let report = self.source.capture(&mut barrier, stay_stopped, buffer)?;
-        Ok(CaptureSample {
-            interval_ns: 0,
-            pause_ns: report.pause_ns,
-            scan_ns: report.scan_ns,
-            copy_ns: report.copy_ns,
-            device_ns: report.device_state_ns,
-            dirty_pages: report.dirty_pages,
-        })
+        Ok(self.source.capture(&mut barrier, stay_stopped, buffer)?)
     }
 
     fn capture_failed(&mut self, session: Session, epoch: Epoch, error: &anyhow::Error) {

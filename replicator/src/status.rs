@@ -3,32 +3,18 @@
 use std::sync::{Mutex, MutexGuard};
 
 use hdrhistogram::Histogram;
+use romulus_hypervisor::source::CaptureReport;
 use romulus_protocol::{NotProtected, Protection};
 use romulus_telemetry::EventLog;
 use romulus_types::{Epoch, Session, Term, Time};
 use serde_json::{Value, json};
 
+use crate::pause_parts::PauseParts;
+
 /// Version of the JSON that `romulus status --json` prints.
 pub const STATUS_SCHEMA: u32 = 1;
 /// How late an epoch may start and still count as on time, in nanoseconds.
 const ON_TIME_SLACK_NS: u64 = 2_000_000;
-
-/// One capture, as the capture thread measured it. Nanoseconds.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct CaptureSample {
-    /// From the last capture's start to this one's.
-    pub interval_ns: u64,
-    /// How long the guest stood still.
-    pub pause_ns: u64,
-    /// Scan for dirty pages.
-    pub scan_ns: u64,
-    /// Copying them.
-    pub copy_ns: u64,
-    /// Reading the device state.
-    pub device_ns: u64,
-    /// Pages copied.
-    pub dirty_pages: u64,
-}
 
 struct Inner {
     protection: Protection,
@@ -40,7 +26,9 @@ struct Inner {
     epochs: u64,
     on_time: u64,
     intervals: u64,
+    command: Histogram<u64>,
     pause: Histogram<u64>,
+    parts: PauseParts,
     scan_copy: Histogram<u64>,
     device: Histogram<u64>,
     dirty: Histogram<u64>,
@@ -66,12 +54,14 @@ pub struct Status {
     inner: Mutex<Inner>,
 }
 
-fn histogram() -> Histogram<u64> {
+/// Of nanoseconds.
+pub(crate) fn histogram() -> Histogram<u64> {
     // What is longer than an hour counts as an hour.
     Histogram::new_with_bounds(1, 3_600_000_000_000, 3).expect("the bounds are fixed and allowed")
 }
 
-fn percentiles_ms(histogram: &Histogram<u64>) -> Value {
+/// Of a histogram of nanoseconds.
+pub(crate) fn percentiles_ms(histogram: &Histogram<u64>) -> Value {
     let at = |quantile: f64| nanoseconds_to_ms(histogram.value_at_quantile(quantile));
     json!({"p50": at(0.5), "p99": at(0.99), "max": nanoseconds_to_ms(histogram.max()), "count": histogram.len()})
 }
@@ -99,7 +89,9 @@ impl Status {
             epochs: 0,
             on_time: 0,
             intervals: 0,
+            command: histogram(),
             pause: histogram(),
+            parts: PauseParts::new(),
             scan_copy: histogram(),
             device: histogram(),
             dirty: histogram(),
@@ -165,19 +157,21 @@ impl Status {
         self.lock().refused_input += 1;
     }
 
-    /// A capture ended at `now`.
-    pub fn add_capture(&self, now: Time, sample: CaptureSample) {
+    /// A capture ended at `now`; it began `interval_ns` after the one before, 0 for the first.
+    pub fn add_capture(&self, now: Time, interval_ns: u64, report: &CaptureReport) {
         let mut inner = self.lock();
         inner.epochs += 1;
-        if sample.interval_ns > 0 {
+        if interval_ns > 0 {
             inner.intervals += 1;
-            inner.on_time += u64::from(sample.interval_ns <= self.epoch_ns + ON_TIME_SLACK_NS);
+            inner.on_time += u64::from(interval_ns <= self.epoch_ns + ON_TIME_SLACK_NS);
         }
-        inner.pause.saturating_record(sample.pause_ns);
-        inner.scan_copy.saturating_record(sample.scan_ns + sample.copy_ns);
-        inner.device.saturating_record(sample.device_ns);
-        inner.dirty.saturating_record(sample.dirty_pages);
-        inner.pause_total_ns += sample.pause_ns;
+        inner.command.saturating_record(report.command_ns);
+        inner.pause.saturating_record(report.pause_ns);
+        inner.parts.add(report);
+        inner.scan_copy.saturating_record(report.scan_ns + report.copy_ns);
+        inner.device.saturating_record(report.device_state_ns);
+        inner.dirty.saturating_record(report.dirty_pages);
+        inner.pause_total_ns += report.pause_ns;
         inner.first_capture.get_or_insert(now);
         inner.last_capture = Some(now);
     }
@@ -200,7 +194,9 @@ impl Status {
     /// Forgets the measurements, so that the next ones speak of what follows.
     pub fn reset_measurements(&self) {
         let mut inner = self.lock();
+        inner.command.reset();
         inner.pause.reset();
+        inner.parts.reset();
         inner.scan_copy.reset();
         inner.device.reset();
         inner.dirty.reset();
@@ -244,7 +240,9 @@ impl Status {
             "epoch_ms": nanoseconds_to_ms(self.epoch_ns),
             "epochs": inner.epochs,
             "epoch_on_time_ratio": ratio(inner.on_time, inner.intervals),
+            "command_ms": percentiles_ms(&inner.command),
             "pause_ms": percentiles_ms(&inner.pause),
+            "pause_parts_ms": inner.parts.json(),
             "scan_copy_ms": percentiles_ms(&inner.scan_copy),
             "device_state_ms": percentiles_ms(&inner.device),
             "commit_lag_ms": percentiles_ms(&inner.commit_lag),

@@ -7,7 +7,7 @@
 //! ```text
 //!  another process:  maps ─► ptrace (one system call in it) ─► pidfd (take the fd) ─► userfaultfd ─► pagemap
 //!                    memory (read scattered ranges, map a shared one)
-//!  ourselves:        killtimer, pipe, clock, durable (files that survive a crash whole)
+//!  ourselves:        killtimer, pipe, open_watch, clock, durable (files that survive a crash whole)
 //!  the network:      tap, bpf, netns
 //!  the kernel:       probe (what it can do, by name)
 //! ```
@@ -21,6 +21,7 @@ mod killtimer;
 mod maps;
 mod memory;
 pub mod netns;
+mod open_watch;
 mod pagemap;
 mod pidfd;
 mod pipe;
@@ -34,14 +35,15 @@ pub mod tap;
 mod userfault;
 mod view;
 
-pub use clock::monotonic_ns;
+pub use clock::{monotonic_ns, wall_clock_offset_ns};
 pub use error::SysError;
 pub use killtimer::KillTimer;
 pub use maps::{Mapping, read_maps};
 pub use memory::{ProcessMemory, RemoteRange};
+pub use open_watch::OpenWatch;
 pub use pagemap::{PageRegion, Pagemap};
 pub use pidfd::PidFd;
-pub use pipe::{ReadOutcome, grow_pipe, make_fifo, open_fifo_reader, pipe_bytes_waiting, read_nonblocking};
+pub use pipe::{ReadOutcome, make_fifo, open_fifo_reader, pipe_bytes_waiting, read_nonblocking, resize_pipe};
 pub use probe::{KernelFeature, probe_kernel};
 pub use ptrace::{CALL_STAGES, CallStage, call_in_process};
 pub use userfault::{UserFault, create_here, create_in_process};

@@ -28,13 +28,13 @@ pub fn open_fifo_reader(path: &Path) -> Result<OwnedFd, SysError> {
     open(path, flags, Mode::empty()).map_err(|errno| SysError::call("open", errno))
 }
 
-/// Sets the capacity of a pipe, in bytes; the kernel rounds up to a power of two of at least one page.
+/// Sets the capacity of a pipe, in bytes; the kernel rounds up to a power of two of at least one page. Returns what it
+/// has now: never more than that many bytes are in the pipe.
 ///
 /// # Errors
 /// EBUSY when more is in the pipe than fits, EPERM above the user's limit.
-pub fn grow_pipe(pipe: impl AsFd, capacity_bytes: usize) -> Result<(), SysError> {
+pub fn resize_pipe(pipe: impl AsFd, capacity_bytes: usize) -> Result<usize, SysError> {
     rustix::pipe::fcntl_setpipe_size(pipe, capacity_bytes)
-        .map(|_| ())
         .map_err(|errno| SysError::call("fcntl(F_SETPIPE_SZ)", errno))
 }
 
@@ -93,7 +93,7 @@ mod tests {
             "an existing file must not be taken over"
         );
         let reader = open_fifo_reader(&path).unwrap();
-        grow_pipe(&reader, 4096).unwrap();
+        resize_pipe(&reader, 4096).unwrap();
         let mut buffer = vec![0; 100_000];
         let writer = std::thread::spawn(move || {
             std::fs::OpenOptions::new()
@@ -107,7 +107,7 @@ mod tests {
             std::thread::yield_now();
         }
         assert!(!writer.is_finished());
-        grow_pipe(&reader, 1 << 20).unwrap();
+        resize_pipe(&reader, 1 << 20).unwrap();
         let mut total = 0;
         loop {
             match read_nonblocking(&reader, &mut buffer).unwrap() {

@@ -136,11 +136,12 @@ fn print_table(reports: &[CaptureReport], alone_ns: &mut [u64], save_ns: &mut [u
         print_line(name, &mut values, 1e6);
     };
     column("pause (STOP to RESUME)", &|r| r.pause_ns);
-    column("command to stopped", &|r| r.stop_ns);
+    column("command (guest runs)", &|r| r.command_ns);
+    column("stop", &|r| r.stop_ns);
     column("barrier", &|r| r.barrier_ns);
     column("scan", &|r| r.scan_ns);
     column("copy", &|r| r.copy_ns);
-    column("device state", &|r| r.device_state_ns);
+    column("resume", &|r| r.resume_ns);
     let mut pages: Vec<u64> = reports.iter().map(|r| r.dirty_pages).collect();
     print_line("pages", &mut pages, 1.0);
     print_line("scan + copy alone", alone_ns, 1e6);

@@ -73,10 +73,13 @@ impl Checkpoint {
     }
 }
 
-/// How long each part of one capture took, in nanoseconds.
+/// How long each part of one capture took, in nanoseconds, in the order of time. From `stop_ns` to `resume_ns` they add up to
+/// `pause_ns`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CaptureReport {
-    /// From the command to the stopped, drained guest.
+    /// From the command to the hypervisor's word that the vCPUs are stopped. The guest still runs.
+    pub command_ns: u64,
+    /// From there on, until we know that the guest is drained.
     pub stop_ns: u64,
     /// The gate's barrier.
     pub barrier_ns: u64,
@@ -84,7 +87,9 @@ pub struct CaptureReport {
     pub scan_ns: u64,
     /// Copying them.
     pub copy_ns: u64,
-    /// Reading the device state to its end.
+    /// From there to the hypervisor's word that the vCPUs run: what is left of the device state.
+    pub resume_ns: u64,
+    /// From the end of the copy to the end of the device state, as we read it.
     pub device_state_ns: u64,
     /// How long the guest stood still, by the hypervisor's own timestamps.
     pub pause_ns: u64,

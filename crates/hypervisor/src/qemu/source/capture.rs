@@ -12,7 +12,8 @@ use super::error::{AttachError, CaptureError};
 use super::events::meaning;
 use super::guardian::Guardian;
 use super::notes::StoppedBy;
-use super::pause::{ARM, CAPTURE, PRECOPY};
+use super::pause::{Ended, Hold, OwnPause};
+use super::purpose::{ARM, CAPTURE, PRECOPY};
 use crate::fault;
 use crate::qemu::bootstrap::MigrationSettings;
 use crate::qemu::qmp::{Monitor, QmpError};
@@ -35,10 +36,12 @@ impl QemuSource {
         let tracker = self.tracker.as_mut().ok_or(CaptureError::NotArmed)?;
         tracker.forget_pending();
         for slice in tracker.slices(SLICE_BYTES) {
-            let held = self.pauser.hold(ARM, &mut self.monitor)?;
+            let held = self.pauser.hold(ARM, Hold::Careful, &mut self.monitor)?;
             let protected = tracker.protect(slice);
-            let ended = self.pauser.release(held, &mut self.monitor)?;
-            self.events.extend(ended.events.iter().filter_map(meaning));
+            let mut others = Vec::new();
+            let ended = self.pauser.release(held, &mut self.monitor, &mut others);
+            self.events.extend(others.iter().filter_map(meaning));
+            ended?;
             protected?;
             std::thread::sleep(SLICE_BREATH);
         }
@@ -56,12 +59,13 @@ impl QemuSource {
             .as_mut()
             .filter(|_| armed)
             .ok_or(CaptureError::NotArmed)?;
-        let held = self.pauser.hold(PRECOPY, &mut self.monitor)?;
+        let held = self.pauser.hold(PRECOPY, Hold::Careful, &mut self.monitor)?;
         let harvested = tracker.harvest();
-        let ended = self.pauser.release(held, &mut self.monitor);
+        let mut others = Vec::new();
+        let ended = self.pauser.release(held, &mut self.monitor, &mut others);
+        self.events.extend(others.iter().filter_map(meaning));
         let copied = harvested.and_then(|_| {
-            let ended = ended?;
-            self.events.extend(ended.events.iter().filter_map(meaning));
+            ended?;
             Ok(tracker.copy(into)?)
         });
         match copied {
@@ -104,8 +108,25 @@ impl QemuSource {
         captured
     }
 
+    /// Tries again, carefully, when it turns out that the guest was let go too early. The barrier stays where it was: what the
+    /// guest sends after it waits for the next epoch, which is never too early.
     fn checkpoint_held(
         &mut self,
+        barrier: Barrier<'_>,
+        into: &mut Checkpoint,
+    ) -> Result<CaptureReport, CaptureError> {
+        match self.try_checkpoint(Hold::Ahead, barrier, into) {
+            Err(CaptureError::LetGoEarly { state_bytes }) => {
+                tracing::warn!(state_bytes, "QEMU let the guest go too early, capturing again");
+                self.try_checkpoint(Hold::Careful, &mut || Ok(()), into)
+            }
+            outcome => outcome,
+        }
+    }
+
+    fn try_checkpoint(
+        &mut self,
+        how: Hold,
         barrier: Barrier<'_>,
         into: &mut Checkpoint,
     ) -> Result<CaptureReport, CaptureError> {
@@ -115,7 +136,7 @@ impl QemuSource {
             .as_mut()
             .filter(|_| armed)
             .ok_or(CaptureError::NotArmed)?;
-        let held = self.pauser.hold(CAPTURE, &mut self.monitor)?;
+        let held = self.pauser.hold(CAPTURE, how, &mut self.monitor)?;
         let (sent_ns, stopped_ns) = (held.sent_ns, held.stopped_ns);
         let mut marks = [stopped_ns; 3];
         let taken = barrier().map_err(CaptureError::from).and_then(|()| {
@@ -129,7 +150,9 @@ impl QemuSource {
             marks[2] = monotonic_ns();
             Ok(pages)
         });
-        let ended = self.pauser.release(held, &mut self.monitor);
+        let mut others = Vec::new();
+        let ended = self.pauser.release(held, &mut self.monitor, &mut others);
+        self.events.extend(others.iter().filter_map(meaning));
         let outcome = taken.and_then(|pages| Ok((pages, ended?)));
         let (dirty_pages, ended) = match outcome {
             Ok(both) => both,
@@ -141,17 +164,7 @@ impl QemuSource {
         };
         tracker.settle();
         into.device_state.extend_from_slice(self.pauser.state(&ended));
-        self.events.extend(ended.events.iter().filter_map(meaning));
-        let [barrier_done, scan_done, copy_done] = marks;
-        Ok(CaptureReport {
-            stop_ns: stopped_ns - sent_ns,
-            barrier_ns: barrier_done - stopped_ns,
-            scan_ns: scan_done - barrier_done,
-            copy_ns: copy_done - scan_done,
-            device_state_ns: ended.drained_ns - copy_done,
-            pause_ns: ended.pause_ns.unwrap_or(ended.drained_ns - sent_ns),
-            dirty_pages,
-        })
+        Ok(report(sent_ns, stopped_ns, marks, &ended, dirty_pages))
     }
 
     /// Stops the guest under the guardian's eyes: if we die before it is settled, the guest runs on.
@@ -370,6 +383,26 @@ impl GuestSource for QemuSource {
 
     fn detach(self: Box<Self>) -> Result<(), SourceError> {
         self.leave().map_err(|e| failed("detaching failed", e))
+    }
+}
+
+/// The times of one capture. A guest that had been stopped before has no pause of its own: ours is taken for it then.
+fn report(sent_ns: u64, stopped_ns: u64, marks: [u64; 3], ended: &Ended, dirty_pages: u64) -> CaptureReport {
+    let [barrier_done, scan_done, copy_done] = marks;
+    let own = ended.own.unwrap_or(OwnPause {
+        stop_ns: sent_ns,
+        resume_ns: ended.drained_ns,
+    });
+    CaptureReport {
+        command_ns: own.stop_ns.saturating_sub(sent_ns),
+        stop_ns: stopped_ns.saturating_sub(own.stop_ns),
+        barrier_ns: barrier_done - stopped_ns,
+        scan_ns: scan_done - barrier_done,
+        copy_ns: copy_done - scan_done,
+        resume_ns: own.resume_ns.saturating_sub(copy_done),
+        device_state_ns: ended.drained_ns - copy_done,
+        pause_ns: own.resume_ns.saturating_sub(own.stop_ns),
+        dirty_pages,
     }
 }
 

@@ -119,6 +119,14 @@ pub enum CaptureError {
     /// QEMU did not stop the guest.
     #[error("QEMU did not stop the guest and write its state: {0}")]
     NotHeld(String),
+    /// The guest may not have stood still to the end of what was done.
+    #[error(
+        "QEMU let the guest go too early: its device state has only {state_bytes} bytes (if this comes again and again, nothing can be protected: report it with QEMU's version)"
+    )]
+    LetGoEarly {
+        /// Length of the device state.
+        state_bytes: usize,
+    },
     /// The device state is larger than the limit.
     #[error("the device state is over the limit of {limit_bytes} bytes")]
     StateTooLarge {

@@ -18,6 +18,7 @@
 //! | `placement` | from RAM blocks to addresses |
 //! | `tracker` | dirty pages, and copying them |
 //! | `pause` | stopping the guest and letting it go |
+//! | `purpose` | what a pause is for, as fault points |
 //! | `lair` | lock and FIFO |
 //! | `notes` | what the next attachment has to know if this one dies |
 //! | `guardian` | the process that frees the guest when we cannot |
@@ -34,6 +35,7 @@ mod notes;
 mod options;
 mod pause;
 pub(super) mod placement;
+mod purpose;
 mod refusal;
 mod tracker;
 
