@@ -149,15 +149,15 @@ pub trait GuestSource: Send {
     /// What happened since the last call, oldest first. Does not wait.
     fn poll_events(&mut self) -> Vec<GuestEvent>;
 
-    /// Stops the guest for good: another host speaks for it.
+    /// Stops the guest for good: another host speaks for it. It stays stopped whatever becomes of us.
     fn stop_guest(&mut self) -> Result<(), SourceError>;
 
-    /// Stops the guest for now.
+    /// Stops the guest for now. If we die, hang or detach it runs on. `poll_events` says that we live.
     fn suspend(&mut self) -> Result<(), SourceError>;
 
     /// Lets it run again.
     fn resume(&mut self) -> Result<(), SourceError>;
 
-    /// Removes every trace from the hypervisor. The guest is left as it is (running, or stopped by `stop_guest`).
+    /// Removes every trace from the hypervisor. The guest is left running, or stopped by `stop_guest`.
     fn detach(self: Box<Self>) -> Result<(), SourceError>;
 }

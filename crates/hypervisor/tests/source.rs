@@ -458,29 +458,71 @@ fn the_guardian_knows_the_settings_of_now_before_the_next_bootstrap() {
 }
 
 #[test]
-fn a_guest_that_a_replicator_left_stopped_is_refused_with_the_reason_until_it_is_resumed() {
+fn a_guest_that_another_host_speaks_for_stays_stopped_and_is_refused_until_it_is_resumed() {
     let (guest, mut other) = start(Q35, "counter:50");
     let folder = tempfile::tempdir().unwrap();
-    for for_good in [false, true] {
+    let mut source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+    source.suspend().unwrap();
+    source.stop_guest().unwrap();
+    // As if it had died.
+    drop(source);
+    let Err(AttachError::Refused(refusals)) = QemuSource::attach(options(&guest, folder.path())) else {
+        panic!("it was not refused")
+    };
+    assert_eq!(refusals, [Refusal::StoppedByReplicator(StoppedBy::AnotherHost)]);
+    other.execute("cont", Value::Null).unwrap();
+    let source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+    Box::new(source).detach().unwrap();
+    assert_eq!(std::fs::read_dir(folder.path().join("fifos")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_suspended_guest_runs_on_when_its_replicator_dies_or_leaves_and_can_be_attached_to_again() {
+    let (guest, mut other) = start(Q35, "counter:50");
+    let folder = tempfile::tempdir().unwrap();
+    for dies in [true, false] {
         let mut source = QemuSource::attach(options(&guest, folder.path())).unwrap();
         source.suspend().unwrap();
-        let by = if for_good {
-            source.stop_guest().unwrap();
-            StoppedBy::AnotherHost
+        assert_eq!(source.poll_events(), []);
+        assert_eq!(status(&mut other), "paused");
+        if dies {
+            // Its guardian sees the end of its socket.
+            drop(source);
         } else {
-            StoppedBy::Suspension
-        };
-        // As if it had died.
-        drop(source);
-        let Err(AttachError::Refused(refusals)) = QemuSource::attach(options(&guest, folder.path())) else {
-            panic!("it was not refused")
-        };
-        assert_eq!(refusals, [Refusal::StoppedByReplicator(by)]);
-        other.execute("cont", Value::Null).unwrap();
-        let source = QemuSource::attach(options(&guest, folder.path())).unwrap();
-        Box::new(source).detach().unwrap();
+            Box::new(source).detach().unwrap();
+        }
+        goes_on(&guest);
     }
-    assert_eq!(std::fs::read_dir(folder.path().join("fifos")).unwrap().count(), 0);
+    // Nobody was left to let it run: the next one says so, and does not decide by itself.
+    let mut source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+    let guardian = guardian_of(&guest).expect("an attachment has a guardian");
+    source.suspend().unwrap();
+    rustix::process::kill_process(guardian, rustix::process::Signal::KILL).unwrap();
+    drop(source);
+    let Err(AttachError::Refused(refusals)) = QemuSource::attach(options(&guest, folder.path())) else {
+        panic!("it was not refused")
+    };
+    assert_eq!(refusals, [Refusal::StoppedByReplicator(StoppedBy::Suspension)]);
+    other.execute("cont", Value::Null).unwrap();
+}
+
+#[test]
+fn a_guardian_that_dies_while_the_guest_is_suspended_is_replaced_by_one_that_knows_it() {
+    let (guest, mut other) = start(Q35, "counter:50");
+    let folder = tempfile::tempdir().unwrap();
+    let mut source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+    source.suspend().unwrap();
+    let first = guardian_of(&guest).expect("an attachment has a guardian");
+    rustix::process::kill_process(first, rustix::process::Signal::KILL).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while guardian_of(&guest).is_none_or(|now| now == first) {
+        assert!(Instant::now() < deadline, "no other guardian was started");
+        source.poll_events();
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(status(&mut other), "paused");
+    drop(source);
+    goes_on(&guest);
 }
 
 #[test]

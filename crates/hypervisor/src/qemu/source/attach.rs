@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::describe::describe;
 use super::error::{AttachError, CaptureError};
 use super::guardian::{Drainer, Guardian, GuardianArgs};
+use super::halt::Halt;
 use super::lair::Lair;
 use super::notes::{Notes, StoppedBy};
 use super::options::AttachOptions;
@@ -44,8 +45,8 @@ pub struct QemuSource {
     /// The bootstrap of attach, or of the last session, still tells the truth.
     pub(super) learnt_is_fresh: bool,
     pub(super) armed: bool,
-    /// We stopped the guest, and it is to stay so.
-    pub(super) suspended: bool,
+    /// Whether we stopped the guest.
+    pub(super) halt: Halt,
     pub(super) ended: bool,
     pub(super) devices: Vec<Value>,
     /// `None`: look before anything else.
@@ -189,7 +190,7 @@ impl Guarded {
                     machine,
                     learnt_is_fresh: true,
                     armed: false,
-                    suspended: false,
+                    halt: Halt::None,
                     ended: false,
                     devices,
                     devices_looked_at: Some(Instant::now()),

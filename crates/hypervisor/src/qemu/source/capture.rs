@@ -5,13 +5,12 @@ use std::time::{Duration, Instant};
 
 use romulus_host_sys::monotonic_ns;
 use romulus_types::{PageIndex, RamLayout};
-use serde_json::Value;
 
 use super::attach::{QemuSource, list_devices};
 use super::error::{AttachError, CaptureError};
 use super::events::meaning;
 use super::guardian::Guardian;
-use super::notes::StoppedBy;
+use super::halt::Halt;
 use super::pause::{Ended, Hold, OwnPause};
 use super::purpose::{ARM, CAPTURE, PRECOPY};
 use crate::fault;
@@ -87,23 +86,15 @@ impl QemuSource {
     ) -> Result<CaptureReport, CaptureError> {
         self.ensure_guardian()?;
         into.clear();
-        let stopping = stay_stopped && !self.suspended;
-        if stopping {
-            self.stop_for_now()?;
+        if !stay_stopped || self.halt != Halt::None {
+            return self.checkpoint_held(barrier, into);
         }
+        self.halt_for_now()?;
         let captured = self.checkpoint_held(barrier, into);
-        if stopping {
-            let settled = match captured {
-                Ok(_) => {
-                    self.suspended = true;
-                    self.notes.set_stopped(Some(StoppedBy::Suspension));
-                    Ok(())
-                }
-                Err(_) => self.run_again(),
-            };
-            self.pauser.relax();
-            settled?;
-            self.guardian.settled().map_err(CaptureError::Guardian)?;
+        match captured {
+            // The checkpoint's own pause had the timer.
+            Ok(_) => self.pauser.alert(),
+            Err(_) => self.go_on()?,
         }
         captured
     }
@@ -167,61 +158,8 @@ impl QemuSource {
         Ok(report(sent_ns, stopped_ns, marks, &ended, dirty_pages))
     }
 
-    /// Stops the guest under the guardian's eyes: if we die before it is settled, the guest runs on.
-    fn stop_for_now(&mut self) -> Result<(), CaptureError> {
-        self.guardian.stopping_for_now().map_err(CaptureError::Guardian)?;
-        self.pauser.alert();
-        let stopped = self.monitor.execute("stop", Value::Null);
-        fault::point("capture.stopped");
-        if let Err(error) = stopped {
-            let _ = self.run_again();
-            self.pauser.relax();
-            self.guardian.settled().map_err(CaptureError::Guardian)?;
-            return Err(error.into());
-        }
-        self.take_own("STOP")
-    }
-
-    fn run_again(&mut self) -> Result<(), CaptureError> {
-        self.monitor.execute("cont", Value::Null)?;
-        self.take_own("RESUME")
-    }
-
-    /// Takes the events that are there; the first with this name is ours.
-    fn take_own(&mut self, name: &str) -> Result<(), CaptureError> {
-        let mut ours = false;
-        while let Some(event) = self.monitor.next_event(Instant::now())? {
-            if !ours && event.name == name {
-                ours = true;
-            } else {
-                self.events.extend(meaning(&event));
-            }
-        }
-        Ok(())
-    }
-
-    fn stop_to_stay(&mut self, by: StoppedBy) -> Result<(), CaptureError> {
-        // Before it is: if we die in between, the note is on a guest that runs, and counts for nothing.
-        self.notes.set_stopped(Some(by));
-        if !self.suspended {
-            self.monitor.execute("stop", Value::Null)?;
-            self.suspended = true;
-            self.take_own("STOP")?;
-        }
-        Ok(())
-    }
-
-    fn go_on(&mut self) -> Result<(), CaptureError> {
-        if self.suspended {
-            self.run_again()?;
-            self.suspended = false;
-            self.notes.set_stopped(None);
-        }
-        Ok(())
-    }
-
     /// A pause without a guardian could outlive us.
-    fn ensure_guardian(&mut self) -> Result<(), CaptureError> {
+    pub(super) fn ensure_guardian(&mut self) -> Result<(), CaptureError> {
         if self.guardian.is_alive() {
             return Ok(());
         }
@@ -236,6 +174,9 @@ impl QemuSource {
         let lock = self.lair.share_lock()?;
         let next = Guardian::spawn(&self.options.guardian, &self.guardian_args, lock)?;
         std::mem::replace(&mut self.guardian, next).dismiss();
+        if self.halt == Halt::ForNow {
+            self.guardian.stopping_for_now()?;
+        }
         Ok(())
     }
 
@@ -293,6 +234,10 @@ impl QemuSource {
 
     fn leave(mut self) -> Result<(), CaptureError> {
         fault::point("detach.begin");
+        if self.halt == Halt::ForNow && !self.ended {
+            // Nobody would be left to let it run. Its gate, if it had one, stays closed.
+            self.go_on()?;
+        }
         let unregistered = self
             .tracker
             .take()
@@ -359,6 +304,9 @@ impl GuestSource for QemuSource {
             }
             self.ended = true;
         }
+        if let Err(error) = self.watch_halt() {
+            tracing::warn!(%error, pid = self.process(), "the stopped guest has no guardian");
+        }
         let events: Vec<GuestEvent> = self.events.drain(..).collect();
         self.ended |= events.contains(&GuestEvent::PoweredOff);
         self.learnt_is_fresh &= !events
@@ -368,12 +316,12 @@ impl GuestSource for QemuSource {
     }
 
     fn stop_guest(&mut self) -> Result<(), SourceError> {
-        self.stop_to_stay(StoppedBy::AnotherHost)
+        self.halt_for_good()
             .map_err(|e| failed("stopping the guest failed", e))
     }
 
     fn suspend(&mut self) -> Result<(), SourceError> {
-        self.stop_to_stay(StoppedBy::Suspension)
+        self.halt_for_now()
             .map_err(|e| failed("suspending the guest failed", e))
     }
 

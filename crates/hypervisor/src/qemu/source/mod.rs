@@ -30,6 +30,7 @@ mod describe;
 mod error;
 mod events;
 pub mod guardian;
+mod halt;
 mod lair;
 mod notes;
 mod options;
