@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use net_buffer::{Announcer, Announcing, LearntAddress, Mac, join_bridge};
 use romulus_config::StandbyKind;
+use romulus_hypervisor::fault;
 use romulus_hypervisor::qemu::standby::{QemuStandby, StandbyOptions};
 use romulus_hypervisor::spec::Nic;
 use romulus_hypervisor::standby::{Committed, Standby};
@@ -177,6 +178,7 @@ impl Guest {
             // The guest's first frame must find the way out open.
             self.join();
         }
+        fault::point("agent.joined");
         let report = self.standby(image)?.activate(&committed)?;
         if let (Some(digest), Some(verify_us)) = (committed.memory, report.verify_us) {
             info!(

@@ -3,6 +3,7 @@
 //! Nothing here trusts the peer: a frame that does not fit where it stands is a named error, and the session ends.
 
 use anyhow::{Context, bail, ensure};
+use romulus_hypervisor::fault;
 use romulus_image::{Expected, device_state_digest};
 use romulus_page_codec::{Page, decode, page_digest};
 use romulus_types::{Digest, Epoch, PAGE_BYTES, Session, Term};
@@ -89,6 +90,7 @@ impl Receiver {
                     .with_context(|| format!("page {} of the first copy", entry.page.0))?;
                 image.image()?.sync_page(entry.page, &page)?;
             }
+            fault::point("agent.first_copy");
             return Ok(());
         }
         let incoming = self.incoming(pages.epoch(), image)?;
@@ -101,6 +103,7 @@ impl Receiver {
             incoming.pages_digest = Digest(incoming.pages_digest.0.wrapping_add(digest.0));
             image.image()?.stage_page(entry.page, &page)?;
         }
+        fault::point("agent.staged");
         Ok(())
     }
 
@@ -136,6 +139,7 @@ impl Receiver {
         );
         let device_state = incoming.device_state.finish(&record.device_state)?;
         image.image()?.stage_device_state(&device_state)?;
+        fault::point("agent.before_commit");
         image.image()?.verify_and_commit(&Expected {
             session: self.session,
             epoch: record.epoch,

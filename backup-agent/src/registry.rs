@@ -1,5 +1,6 @@
 //! The VMs of this agent: each has a driver task, a store thread and a witness task. Bounded in number.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ use romulus_protocol::{
     WitnessRequest,
 };
 use romulus_transport::WitnessClient;
-use romulus_types::{HostId, VmId};
+use romulus_types::{Epoch, HostId, VmId};
 use tokio::sync::mpsc;
 use tracing::{debug, error};
 
@@ -179,6 +180,7 @@ impl Registry {
             session: None,
             status: Arc::clone(&status),
             clock: shared.clock,
+            acked: Cell::new(Epoch::NONE),
             state_file,
         };
         let failed = Arc::clone(&status);

@@ -14,6 +14,7 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use bytes::Bytes;
 use romulus_host_sys::priority;
+use romulus_hypervisor::fault;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_page_codec::PageHasher;
 use romulus_protocol::BackupEvent;
@@ -21,7 +22,7 @@ use romulus_types::{Epoch, Session, Term};
 use romulus_wire::{Frame, HeldPagesWriter};
 use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::guest::Guest;
 use crate::inbox::EventSink;
@@ -154,7 +155,10 @@ impl Store {
                 self.receiver = None;
                 self.guest.dismiss();
                 match self.begin(session, machine, &held) {
-                    Ok(()) => self.receiver = Some(Receiver::new(session, term)),
+                    Ok(()) => {
+                        fault::point("agent.image_made");
+                        self.receiver = Some(Receiver::new(session, term));
+                    }
                     Err(error) => self.invalid(session, Epoch::NONE, &error),
                 }
             }
@@ -224,11 +228,22 @@ impl Store {
 
     fn committed(&mut self, session: Session, epoch: Epoch, began: Instant) {
         let verify_ns = elapsed_ns(began);
+        // Before it can be acknowledged.
+        debug!(
+            target: "epochs",
+            event = "commit",
+            vm = self.status.vm(),
+            session = %session,
+            epoch = epoch.0
+        );
+        fault::point("agent.after_commit");
         self.events.send(BackupEvent::Verified(session, epoch));
+        fault::point("agent.before_apply");
         let began = Instant::now();
         if let Err(error) = self.image.apply() {
             return self.invalid(session, epoch, &error);
         }
+        fault::point("agent.after_apply");
         let image_bytes = epoch
             .0
             .is_multiple_of(SIZE_EVERY_COMMITS)
@@ -290,9 +305,13 @@ impl Store {
             "the last commit is of another session"
         );
         self.guest.prove(&self.image).context("trial load")?;
-        self.guest
+        fault::point("agent.proven");
+        let pid = self
+            .guest
             .wait_warm(&self.image)
-            .context("start of the waiting standby")
+            .context("start of the waiting standby")?;
+        fault::point("agent.waiting");
+        Ok(pid)
     }
 
     fn activate(&mut self, session: Session, epoch: Epoch, term: Term) {
@@ -332,8 +351,12 @@ impl Store {
             "an activation names the session of the commit"
         );
         assert!(committed.epoch >= epoch, "a commit that was acknowledged is gone");
+        fault::point("agent.before_consumed");
         self.image.mark_consumed()?;
-        self.guest.activate(&self.image)
+        fault::point("agent.after_consumed");
+        let report = self.guest.activate(&self.image)?;
+        fault::point("agent.activated");
+        Ok(report)
     }
 }
 

@@ -9,14 +9,16 @@
 //! The store thread owns the image and the standby; the driver waits for it only where a mark must be durable before
 //! the next command.
 
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use romulus_host_sys::process_clock::Clock;
+use romulus_hypervisor::fault;
 use romulus_protocol::{
-    Backup, BackupCommand, BackupEvent, Notice, RefuseReason, Remembered, WitnessRequest,
+    Backup, BackupCommand, BackupEvent, BackupMessage, Notice, RefuseReason, Remembered, WitnessRequest,
 };
 use romulus_telemetry::notice_event;
 use romulus_types::{Epoch, Session, Term};
@@ -50,6 +52,8 @@ pub struct VmDriver {
     pub status: Arc<VmStatus>,
     /// The process's clock.
     pub clock: Clock,
+    /// The newest commit that was acknowledged.
+    pub acked: Cell<Epoch>,
     /// Where what must be remembered is kept.
     pub state_file: PathBuf,
 }
@@ -95,7 +99,12 @@ impl VmDriver {
     fn take(&mut self, input: Input) {
         let now = self.clock.now();
         match input {
-            Input::Event(event) => self.backup.handle(now, event),
+            Input::Event(event) => {
+                if matches!(event, BackupEvent::Witness(_)) {
+                    fault::point("agent.answered");
+                }
+                self.backup.handle(now, event);
+            }
             Input::Hello {
                 session,
                 primary,
@@ -107,6 +116,7 @@ impl VmDriver {
                     session.refuse(refusal(RefuseReason::Busy), true);
                     return;
                 }
+                fault::point("agent.hello");
                 let id = session.id();
                 self.session = Some(session);
                 self.backup.handle(
@@ -127,15 +137,22 @@ impl VmDriver {
 
     async fn execute(&mut self, command: BackupCommand) -> anyhow::Result<()> {
         match command {
-            BackupCommand::Remember(remembered) => self.remember(&remembered)?,
+            BackupCommand::Remember(remembered) => {
+                fault::point("agent.before_remember");
+                self.remember(&remembered)?;
+                fault::point("agent.after_remember");
+            }
             BackupCommand::AskWitness(request) => {
+                fault::point("agent.before_ask");
                 // A full queue means that the witness is slow; the protocol repeats the request.
                 let _ = self.witness.try_send(request);
             }
             BackupCommand::MarkUnusable => {
+                fault::point("agent.before_unusable");
                 let (done, wait) = oneshot::channel();
                 self.store.send(StoreJob::MarkUnusable(done))?;
                 wait.await.context("the image could not be marked unusable")?;
+                fault::point("agent.after_unusable");
             }
             BackupCommand::Accept(session) => self.accept(session)?,
             BackupCommand::Refuse(session, reason) => {
@@ -151,7 +168,14 @@ impl VmDriver {
             }
             BackupCommand::Send(session, message) => {
                 if let Some(current) = self.session.as_ref().filter(|s| s.id() == session) {
+                    let acks = self.is_news(&message);
+                    if acks {
+                        fault::point("agent.before_ack");
+                    }
                     current.send(message);
+                    if acks {
+                        fault::point("agent.after_ack");
+                    }
                 }
             }
             BackupCommand::TryStandby(session, epoch) => {
@@ -167,6 +191,11 @@ impl VmDriver {
             BackupCommand::Report(notice) => self.notice(&notice),
         }
         Ok(())
+    }
+
+    /// Whether it acknowledges a commit for the first time.
+    fn is_news(&self, message: &BackupMessage) -> bool {
+        matches!(message, BackupMessage::Alive { committed, .. } if *committed != self.acked.replace(*committed))
     }
 
     fn take_session(&mut self, session: Session) -> Option<Box<SessionIn>> {
@@ -192,6 +221,7 @@ impl VmDriver {
             held: current.welcome(),
         })?;
         current.start(&self.store, &self.events);
+        fault::point("agent.accepted");
         self.status.event(
             "session",
             &json!({"session": session.to_string(), "primary": current.primary().as_str()}),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
 use romulus_host_sys::durable;
+use romulus_hypervisor::fault;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_image::{HostFiles, Image, ImageError, ImageState, Limits};
 use romulus_page_codec::Page;
@@ -14,6 +15,9 @@ use tracing::{info, warn};
 
 /// Largest description of a machine that is read back, in bytes.
 const MACHINE_BYTES_MAX: u64 = 4 << 20;
+
+/// The fault point between two pages.
+const IN_APPLY: &str = "agent.in_apply";
 
 /// The last commit.
 #[derive(Clone, Copy, Debug)]
@@ -180,7 +184,11 @@ impl VmImage {
     /// # Errors
     /// When a file can't be written; the commit still stands and is redone when the image is opened again.
     pub fn apply(&mut self) -> anyhow::Result<()> {
-        Ok(self.image()?.apply()?)
+        let image = self.image()?;
+        if fault::is_armed(IN_APPLY) && !image.apply_some(1)? {
+            fault::point(IN_APPLY);
+        }
+        Ok(image.apply()?)
     }
 
     /// Drops what is staged and not committed.

@@ -5,15 +5,16 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use romulus_hypervisor::fault;
 use romulus_hypervisor::source::{
     BarrierError, CaptureReport, Checkpoint, GuestEvent as SourceEvent, GuestSource, SourceError,
 };
 use romulus_protocol::{GuestEvent, PrimaryEvent};
 use romulus_types::{Epoch, PAGE_BYTES, PageIndex, Session, Time};
 use serde_json::json;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::buffers::BufferPool;
 use crate::encode::EncodeJob;
@@ -31,6 +32,9 @@ const IDLE_POLL: Duration = Duration::from_millis(20);
 const PRECOPY_ROUNDS_MAX: u32 = 8;
 /// Dirty pages that the first checkpoint may copy in its pause.
 const PRECOPY_GOAL_PAGES: usize = 2048;
+
+/// The target of the lines that tell of every epoch: `log.level = "info,epochs=debug"` shows them.
+pub const EPOCHS: &str = "epochs";
 
 /// What the driver asks of the capture thread. Carried out in order.
 pub enum Job {
@@ -178,6 +182,7 @@ impl CaptureThread {
     /// `false` when the session ended in between.
     fn try_first_copy(&mut self, session: Session) -> anyhow::Result<bool> {
         self.gates.prepare()?;
+        fault::point("replicator.gate_prepared");
         self.source.arm()?;
         let pages = self.source.layout().page_count();
         let mut first = 0;
@@ -200,6 +205,7 @@ impl CaptureThread {
                 return Ok(false);
             }
             first += count;
+            fault::point("replicator.first_copy");
             self.status.set_first_copy(first, pages);
             self.forward_guest_events();
         }
@@ -234,10 +240,11 @@ impl CaptureThread {
         let Some(mut buffer) = self.buffers.take() else {
             return;
         };
-        match self.try_capture(epoch, close_gate, stay_stopped, &mut buffer) {
+        match self.try_capture(session, epoch, close_gate, stay_stopped, &mut buffer) {
             Ok(report) => {
                 let now = self.clock.now();
                 self.status.add_capture(now, interval_ns, &report);
+                fault::point("replicator.captured");
                 let learnt = self.gates.learnt();
                 let job = EncodeJob::Checkpoint {
                     session,
@@ -256,18 +263,33 @@ impl CaptureThread {
 
     fn try_capture(
         &mut self,
+        session: Session,
         epoch: Epoch,
         close_gate: bool,
         stay_stopped: bool,
         buffer: &mut Checkpoint,
     ) -> anyhow::Result<CaptureReport> {
         let gates = self.gates.clone();
-        let mut barrier = move || {
+        let mut taken_at = None;
+        let mut barrier = || {
+            taken_at = Some(SystemTime::now());
             gates
                 .barrier(epoch, close_gate)
                 .map_err(|error| BarrierError::new(Box::new(error)))
         };
-        Ok(self.source.capture(&mut barrier, stay_stopped, buffer)?)
+        let captured = self.source.capture(&mut barrier, stay_stopped, buffer);
+        if let Some(at) = taken_at {
+            // Not in the pause, and before anybody can commit the epoch.
+            debug!(
+                target: EPOCHS,
+                event = "barrier",
+                session = %session,
+                epoch = epoch.0,
+                closes = close_gate,
+                at_us = unix_us(at)
+            );
+        }
+        Ok(captured?)
     }
 
     fn capture_failed(&mut self, session: Session, epoch: Epoch, error: &anyhow::Error) {
@@ -284,4 +306,9 @@ impl CaptureThread {
         self.forward_guest_events();
         self.events.send(PrimaryEvent::CaptureFailed(session, epoch));
     }
+}
+
+fn unix_us(at: SystemTime) -> u64 {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }

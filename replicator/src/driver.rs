@@ -16,6 +16,7 @@ use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use romulus_hypervisor::fault;
 use romulus_protocol::{
     NotProtected, Notice, Primary, PrimaryCommand, PrimaryEvent, PrimaryMessage, PrimaryOrder, Protection,
     Remembered, WitnessRequest,
@@ -24,9 +25,9 @@ use romulus_telemetry::notice_event;
 use romulus_types::{Epoch, Term, Time};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
-use crate::capture::Job;
+use crate::capture::{EPOCHS, Job};
 use crate::events::{Input, OrderEnd};
 use crate::gates::Gates;
 use crate::link::Link;
@@ -132,6 +133,9 @@ impl Driver {
         let now = self.clock.now();
         match input {
             Input::Event(event) => {
+                if matches!(event, PrimaryEvent::Witness(_)) {
+                    fault::point("replicator.answered");
+                }
                 if let PrimaryEvent::Captured(_, epoch) = &event {
                     self.captured_at.push_back((*epoch, now));
                 }
@@ -184,8 +188,13 @@ impl Driver {
 
     async fn execute(&mut self, command: PrimaryCommand) -> anyhow::Result<Step> {
         match command {
-            PrimaryCommand::Remember(remembered) => self.remember(&remembered)?,
+            PrimaryCommand::Remember(remembered) => {
+                fault::point("replicator.before_remember");
+                self.remember(&remembered)?;
+                fault::point("replicator.after_remember");
+            }
             PrimaryCommand::AskWitness(request) => {
+                fault::point("replicator.before_ask");
                 // A full queue means that the witness is slow; the protocol repeats the request.
                 let _ = self.witness.try_send(request);
             }
@@ -194,6 +203,7 @@ impl Driver {
                 term,
                 instance,
             } => {
+                fault::point("replicator.connect");
                 self.captured_at.clear();
                 self.current.set(Some(session));
                 self.link.connect(session, term, instance);
@@ -224,8 +234,17 @@ impl Driver {
                     stay_stopped,
                 })?;
             }
-            PrimaryCommand::Release(epoch) => self.gate_result("release frames", |g| g.release(epoch)),
-            PrimaryCommand::OpenGate => self.gate_result("open the gate", Gates::open_and_remove),
+            PrimaryCommand::Release(epoch) => {
+                fault::point("replicator.before_release");
+                self.gate_result("release frames", |g| g.release(epoch));
+                fault::point("replicator.after_release");
+            }
+            PrimaryCommand::OpenGate => {
+                fault::point("replicator.before_open");
+                debug!(target: EPOCHS, event = "gate_opens");
+                self.gate_result("open the gate", Gates::open_and_remove);
+                fault::point("replicator.after_open");
+            }
             PrimaryCommand::StopGuest => {
                 self.job(Job::StopGuest)?;
                 self.gates.discard();

@@ -9,6 +9,7 @@ use std::sync::mpsc::Receiver;
 use bytes::Bytes;
 use net_buffer::LearntAddress;
 use romulus_host_sys::priority;
+use romulus_hypervisor::fault;
 use romulus_hypervisor::source::Checkpoint;
 use romulus_page_codec::{HeldPages, Page, SessionEncoder};
 use romulus_protocol::PrimaryEvent;
@@ -180,6 +181,7 @@ impl Encoder {
             "the first copy goes over every page, or the backup keeps an old one"
         );
         let (sent_pages, held_pages) = (sending.first_copy_sent, sending.held);
+        fault::point("replicator.first_copy_sent");
         info!(event = "first_copy_sent", sent_pages, held_pages);
         self.status.add_event(
             "first_copy_sent",
@@ -199,10 +201,11 @@ impl Encoder {
         let Some(tally) = self.send_pages(session, epoch, buffer.page_contents()) else {
             return;
         };
+        fault::point("replicator.encoded");
         let notes = serde_json::to_vec(learnt).expect("addresses are plain values");
         let state = pack_guest_state(&notes, &buffer.device_state);
         match self.send_commit(session, epoch, &state, captured, tally.section) {
-            Ok(Ok(())) => {}
+            Ok(Ok(())) => fault::point("replicator.commit_queued"),
             Ok(Err(Gone)) => self.sending = None,
             Err(error) => {
                 // The checkpoint can't be sent, so the session can't go on; nothing was released for it.

@@ -3,6 +3,7 @@
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use net_buffer::{Gate, GateError, GateOptions, GateStats, LearntAddress};
+use romulus_hypervisor::fault;
 use romulus_types::Epoch;
 use serde_json::{Value, json};
 
@@ -83,7 +84,9 @@ impl Gates {
     pub fn barrier(&self, epoch: Epoch, close: bool) -> Result<(), GateError> {
         for gate in self.gates().iter() {
             if close {
+                fault::point("replicator.before_close");
                 gate.close()?;
+                fault::point("replicator.after_close");
             }
             gate.barrier(epoch)?;
         }

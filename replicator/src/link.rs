@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
+use romulus_hypervisor::fault;
 use romulus_page_codec::HeldPages;
 use romulus_protocol::{Hello, PrimaryEvent, PrimaryMessage, ToBackup, ToPrimary};
 use romulus_transport::{CloseCode, Connection, Control, Endpoint, FrameReader, PeerAddress, SendStream};
@@ -210,6 +211,7 @@ impl SessionTask {
         sender
             .send(encode_message(FrameType::Hello, self.session, &hello)?)
             .await?;
+        fault::point("replicator.after_hello");
         let mut reader = FrameReader::for_session(receiver, self.session);
         tokio::time::timeout(WELCOME_TIMEOUT, self.welcome(&mut reader))
             .await
@@ -220,6 +222,7 @@ impl SessionTask {
         self.begin_encoding(held, sink).await?;
         info!(event = "session", session = %self.session);
         self.connected.store(true, Ordering::Relaxed);
+        fault::point("replicator.connected");
         self.events
             .send_async(PrimaryEvent::Connected(self.session))
             .await;
@@ -344,6 +347,7 @@ async fn write_data(mut stream: SendStream, mut frames: mpsc::Receiver<Bytes>) -
     let mut batch = Vec::with_capacity(DATA_WAITING_MAX);
     while frames.recv_many(&mut batch, DATA_WAITING_MAX).await > 0 {
         stream.send_all(&mut batch).await?;
+        fault::point("replicator.sent");
         batch.clear();
     }
     // The encoder dropped the session; what ends it comes from elsewhere.

@@ -26,6 +26,8 @@ pub struct ProtectConfig {
     pub register: bool,
     /// Devices whose output need not survive. The lab's guest writes its console to a file, for whoever looks for an error.
     pub disposable: Vec<String>,
+    /// A fault point to arm.
+    pub fault: Option<Fault>,
     /// Further arguments.
     pub extra: Vec<String>,
 }
@@ -35,9 +37,30 @@ impl Default for ProtectConfig {
         ProtectConfig {
             register: true,
             disposable: vec!["console".to_owned()],
+            fault: None,
             extra: Vec::new(),
         }
     }
+}
+
+/// A fault point that is armed in a daemon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// `NAME[@N]:ACTION`.
+    pub place: String,
+    /// Count passes only once this file is there.
+    pub from: Option<PathBuf>,
+}
+
+/// How the agent is started.
+#[derive(Clone, Debug, Default)]
+pub struct AgentConfig {
+    /// Compare all memory with the commit before a guest runs.
+    pub verify_activation: bool,
+    /// A fault point to arm.
+    pub fault: Option<Fault>,
+    /// Further arguments.
+    pub extra: Vec<String>,
 }
 
 impl Lab {
@@ -81,6 +104,14 @@ impl Lab {
     /// # Errors
     /// When it is not built or does not come up.
     pub fn start_witness(&self) -> Result<Process> {
+        self.start_witness_with(None)
+    }
+
+    /// The same, with a fault point armed.
+    ///
+    /// # Errors
+    /// As [`Lab::start_witness`].
+    pub fn start_witness_with(&self, fault: Option<&Fault>) -> Result<Process> {
         let store = self.run_path("witness");
         if !store.exists() {
             let argv = [
@@ -92,7 +123,8 @@ impl Lab {
             self.output(Host::Witness, &argv)
                 .context("cannot make the witness's store")?;
         }
-        let mut argv = vec![self.program("witness")?, "run".into()];
+        let mut argv = armed(fault);
+        argv.extend([self.program("witness")?, "run".into()]);
         push(
             &mut argv,
             "--listen",
@@ -109,7 +141,19 @@ impl Lab {
     /// # Errors
     /// When it is not built or does not come up.
     pub fn start_agent(&self) -> Result<Process> {
-        let mut argv = vec![self.program("backup-agent")?, "run".into()];
+        self.start_agent_with(&AgentConfig::default())
+    }
+
+    /// The same, in another way.
+    ///
+    /// # Errors
+    /// As [`Lab::start_agent`].
+    pub fn start_agent_with(&self, config: &AgentConfig) -> Result<Process> {
+        let mut argv = armed(config.fault.as_ref());
+        argv.extend([self.program("backup-agent")?, "run".into()]);
+        if config.verify_activation {
+            argv.push("--verify-activation".into());
+        }
         push(&mut argv, "--host", Host::Backup.name());
         push(
             &mut argv,
@@ -127,6 +171,7 @@ impl Lab {
         push(&mut argv, "--bridge", BRIDGE);
         push(&mut argv, "--admin", &word(&self.admin(Host::Backup)));
         push(&mut argv, "--log-format", "json");
+        self.push_settings(&mut argv, &config.extra)?;
         self.start_daemon(Host::Backup, "backup-agent", &argv)
     }
 
@@ -135,7 +180,8 @@ impl Lab {
     /// # Errors
     /// When it is not built.
     pub fn protect_argv(&self, config: &ProtectConfig) -> Result<Vec<String>> {
-        let mut argv = vec![self.program("replicator")?, "protect".into()];
+        let mut argv = armed(config.fault.as_ref());
+        argv.extend([self.program("replicator")?, "protect".into()]);
         push(&mut argv, "--vm", VM);
         push(&mut argv, "--host", Host::Primary.name());
         push(&mut argv, "--qmp", &word(&qmp(self)));
@@ -165,7 +211,7 @@ impl Lab {
             push(&mut argv, "--disposable", id);
         }
         push(&mut argv, "--log-format", "json");
-        argv.extend(config.extra.iter().cloned());
+        self.push_settings(&mut argv, &config.extra)?;
         Ok(argv)
     }
 
@@ -175,6 +221,35 @@ impl Lab {
     /// When it is not built.
     pub fn start_replicator(&self, config: &ProtectConfig) -> Result<Process> {
         self.spawn(Host::Primary, "replicator", &self.protect_argv(config)?)
+    }
+
+    /// Adds further arguments and, unless they name a settings file, one that has every epoch logged.
+    fn push_settings(&self, argv: &mut Vec<String>, extra: &[String]) -> Result<()> {
+        if !extra.iter().any(|word| word == "--config") {
+            let path = self.run_path("daemons.toml");
+            std::fs::write(&path, "[log]\nlevel = \"info,epochs=debug\"\n")
+                .with_context(|| format!("cannot write {}", path.display()))?;
+            push(argv, "--config", &word(&path));
+        }
+        argv.extend(extra.iter().cloned());
+        Ok(())
+    }
+
+    /// What `witness show --json` says of the VM: null when it is not known.
+    ///
+    /// # Errors
+    /// When the store can't be read.
+    pub fn record(&self) -> Result<Value> {
+        let argv = [
+            self.program("witness")?,
+            "show".into(),
+            "--json".into(),
+            "--dir".into(),
+            word(&self.run_path("witness")),
+        ];
+        let text = self.output(Host::Witness, &argv)?;
+        let shown: Value = serde_json::from_str(&text).context("`witness show` printed no JSON")?;
+        Ok(shown["records"][0].clone())
     }
 
     /// What `romulus status --json` says of a host's daemon.
@@ -205,7 +280,11 @@ impl Lab {
         self.output(Host::Witness, &argv)
     }
 
-    fn romulus_argv(&self, host: Host, words: &[&str]) -> Result<Vec<String>> {
+    /// The command line of `romulus` for a host's daemon.
+    ///
+    /// # Errors
+    /// When it is not built.
+    pub fn romulus_argv(&self, host: Host, words: &[&str]) -> Result<Vec<String>> {
         let mut argv = vec![self.program("romulus")?];
         argv.extend(words.iter().map(|word| (*word).to_owned()));
         push(&mut argv, "--admin", &word(&self.admin(host)));
@@ -261,6 +340,19 @@ impl Lab {
             .with_context(|| format!("{name} says:\n{}", daemon.tail()))?;
         Ok(daemon)
     }
+}
+
+/// The beginning of a command line with a fault point armed, or none.
+fn armed(fault: Option<&Fault>) -> Vec<String> {
+    let Some(fault) = fault else { return Vec::new() };
+    let mut argv = vec!["env".to_owned(), format!("ROMULUS_FAULT={}", fault.place)];
+    argv.extend(
+        fault
+            .from
+            .iter()
+            .map(|file| format!("ROMULUS_FAULT_FROM={}", word(file))),
+    );
+    argv
 }
 
 fn push(argv: &mut Vec<String>, name: &str, value: &str) {

@@ -60,12 +60,15 @@ impl Lab {
     /// # Errors
     /// As [`Process::spawn`].
     pub fn spawn(&self, host: Host, name: &str, argv: &[String]) -> Result<Process> {
-        Process::spawn(
-            &self.net.namespace(host),
-            name,
-            argv,
-            &self.logs.join(format!("{name}.log")),
-        )
+        // A second process of a name must not write over the log of the first, which is still being read.
+        let mut log = self.logs.join(format!("{name}.log"));
+        for number in 2.. {
+            if !log.exists() {
+                break;
+            }
+            log = self.logs.join(format!("{name}.{number}.log"));
+        }
+        Process::spawn(&self.net.namespace(host), name, argv, &log)
     }
 
     /// Runs a command on a host to its end and returns what it printed.

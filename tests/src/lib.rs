@@ -15,6 +15,8 @@
 #![forbid(unsafe_code)]
 
 pub mod accel;
+pub mod audit;
+pub mod campaign;
 pub mod client;
 pub mod daemons;
 pub mod guest;

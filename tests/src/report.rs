@@ -30,6 +30,10 @@ pub struct Kill {
     pub first_reply_ms: Option<f64>,
     /// Frames that came from the primary's port after the activation.
     pub late_frames: usize,
+    /// Frames that left the primary's host while it was gated.
+    pub gated_frames: usize,
+    /// Of these, frames whose epoch the backup had not committed when they left.
+    pub uncommitted_frames: usize,
     /// How long the guest had been protected.
     pub protected_s: f64,
     /// Epochs that were committed before the kill.
@@ -74,6 +78,8 @@ pub struct Report {
     pub lost_acked_writes: u64,
     /// The sum over all kills.
     pub connection_resets: u64,
+    /// The sum over all kills.
+    pub uncommitted_frames: usize,
     /// The worst of all kills, and so for the next ones.
     pub outage_ms: Option<f64>,
     /// The worst.
@@ -120,6 +126,7 @@ impl Report {
             verdict,
             lost_acked_writes: kills.iter().map(|kill| kill.lost_acked_writes).sum(),
             connection_resets: kills.iter().map(|kill| kill.connection_resets).sum(),
+            uncommitted_frames: kills.iter().map(|kill| kill.uncommitted_frames).sum(),
             outage_ms: worst(|kill| kill.outage_ms),
             suspicion_ms: worst(|kill| kill.suspicion_ms),
             first_frame_ms: worst(|kill| kill.first_frame_ms),
@@ -167,6 +174,7 @@ mod tests {
             "verdict",
             "lost_acked_writes",
             "connection_resets",
+            "uncommitted_frames",
             "outage_ms",
             "suspicion_ms",
             "first_frame_ms",

@@ -137,6 +137,9 @@ fn after_kill(kill: &mut Kill, stage: &Stage, killed: Stamp, client: &ClientRepo
         );
         stage.timeline.add(to, "client", "first_reply", &text);
     }
+    let audit = stage.audit();
+    kill.gated_frames = audit.gated_frames;
+    kill.uncommitted_frames = audit.uncommitted_frames;
     kill.lost_acked_writes = client.lost;
     kill.connection_resets = client.resets;
     kill.acked_writes = client.acked;
@@ -161,6 +164,13 @@ fn judge(kill: &mut Kill, client: &ClientReport, unanswered: Option<anyhow::Erro
             "{} frames came from the old primary after the takeover",
             kill.late_frames
         ))
+    } else if kill.uncommitted_frames > 0 {
+        Some(format!(
+            "{} frames left the primary before their epoch was committed",
+            kill.uncommitted_frames
+        ))
+    } else if kill.gated_frames == 0 {
+        Some("no frame was seen to leave through the gate".to_owned())
     } else {
         None
     };
@@ -204,6 +214,7 @@ mod tests {
     fn only_a_run_without_any_loss_is_ok() {
         let verdict = |lost, resets, first_frame_ms, late_frames| {
             let mut kill = Kill {
+                gated_frames: 100,
                 first_frame_ms,
                 late_frames,
                 ..Kill::default()
@@ -216,6 +227,19 @@ mod tests {
         assert!(verdict(0, 1, Some(1.0), 0).contains("connection broke"));
         assert!(verdict(0, 0, None, 0).contains("no frame"));
         assert!(verdict(0, 0, Some(1.0), 2).contains("old primary"));
+        let audited = |gated_frames, uncommitted_frames| {
+            let mut kill = Kill {
+                first_frame_ms: Some(1.0),
+                gated_frames,
+                uncommitted_frames,
+                ..Kill::default()
+            };
+            judge(&mut kill, &client(0, 0), None);
+            kill.verdict
+        };
+        assert_eq!(audited(10, 0), OK);
+        assert!(audited(10, 1).contains("1 frames left the primary before"));
+        assert!(audited(0, 0).contains("no frame was seen"));
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! What the guest says on the wire, seen at the switch's port of a host: every frame with the guest's source address
-//! that comes *in* from there, with the kernel's time.
+//! What the guest says on the wire, seen at the switch's port of a host or at the guest's own tap: every frame with the
+//! guest's source address that comes *in* from there, with the kernel's time.
 //!
 //! tcpdump captures; this reads its output (the pcap format, version 2.4, nanosecond variant).
 
@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::guest::MAC;
-use crate::netns::Host;
+use crate::netns::{Host, TAP};
 use crate::{Lab, Stamp};
 
 const MAGIC_NANOSECONDS: u32 = 0xa1b2_3c4d;
@@ -55,6 +55,19 @@ impl Sniffer {
     /// # Errors
     /// When tcpdump is missing or refuses.
     pub fn start(lab: &Lab, host: Host) -> Result<Sniffer> {
+        Sniffer::start_at(&lab.net.switch(), &host.port())
+    }
+
+    /// Begins to capture what the guest sends, before any gate, at its tap on the primary. What a gate lets go is seen here once
+    /// more, as it goes through the tap again.
+    ///
+    /// # Errors
+    /// As [`Sniffer::start`].
+    pub fn start_at_tap(lab: &Lab) -> Result<Sniffer> {
+        Sniffer::start_at(&lab.net.namespace(Host::Primary), TAP)
+    }
+
+    fn start_at(namespace: &str, device: &str) -> Result<Sniffer> {
         let mut child = Command::new("setpriv")
             .args([
                 "--pdeathsig",
@@ -62,10 +75,10 @@ impl Sniffer {
                 "ip",
                 "netns",
                 "exec",
-                &lab.net.switch(),
+                namespace,
                 "tcpdump",
                 "-i",
-                &host.port(),
+                device,
             ])
             .args([
                 "-Q",

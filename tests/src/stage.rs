@@ -6,8 +6,9 @@ use anyhow::{Context as _, Result, anyhow};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::audit::{Audit, audit};
 use crate::client::{Client, ClientConfig, ClientReport};
-use crate::daemons::ProtectConfig;
+use crate::daemons::{AgentConfig, ProtectConfig};
 use crate::guest::{Guest, GuestConfig};
 use crate::pinger::Pinger;
 use crate::probe::Probe;
@@ -17,6 +18,8 @@ use crate::timeline::Timeline;
 use crate::{Host, Lab, Paths, Process, Stamp, wait_for};
 
 /// A guest boots in three seconds; a busy machine takes its time.
+/// Events of every epoch: too many to be shown.
+const EVERY_EPOCH: &[&str] = &["barrier", "commit"];
 const BOOT_AT_MOST: Duration = Duration::from_secs(90);
 const PROTECT_AT_MOST: Duration = Duration::from_secs(120);
 const DRAIN_AT_MOST: Duration = Duration::from_secs(60);
@@ -34,6 +37,8 @@ pub struct StageConfig {
     pub seed: u64,
     /// Whether events are printed.
     pub print: bool,
+    /// How the agent is started.
+    pub agent: AgentConfig,
     /// Leave the daemons out: the lab, the guest and the instruments only.
     pub without_daemons: bool,
 }
@@ -46,6 +51,7 @@ impl Default for StageConfig {
             probe_every: Duration::from_millis(15),
             seed: 1,
             print: false,
+            agent: AgentConfig::default(),
             without_daemons: false,
         }
     }
@@ -58,12 +64,16 @@ pub struct Stage {
     /// The open-loop probe.
     pub probe: Probe,
     _pinger: Pinger,
+    /// What the guest sends on the primary, before any gate.
+    pub from_guest: Sniffer,
     /// What comes from the primary.
     pub from_primary: Sniffer,
     /// What comes from the backup.
     pub from_backup: Sniffer,
     /// The primary's replicator, once there is one.
     pub replicator: Option<Process>,
+    /// Operator's commands that have not ended.
+    pub orders: Vec<Process>,
     /// The guest on the primary.
     pub guest: Guest,
     /// The backup's agent.
@@ -83,7 +93,7 @@ impl Stage {
     /// When any of that fails; the error has the end of the log.
     pub fn raise(paths: &Paths, prefix: &str, config: &StageConfig) -> Result<Stage> {
         let lab = Lab::new(paths.clone(), prefix)?;
-        let mut timeline = Timeline::new(config.print, &[]);
+        let mut timeline = Timeline::new(config.print, EVERY_EPOCH);
         let note =
             |timeline: &Timeline, name: &str, detail: &str| timeline.add(Stamp::now(), "lab", name, detail);
         note(
@@ -95,7 +105,7 @@ impl Stage {
         let (witness, agent) = if config.without_daemons {
             (None, None)
         } else {
-            start_daemons(&lab)?
+            start_daemons(&lab, &config.agent)?
         };
         if let Some(agent) = &agent {
             timeline.follow("backup", agent.log());
@@ -107,6 +117,7 @@ impl Stage {
             "guest_serves",
             "redis answers on 10.77.0.2:6379; nothing of ours is attached yet",
         );
+        let from_guest = Sniffer::start_at_tap(&lab)?;
         let from_primary = Sniffer::start(&lab, Host::Primary)?;
         let from_backup = Sniffer::start(&lab, Host::Backup)?;
         let pinger = Pinger::start(&lab, Duration::from_millis(10))?;
@@ -117,9 +128,11 @@ impl Stage {
             client: Some(client),
             probe,
             _pinger: pinger,
+            from_guest,
             from_primary,
             from_backup,
             replicator: None,
+            orders: Vec::new(),
             guest,
             agent,
             witness,
@@ -167,6 +180,16 @@ impl Stage {
         Ok(at)
     }
 
+    /// Whether what left the primary's host had been committed; see [`audit`].
+    #[must_use]
+    pub fn audit(&self) -> Audit {
+        audit(
+            &self.from_guest.frames(),
+            &self.from_primary.frames(),
+            &self.timeline.events(),
+        )
+    }
+
     /// The running client.
     ///
     /// # Errors
@@ -191,6 +214,15 @@ impl Stage {
         })?
     }
 
+    /// Has another client write, on a connection of its own, after the last one was finished.
+    ///
+    /// # Errors
+    /// When redis cannot be reached.
+    pub fn start_client(&mut self, config: ClientConfig) -> Result<()> {
+        self.client = Some(Client::start(&self.lab, config)?);
+        Ok(())
+    }
+
     /// Stops the client and reads everything back.
     ///
     /// # Errors
@@ -212,9 +244,9 @@ impl Stage {
     }
 }
 
-fn start_daemons(lab: &Lab) -> Result<(Option<Process>, Option<Process>)> {
+fn start_daemons(lab: &Lab, agent: &AgentConfig) -> Result<(Option<Process>, Option<Process>)> {
     lab.init_pki()?;
     let witness = lab.start_witness()?;
-    let agent = lab.start_agent()?;
+    let agent = lab.start_agent_with(agent)?;
     Ok((Some(witness), Some(agent)))
 }

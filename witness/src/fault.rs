@@ -1,8 +1,9 @@
 //! Named places where a test can kill or stop this process.
 //!
-//! `ROMULUS_FAULT=NAME:ACTION`, read once, arms one of them; actions are `sigkill` and `sigstop`.
+//! `ROMULUS_FAULT=NAME:ACTION`, read once, arms one of them for its first pass; actions are `sigkill` and `sigstop`.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::process::{Signal, getpid, kill_process};
 
@@ -38,6 +39,7 @@ fn parse(setting: &str) -> Option<(&'static str, Signal)> {
 /// # Panics
 /// When the variable is set and names no point and action: a misspelt one would make a kill test pass without a kill.
 pub(crate) fn point(name: &'static str) {
+    static STRUCK: AtomicBool = AtomicBool::new(false);
     static ARMED: OnceLock<Option<(&'static str, Signal)>> = OnceLock::new();
     debug_assert!(POINTS.contains(&name), "fault point {name} is not listed");
     let armed = ARMED.get_or_init(|| {
@@ -46,7 +48,11 @@ pub(crate) fn point(name: &'static str) {
     });
     if let Some((wanted, signal)) = armed
         && *wanted == name
+        // One that was stopped and goes on is not to be stopped again.
+        && !STRUCK.swap(true, Ordering::Relaxed)
     {
+        // As every daemon says it, so that no test takes another death for this one.
+        eprintln!("fault: struck at {name}@1");
         // Sending a signal to oneself does not fail.
         let _ = kill_process(getpid(), *signal);
     }

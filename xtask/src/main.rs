@@ -7,6 +7,7 @@
 mod demo;
 mod initramfs;
 mod kernel;
+mod kills;
 mod packages;
 mod setup;
 mod sh;
@@ -29,6 +30,8 @@ enum Task {
     Setup,
     /// Protect a running guest, kill its host, and watch its clients go on
     Demo(demo::Args),
+    /// Strike every named step of every daemon, and kill at random moments; a guest must survive all of it
+    Kills(kills::Args),
     /// Run every test: units, simulation and, with the real binaries, end to end
     Test(tasks::TestArgs),
     /// Run the fuzz targets for a while each
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Setup => setup::run(),
         Task::Demo(args) => demo::run(&args),
+        Task::Kills(args) => kills::run(&args),
         Task::Test(args) => tasks::test(&args),
         Task::Fuzz(args) => tasks::fuzz(&args),
         Task::Deny => tasks::deny(),

@@ -198,7 +198,10 @@ fn die_at(guest: &Guest, point: &str, shared: bool) {
 fn killed_at_every_step(mut guest: Guest, shared: bool) {
     guest.wait_for("counter 3");
     let before = MigrationSettings::read(&mut guest.qmp()).unwrap();
-    for point in fault::POINTS.iter().filter(|p| p.starts_with("bootstrap.")) {
+    for point in fault::REPLICATOR_POINTS
+        .iter()
+        .filter(|p| p.starts_with("bootstrap."))
+    {
         die_at(&guest, point, shared);
         let mut qmp = guest.qmp();
         let rescued = rescue(&mut qmp, Some(&before)).unwrap_or_else(|error| panic!("{point}: {error:?}"));

@@ -144,7 +144,7 @@ fn next_one_works(guest: &Guest, point: &str) {
 }
 
 fn points() -> impl Iterator<Item = &'static str> {
-    fault::POINTS.iter().copied().filter(|point| {
+    fault::REPLICATOR_POINTS.iter().copied().filter(|point| {
         ["attach.", "bootstrap.", "arm.", "precopy.", "capture.", "detach."]
             .iter()
             .any(|p| point.starts_with(p))

@@ -57,7 +57,7 @@ mod tests {
             ];
             for point in points {
                 assert!(
-                    point.starts_with(prefix) && fault::POINTS.contains(&point),
+                    point.starts_with(prefix) && fault::REPLICATOR_POINTS.contains(&point),
                     "{point}"
                 );
             }
