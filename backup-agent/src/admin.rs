@@ -52,8 +52,10 @@ async fn status(State(admin): State<Admin>, Query(wanted): Query<Parameters>) ->
             "accepted": handshakes.accepted,
             "failed": handshakes.failed,
             "refused": handshakes.refused,
+            "refused_of_host": handshakes.refused_of_host,
             "retried": handshakes.retried,
         },
+        "witness": if admin.registry.witness_connected() { "connected" } else { "unreachable" },
         "refused_connections": admin.registry.refused(),
         "vms": chosen(&admin.registry, &wanted, |status| status.json()),
     }))

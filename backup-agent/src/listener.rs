@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
 use romulus_hypervisor::spec::MachineSpec;
-use romulus_protocol::Hello;
+use romulus_protocol::{Answer, Hello, RefuseReason};
 use romulus_transport::{CloseCode, Connection, Control, Endpoint, FrameReader, SendStream};
 use romulus_types::HostId;
 use romulus_wire::{FrameType, decode_message};
@@ -13,11 +13,24 @@ use tracing::{debug, warn};
 
 use crate::admission::Admission;
 use crate::inbox::Input;
-use crate::registry::Registry;
-use crate::session::{Asking, SessionIn, refuse_early};
+use crate::registry::{Registry, VmHandle};
+use crate::session::{Asking, SessionIn, refuse_early, words};
 
-/// How long a primary may take to say what it wants: QEMU may have to stream a large guest's memory before it can.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(60);
+/// Why a hello is refused before the protocol is asked.
+struct Refusal {
+    error: anyhow::Error,
+    /// The same hello may succeed later without an operator.
+    passing: bool,
+}
+
+impl Refusal {
+    fn lasting(error: anyhow::Error) -> Self {
+        Self {
+            error,
+            passing: false,
+        }
+    }
+}
 
 /// What the listener works with.
 pub struct Listener {
@@ -29,6 +42,10 @@ pub struct Listener {
     pub admission: Arc<Admission>,
     /// This host.
     pub host: HostId,
+    /// How long a host that has connected may take to say what it wants.
+    pub hello_timeout: Duration,
+    /// How long the witness may take to say whether a host that says hello runs a VM that is new here.
+    pub witness_wait: Duration,
 }
 
 impl Listener {
@@ -47,7 +64,7 @@ impl Listener {
 
     async fn serve(&self, connection: Connection) {
         let peer = connection.peer().clone();
-        let hello = tokio::time::timeout(HELLO_TIMEOUT, Self::hello(&connection)).await;
+        let hello = tokio::time::timeout(self.hello_timeout, Self::hello(&connection)).await;
         let result = match hello.map_err(|_| anyhow!("it did not say hello in time")) {
             Ok(Ok((hello, sender, reader))) => self.consider(connection.clone(), hello, sender, reader).await,
             Ok(Err(error)) | Err(error) => Err(error),
@@ -90,9 +107,9 @@ impl Listener {
         let checked = self.check(&connection, &hello).await;
         let (vm, machine) = match checked {
             Ok(checked) => checked,
-            Err(error) => {
+            Err(Refusal { error, passing }) => {
                 self.registry.refused_count().count();
-                refuse_early(session, sender, connection, &format!("{error:#}")).await;
+                refuse_early(session, sender, connection, &format!("{error:#}"), passing).await;
                 return Ok(());
             }
         };
@@ -130,13 +147,53 @@ impl Listener {
         &self,
         connection: &Connection,
         hello: &Hello,
-    ) -> anyhow::Result<(crate::registry::VmHandle, MachineSpec)> {
-        ensure!(
-            *connection.peer() == hello.primary,
-            "the certificate is that of {}, the hello says {}",
-            connection.peer(),
-            hello.primary
-        );
+    ) -> Result<(VmHandle, MachineSpec), Refusal> {
+        if *connection.peer() != hello.primary {
+            return Err(Refusal::lasting(anyhow!(
+                "the certificate is that of {}, the hello says {}",
+                connection.peer(),
+                hello.primary
+            )));
+        }
+        // Nothing is made for a VM that only the hello knows of. A VM that is here is the protocol's to judge.
+        if !self.registry.has(&hello.vm) {
+            self.ask_witness(hello).await?;
+        }
+        self.admit(hello).await.map_err(Refusal::lasting)
+    }
+
+    /// Whether the witness's record names the host that says hello, in the term that it says.
+    async fn ask_witness(&self, hello: &Hello) -> Result<(), Refusal> {
+        let asked = tokio::time::timeout(self.witness_wait, self.registry.read_record(&hello.vm)).await;
+        let silent = |cause: anyhow::Error| Refusal {
+            error: cause.context(words(RefuseReason::WitnessSilent)),
+            passing: true,
+        };
+        let answer = match asked {
+            Ok(answer) => answer.map_err(silent)?,
+            Err(late) => return Err(silent(late.into())),
+        };
+        match answer {
+            Answer::Current(record) if record.names_alone(&hello.primary, hello.instance, hello.term) => {
+                Ok(())
+            }
+            Answer::Current(record) if record.instance == hello.instance => Err(Refusal {
+                error: anyhow!(words(RefuseReason::NotNamed)),
+                passing: true,
+            }),
+            Answer::UnknownVm => Err(Refusal {
+                error: anyhow!(words(RefuseReason::NotNamed)),
+                passing: true,
+            }),
+            _ => Err(Refusal {
+                error: anyhow!(words(RefuseReason::OtherWitness)),
+                passing: true,
+            }),
+        }
+    }
+
+    /// What must be there to back this machine up.
+    async fn admit(&self, hello: &Hello) -> anyhow::Result<(VmHandle, MachineSpec)> {
         let machine = MachineSpec::from_json(&hello.machine).context("the machine's description")?;
         let held = self.registry.image_bytes_except(&hello.vm);
         let own = self.registry.touched_bytes(&hello.vm);

@@ -74,6 +74,7 @@ async fn run(settings: romulus_config::BackupAgent, state_dir: std::path::PathBu
         image_bytes_max: settings.image_bytes_max.bytes(),
         scratch_dir: settings.image_dir.join(".admission"),
     });
+    let (hello_timeout, witness_wait) = (settings.hello_timeout, settings.witness_wait);
     let registry = Registry::new(Shared {
         settings,
         host: host.clone(),
@@ -92,6 +93,8 @@ async fn run(settings: romulus_config::BackupAgent, state_dir: std::path::PathBu
         registry,
         admission,
         host: host.clone(),
+        hello_timeout,
+        witness_wait,
     });
     tokio::spawn(listener.run());
     info!(event = "ready", host = host.as_str(), %listen);

@@ -13,11 +13,11 @@ use romulus_host_sys::durable;
 use romulus_host_sys::process_clock::Clock;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_protocol::{
-    Backup, BackupConfig, BackupEvent, BackupOrder, ImageStatus, NotProtected, Protection, Remembered,
-    WitnessRequest,
+    Answer, Ask, Backup, BackupConfig, BackupEvent, BackupOrder, ImageStatus, NotProtected, Protection,
+    Remembered, WitnessRequest,
 };
 use romulus_transport::WitnessClient;
-use romulus_types::{Epoch, HostId, VmId};
+use romulus_types::{Epoch, HostId, Nonce, VmId};
 use tokio::sync::mpsc;
 use tracing::{debug, error};
 
@@ -54,7 +54,7 @@ pub struct VmHandle {
     pub inbox: mpsc::Sender<Input>,
     /// Its figures.
     pub status: Arc<VmStatus>,
-    image_bytes: u64,
+    image_bytes: Arc<AtomicU64>,
 }
 
 /// Connections that were refused, whoever refused them.
@@ -114,14 +114,37 @@ impl Registry {
         Ok(())
     }
 
+    /// Whether the parts of this VM are started.
+    pub fn has(&self, vm: &VmId) -> bool {
+        self.lock().contains_key(vm)
+    }
+
+    /// Reads the witness's record of a VM.
+    ///
+    /// # Errors
+    /// When the witness does not answer.
+    pub async fn read_record(&self, vm: &VmId) -> anyhow::Result<Answer> {
+        let request = WitnessRequest {
+            vm: vm.clone(),
+            host: self.shared.host.clone(),
+            nonce: Nonce(crate::seed()?),
+            ask: Ask::Read,
+        };
+        Ok(self.shared.witness.ask(request).await?.answer)
+    }
+
+    /// The connection to the witness stands, as far as is known.
+    pub fn witness_connected(&self) -> bool {
+        self.shared.witness.is_connected()
+    }
+
     /// The VM's handle; its parts are started when it is new.
     ///
     /// # Errors
     /// When there are too many VMs, or its image folder can't be used.
     pub fn vm(&self, vm: &VmId, machine: Option<&MachineSpec>) -> anyhow::Result<VmHandle> {
         let mut vms = self.lock();
-        if let Some(handle) = vms.get_mut(vm) {
-            handle.image_bytes = machine.map_or(handle.image_bytes, |machine| machine.layout.bytes());
+        if let Some(handle) = vms.get(vm) {
             return Ok(handle.clone());
         }
         let vms_max = usize::from(self.shared.settings.vms_max);
@@ -148,6 +171,7 @@ impl Registry {
             .map(|machine| machine.layout.bytes())
             .or(known)
             .unwrap_or(0);
+        let image_bytes = Arc::new(AtomicU64::new(image_bytes));
         let image_status = image.status();
         let state_file = shared.state_dir.join(format!("{vm}.json"));
         let remembered = durable::read_small(&state_file, STATE_BYTES_MAX)?
@@ -160,6 +184,7 @@ impl Registry {
             suspicion_ns: nanoseconds(shared.settings.failover.suspicion_timeout),
             retry_ns: 100_000_000,
             mute_ns_max: nanoseconds(shared.settings.failover.mute_limit),
+            hello_wait_ns: nanoseconds(shared.settings.witness_wait),
         };
         let backup = Backup::new(
             config,
@@ -178,6 +203,8 @@ impl Registry {
             store,
             witness,
             session: None,
+            asking: Vec::new(),
+            image_bytes: Arc::clone(&image_bytes),
             status: Arc::clone(&status),
             clock: shared.clock,
             acked: Cell::new(Epoch::NONE),
@@ -241,7 +268,7 @@ impl Registry {
         self.lock()
             .iter()
             .filter(|(other, _)| *other != vm)
-            .map(|(_, handle)| handle.image_bytes)
+            .map(|(_, handle)| handle.image_bytes.load(Ordering::Relaxed))
             .sum()
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::bail;
 use bytes::Bytes;
 use romulus_hypervisor::spec::MachineSpec;
-use romulus_protocol::{BackupEvent, BackupMessage, ToBackup, ToPrimary};
+use romulus_protocol::{BackupEvent, BackupMessage, RefuseReason, ToBackup, ToPrimary};
 use romulus_transport::{CloseCode, Connection, FrameError, FrameReader, SendStream};
 use romulus_types::{HostId, Session, Term};
 use romulus_wire::{decode_control, encode_control};
@@ -100,11 +100,6 @@ impl SessionIn {
         Arc::clone(&self.machine)
     }
 
-    /// Whether the connection is known to be gone.
-    pub fn is_closed(&self) -> bool {
-        self.connection.close_reason().is_some()
-    }
-
     /// Says yes. The primary then waits for the list of the pages that the image holds: frames for what is returned.
     pub fn welcome(&self) -> mpsc::Sender<Bytes> {
         self.queue(&ToPrimary::Welcome {
@@ -148,7 +143,7 @@ impl SessionIn {
     }
 
     /// Says no, and why, and closes.
-    pub fn refuse(self: Box<Self>, reason: &str, passing: bool) {
+    pub fn refuse(self, reason: &str, passing: bool) {
         info!(
             event = "refused",
             vm = self.status.vm(),
@@ -164,10 +159,31 @@ impl SessionIn {
     }
 
     /// Ends the session. A primary whose checkpoint was refused is told why.
-    pub fn close(self: Box<Self>, reason: &str) {
+    pub fn close(self, reason: &str) {
         match self.status.refusal_of(self.session) {
             Some(refusal) => self.connection.close(CloseCode::BAD_INPUT, &refusal),
             None => self.connection.close(CloseCode::DONE, reason),
+        }
+    }
+}
+
+/// Why the protocol refuses a session, for the operator of the primary.
+pub fn words(reason: RefuseReason) -> &'static str {
+    match reason {
+        RefuseReason::ActiveHere => "the VM runs on this backup host, or is about to: it was taken over",
+        RefuseReason::Busy => "another session of this VM is connected: is it protected by someone else?",
+        RefuseReason::OldTerm => {
+            "the primary's record is older than what this host knows: it was taken over since"
+        }
+        RefuseReason::OtherWitness => {
+            "the primary uses another witness than this host, or one restored from an old copy"
+        }
+        RefuseReason::Unresolved => "this host waits for the witness's answer; try again",
+        RefuseReason::NotNamed => {
+            "the witness's record does not name the host that asks as the one that runs this VM"
+        }
+        RefuseReason::WitnessSilent => {
+            "the witness did not tell this host in time who runs the VM: can the backup's host reach it? Try again"
         }
     }
 }
@@ -181,13 +197,19 @@ fn close_refused(connection: Connection) {
 }
 
 /// Refuses a session that did not come as far as a [`SessionIn`].
-pub async fn refuse_early(session: Session, mut sender: SendStream, connection: Connection, reason: &str) {
+pub async fn refuse_early(
+    session: Session,
+    mut sender: SendStream,
+    connection: Connection,
+    reason: &str,
+    passing: bool,
+) {
     info!(event = "refused", reason);
     if let Ok(frame) = encode_control(
         session,
         &ToPrimary::Refused {
             reason: reason.into(),
-            passing: false,
+            passing,
         },
     ) {
         let _ = sender.send(frame).await;

@@ -12,13 +12,14 @@
 use std::cell::Cell;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use romulus_host_sys::process_clock::Clock;
 use romulus_hypervisor::fault;
 use romulus_protocol::{
-    Backup, BackupCommand, BackupEvent, BackupMessage, Notice, RefuseReason, Remembered, WitnessRequest,
+    Backup, BackupCommand, BackupEvent, BackupMessage, Notice, Remembered, WitnessRequest,
 };
 use romulus_telemetry::notice_event;
 use romulus_types::{Epoch, Session, Term};
@@ -27,7 +28,7 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
 use crate::inbox::{EventSink, Input};
-use crate::session::SessionIn;
+use crate::session::{SessionIn, words};
 use crate::status::VmStatus;
 use crate::store::{StoreJob, StoreSender};
 
@@ -46,8 +47,12 @@ pub struct VmDriver {
     pub store: StoreSender,
     /// Requests to the witness.
     pub witness: mpsc::Sender<WitnessRequest>,
-    /// The connection that said the last `Hello`.
-    pub session: Option<Box<SessionIn>>,
+    /// The connection of the session.
+    pub session: Option<SessionIn>,
+    /// Connections that said hello and are not answered yet. The protocol bounds their number.
+    pub asking: Vec<SessionIn>,
+    /// Bytes of the machine's memory, as admission counts them.
+    pub image_bytes: Arc<AtomicU64>,
     /// Figures.
     pub status: Arc<VmStatus>,
     /// The process's clock.
@@ -111,14 +116,9 @@ impl VmDriver {
                 term,
                 instance,
             } => {
-                // One connection at a time. A broken one is noticed by its own reader first.
-                if self.session.as_ref().is_some_and(|current| !current.is_closed()) {
-                    session.refuse(refusal(RefuseReason::Busy), true);
-                    return;
-                }
                 fault::point("agent.hello");
                 let id = session.id();
-                self.session = Some(session);
+                self.asking.push(*session);
                 self.backup.handle(
                     now,
                     BackupEvent::Hello {
@@ -156,8 +156,8 @@ impl VmDriver {
             }
             BackupCommand::Accept(session) => self.accept(session)?,
             BackupCommand::Refuse(session, reason) => {
-                if let Some(refused) = self.take_session(session) {
-                    refused.refuse(refusal(reason), true);
+                if let Some(refused) = self.take_asking(session) {
+                    refused.refuse(words(reason), true);
                 }
             }
             BackupCommand::Disconnect(session) => {
@@ -198,7 +198,7 @@ impl VmDriver {
         matches!(message, BackupMessage::Alive { committed, .. } if *committed != self.acked.replace(*committed))
     }
 
-    fn take_session(&mut self, session: Session) -> Option<Box<SessionIn>> {
+    fn take_session(&mut self, session: Session) -> Option<SessionIn> {
         if self
             .session
             .as_ref()
@@ -210,10 +210,18 @@ impl VmDriver {
         }
     }
 
+    fn take_asking(&mut self, session: Session) -> Option<SessionIn> {
+        let position = self.asking.iter().position(|asking| asking.id() == session)?;
+        Some(self.asking.remove(position))
+    }
+
     fn accept(&mut self, session: Session) -> anyhow::Result<()> {
-        let Some(current) = self.session.as_ref().filter(|s| s.id() == session) else {
-            return Ok(());
-        };
+        let accepted = self
+            .take_asking(session)
+            .context("the protocol accepted nobody who asked")?;
+        self.image_bytes
+            .store(accepted.machine().layout.bytes(), Ordering::Relaxed);
+        let current = self.session.insert(accepted);
         self.store.send(StoreJob::Begin {
             session,
             term: current.term(),
@@ -250,19 +258,5 @@ impl VmDriver {
         let (name, detail) = notice_event(notice);
         info!(event = name, vm = self.status.vm(), detail = %detail);
         self.status.event(name, &detail);
-    }
-}
-
-fn refusal(reason: RefuseReason) -> &'static str {
-    match reason {
-        RefuseReason::ActiveHere => "the VM runs on this backup host, or is about to: it was taken over",
-        RefuseReason::Busy => "another session of this VM is connected: is it protected by someone else?",
-        RefuseReason::OldTerm => {
-            "the primary's record is older than what this host knows: it was taken over since"
-        }
-        RefuseReason::OtherWitness => {
-            "the primary uses another witness than this host, or one restored from an old copy"
-        }
-        RefuseReason::Unresolved => "this host waits for the witness's answer; try again",
     }
 }

@@ -191,13 +191,13 @@ impl SessionTask {
         instance: WitnessInstance,
         control: mpsc::Receiver<PrimaryMessage>,
     ) -> anyhow::Result<()> {
-        let connection = self
-            .endpoint
-            .connect(&self.config.backup)
-            .await
-            .with_context(|| format!("the backup {} can't be reached", self.config.backup))?;
+        let mut connection = self.reach_backup().await?;
         // The guest is paused for its description: only for a backup that is there.
         let (machine, page_count) = self.describe().await?;
+        if connection.close_reason().is_some() {
+            // A large guest takes its time, and a backup does not wait long for a hello.
+            connection = self.reach_backup().await?;
+        }
         let Control { mut sender, receiver } = connection.open_control().await?;
         let hello = Hello {
             vm: self.config.vm.clone(),
@@ -231,6 +231,11 @@ impl SessionTask {
             result = write_control(self.session, sender, control, &connection) => result,
             result = write_data(data, frames) => result,
         }
+    }
+
+    async fn reach_backup(&self) -> anyhow::Result<Connection> {
+        let connected = self.endpoint.connect(&self.config.backup).await;
+        connected.with_context(|| format!("the backup {} can't be reached", self.config.backup))
     }
 
     async fn describe(&self) -> anyhow::Result<(Vec<u8>, u64)> {

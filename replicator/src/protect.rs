@@ -48,8 +48,6 @@ const STATE_BYTES_MAX: u64 = 64 << 10;
 const RETRY: Duration = Duration::from_millis(100);
 /// How long the admin socket goes on answering after the driver ended.
 const LAST_ANSWERS: Duration = Duration::from_millis(100);
-/// Longest hold of output before the backup is given up.
-const HOLD_MAX: Duration = Duration::from_secs(10);
 
 /// Protects until told to stop.
 ///
@@ -110,7 +108,7 @@ fn protocol(options: &ProtectOptions, settings: &Replicator, host: HostId, backu
         release_age_ns_max: suspicion_ns,
         retry_ns: nanoseconds(RETRY),
         epochs_in_flight_max: settings.epochs.in_flight_max.into(),
-        hold_ns_max: nanoseconds(HOLD_MAX),
+        hold_ns_max: nanoseconds(settings.epochs.hold_max),
         mute_ns_max: nanoseconds(settings.failover.mute_limit),
     }
 }

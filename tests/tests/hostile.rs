@@ -23,3 +23,5 @@ mod stranger;
 mod at_agent;
 #[path = "hostile/at_witness.rs"]
 mod at_witness;
+#[path = "hostile/liars.rs"]
+mod liars;

@@ -73,6 +73,8 @@ pub struct Network {
     pub data_streams_max: u16,
     /// Most connections that a server holds; `receive_window` times this bounds their memory. Default 32.
     pub connections_max: u16,
+    /// Most of them for one host, by its certificate. Default 16.
+    pub connections_per_host_max: u16,
     /// Most handshakes that a server has under way. Default 32.
     pub handshakes_max: u16,
     /// Time that a handshake may take. Default 3 s.
@@ -98,6 +100,7 @@ impl Default for Network {
             receive_window: ByteSize::from_mib(16),
             data_streams_max: 2,
             connections_max: 32,
+            connections_per_host_max: 16,
             handshakes_max: 32,
             handshake_timeout: Duration::from_secs(3),
             idle_timeout: Duration::from_secs(3),
@@ -125,6 +128,12 @@ impl Network {
             )?
             .number("data_streams_max", self.data_streams_max.into(), 1, 16)?
             .number("connections_max", self.connections_max.into(), 1, 4096)?
+            .number(
+                "connections_per_host_max",
+                self.connections_per_host_max.into(),
+                1,
+                4096,
+            )?
             .number("handshakes_max", self.handshakes_max.into(), 1, 4096)?
             .duration("handshake_timeout", self.handshake_timeout, ms(100), s(60))?
             .duration("idle_timeout", self.idle_timeout, ms(500), s(60))?

@@ -61,6 +61,10 @@ pub struct Epochs {
     /// A pause that lasts longer kills its holder, so that the guest runs on. Default 1 s.
     #[serde(with = "duration")]
     pub pause_kill_limit: Duration,
+    /// Output that is held for longer makes the primary give its backup up; so does a hand-over that takes longer.
+    /// Default 10 s.
+    #[serde(with = "duration")]
+    pub hold_max: Duration,
 }
 
 impl Default for Epochs {
@@ -69,6 +73,7 @@ impl Default for Epochs {
             length: Duration::from_millis(25),
             in_flight_max: 4,
             pause_kill_limit: Duration::from_secs(1),
+            hold_max: Duration::from_secs(10),
         }
     }
 }
@@ -132,7 +137,8 @@ impl Settings for Replicator {
         Checks::new("epochs")
             .duration("length", self.epochs.length, ms(1), s(10))?
             .number("in_flight_max", self.epochs.in_flight_max.into(), 1, 256)?
-            .duration("pause_kill_limit", self.epochs.pause_kill_limit, ms(50), s(60))?;
+            .duration("pause_kill_limit", self.epochs.pause_kill_limit, ms(50), s(60))?
+            .duration("hold_max", self.epochs.hold_max, ms(100), s(3600))?;
         Checks::new("memory")
             .size(
                 "delta_memory",
@@ -182,11 +188,19 @@ pub struct BackupAgent {
     pub staging_bytes_max: ByteSize,
     /// Most VMs that this agent backs up. Default 16.
     pub vms_max: u16,
+    /// A host that has connected says hello within this time. Default 5 s.
+    #[serde(with = "duration")]
+    pub hello_timeout: Duration,
+    /// How long a hello waits for the witness's word, then it is refused and the primary tries again. Default 2 s.
+    #[serde(with = "duration")]
+    pub witness_wait: Duration,
     /// Warm or cold standbys. Default warm.
     pub standby: StandbyKind,
     /// At a takeover, compare all memory of the standby with the commit before its guest runs, and refuse to run it when it differs.
     /// Takes the time to read the memory. Default off.
     pub verify_activation: bool,
+    /// How often a takeover starts a standby afresh when one fails before it has the whole checkpoint. Default 3.
+    pub activation_retries_max: u16,
     /// The bridge that the taps of standbys join. No default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bridge: Option<String>,
@@ -210,8 +224,11 @@ impl Default for BackupAgent {
             image_bytes_max: ByteSize::from_gib(16),
             staging_bytes_max: ByteSize::from_mib(256),
             vms_max: 16,
+            hello_timeout: Duration::from_secs(5),
+            witness_wait: Duration::from_secs(2),
             standby: StandbyKind::default(),
             verify_activation: false,
+            activation_retries_max: 3,
             bridge: None,
             failover: Failover::default(),
             network: Network::default(),
@@ -233,7 +250,25 @@ impl Settings for BackupAgent {
             .absolute("image_dir", &self.image_dir)?
             .size("image_bytes_max", self.image_bytes_max, mib, most)?
             .size("staging_bytes_max", self.staging_bytes_max, mib, most)?
-            .number("vms_max", self.vms_max.into(), 1, 1024)?;
+            .number("vms_max", self.vms_max.into(), 1, 1024)?
+            .duration(
+                "hello_timeout",
+                self.hello_timeout,
+                Duration::from_millis(100),
+                Duration::from_secs(300),
+            )?
+            .duration(
+                "witness_wait",
+                self.witness_wait,
+                Duration::from_millis(100),
+                Duration::from_secs(20),
+            )?
+            .number(
+                "activation_retries_max",
+                self.activation_retries_max.into(),
+                0,
+                100,
+            )?;
         if let Some(bridge) = &self.bridge {
             check_interface("bridge", bridge)?;
         }
@@ -277,6 +312,7 @@ impl Default for Witness {
             network: Network {
                 receive_window: ByteSize::from_mib(1),
                 connections_max: 1024,
+                connections_per_host_max: 128,
                 ..Network::default()
             },
             log: Log::default(),

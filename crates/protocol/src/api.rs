@@ -166,6 +166,8 @@ pub struct BackupConfig {
     pub retry_ns: u64,
     /// A forced failover waits this long, so that the other side is mute and suspended.
     pub mute_ns_max: u64,
+    /// A host that said hello waits this long for the witness's word; then it is refused, and may try again.
+    pub hello_wait_ns: u64,
 }
 
 /// What the image store held when the agent started, or after a command changed it.
@@ -199,18 +201,20 @@ pub enum BackupOrder {
 /// Something happened at the backup.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum BackupEvent {
-    /// A primary wants a session; admission (memory, certificate, machine) is already checked.
+    /// A primary wants a session; admission (memory, certificate, machine) is already checked. What it says of the record
+    /// is its own word: the witness is asked before anything follows from it. Answered by [`BackupCommand::Accept`] or
+    /// [`BackupCommand::Refuse`], unless the connection ends before.
     Hello {
         /// The session.
         session: Session,
-        /// The primary's host.
+        /// The primary's host, as its certificate says.
         primary: HostId,
         /// The term it knows.
         term: Term,
         /// The witness instance it knows.
         instance: WitnessInstance,
     },
-    /// The connection ended.
+    /// The connection ended, accepted or not.
     Disconnected(Session),
     /// A message of this session.
     Peer(Session, PrimaryMessage),
@@ -285,6 +289,10 @@ pub enum RefuseReason {
     OtherWitness,
     /// A request of this host to the witness is not resolved.
     Unresolved,
+    /// The witness's record does not name that host as alone in the term that it claims.
+    NotNamed,
+    /// The witness did not say in time whether the record names that host.
+    WitnessSilent,
 }
 
 /// What operators see, as events and in the log.

@@ -55,6 +55,16 @@ pub struct Record {
     pub nonce: Nonce,
 }
 
+impl Record {
+    /// Whether it says that `host` runs the VM by itself, in this very term of this witness: what is true whenever a
+    /// primary says hello to a backup.
+    #[must_use]
+    pub fn names_alone(&self, host: &HostId, instance: WitnessInstance, term: Term) -> bool {
+        let alone = matches!(&self.mode, Mode::Alone { host: named } if named == host);
+        alone && self.instance == instance && self.term == term
+    }
+}
+
 /// What a host, or an operator through it, asks of the witness.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct WitnessRequest {

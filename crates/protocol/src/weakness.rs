@@ -33,4 +33,6 @@ pub enum Weakness {
     ForgetGrant,
     /// The backup does not mark its image as consumed.
     ActivateTwice,
+    /// The backup takes a hello's word for what the record says.
+    BelieveHello,
 }

@@ -1,5 +1,7 @@
 //! The backup's host: the agent, its image, and the guest that was activated from it.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use bytes::Bytes;
 use romulus_image::ImageError;
 use romulus_protocol::{
@@ -42,7 +44,10 @@ pub(crate) struct BackupHost {
     timer: Option<Time>,
     pub(crate) store: Store,
     link: Option<Link>,
-    hello_term: Term,
+    /// The term of each hello that is not answered yet.
+    hellos: BTreeMap<Session, Term>,
+    /// Sessions that are lies.
+    lies: BTreeSet<Session>,
     takeover_asked: bool,
     survivor: Option<Memory>,
     pub(crate) host_lost: bool,
@@ -57,7 +62,8 @@ impl BackupHost {
             timer: None,
             store: Store::new(),
             link: None,
-            hello_term: Term(0),
+            hellos: BTreeMap::new(),
+            lies: BTreeSet::new(),
             takeover_asked: false,
             survivor: None,
             host_lost: false,
@@ -93,6 +99,7 @@ impl BackupHost {
             suspicion_ns: 60 * MS,
             retry_ns: 20 * MS,
             mute_ns_max: 300 * MS,
+            hello_wait_ns: 100 * MS,
         };
         let seed = u128::from(context.random.next());
         let mut machine = Backup::new(config, self.disk.clone(), status, seed, context.now);
@@ -100,6 +107,7 @@ impl BackupHost {
             machine = machine.weakened(weakness);
         }
         self.machine = Some(machine);
+        self.hellos.clear();
         self.takeover_asked = false;
         self.carry_out(context);
     }
@@ -167,6 +175,23 @@ impl BackupHost {
         }
     }
 
+    /// A host that has a certificate and nothing to do with the VM says that it runs it.
+    pub(crate) fn get_lie(&mut self, context: &mut Context, ahead: bool) {
+        let Some(record) = context.record.clone().filter(|_| self.machine.is_some()) else {
+            return;
+        };
+        let session = Session(u128::from(context.random.next()));
+        self.lies.insert(session);
+        let event = BackupEvent::Hello {
+            session,
+            primary: HostId::new("liar").expect("a name"),
+            term: if ahead { record.term.next() } else { record.term },
+            instance: record.instance,
+        };
+        self.hand_in(context, event);
+        self.carry_out(context);
+    }
+
     fn unreachable(&mut self, context: &mut Context, session: Session) {
         let at = context.network.end_noticed(context.now, Line::ToPrimary, false);
         context.at(at, Event::Primary(ANY_LIFE, PrimaryWork::End(session)));
@@ -185,7 +210,7 @@ impl BackupHost {
             }
             BackupWork::Hello(session, bytes) => match hello(&bytes) {
                 Ok(hello) => {
-                    self.hello_term = hello.term;
+                    self.hellos.insert(session, hello.term);
                     let Hello {
                         primary,
                         term,
@@ -344,7 +369,10 @@ impl BackupHost {
 
     fn command(&mut self, context: &mut Context, command: BackupCommand) -> Result<(), Died> {
         match command {
-            BackupCommand::Remember(remembered) => self.disk = Some(remembered),
+            BackupCommand::Remember(remembered) => {
+                context.checks.remembered(context.record.as_ref(), &remembered);
+                self.disk = Some(remembered);
+            }
             BackupCommand::AskWitness(request) => {
                 self.takeover_asked |= matches!(request.ask, Ask::Change { .. });
                 ask(context, Line::BackupWitness, &request);
@@ -355,7 +383,9 @@ impl BackupHost {
                 self.store.mark_unusable()?;
             }
             BackupCommand::Accept(session) => self.accept(context, session)?,
+            BackupCommand::Refuse(session, _) if self.lies.contains(&session) => {}
             BackupCommand::Refuse(session, reason) => {
+                self.hellos.remove(&session);
                 let refused = ToPrimary::Refused {
                     reason: format!("{reason:?}"),
                     passing: true,
@@ -393,6 +423,11 @@ impl BackupHost {
     }
 
     fn accept(&mut self, context: &mut Context, session: Session) -> Result<(), Died> {
+        if self.lies.contains(&session) {
+            context.checks.liar_let_in();
+            return Ok(());
+        }
+        let term = self.hellos.remove(&session).expect("it said hello");
         context.checks.given_up();
         let mistaken = context.mistake.and_then(Mistake::weakness) == Some(Weakness::TakeOverFromOldSession);
         let old_list = context.is_planted(Mistake::OldListOfHeldPages);
@@ -401,7 +436,7 @@ impl BackupHost {
             FrameDecoder::for_session(session),
             FrameDecoder::for_session(session),
         );
-        let receiver = Receiver::new(session, self.hello_term);
+        let receiver = Receiver::new(session, term);
         self.link = Some(Link {
             session,
             control,

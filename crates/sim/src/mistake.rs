@@ -17,6 +17,8 @@ pub enum Mistake {
     TakeOverFromOldSession,
     /// The primary pairs at a commit from before the gate was closed.
     PairBeforeGateCommit,
+    /// The backup takes the word of whoever says hello.
+    BelieveHello,
     /// A capture leaves out a page that was written.
     PageLeftOut,
     /// A capture that is given up forgets the pages that it had harvested.
@@ -37,6 +39,7 @@ impl Mistake {
             Self::TakeOverWithoutGrant => Some(Weakness::TakeOverWithoutGrant),
             Self::TakeOverFromOldSession => Some(Weakness::TakeOverFromOldSession),
             Self::PairBeforeGateCommit => Some(Weakness::PairBeforeGateCommit),
+            Self::BelieveHello => Some(Weakness::BelieveHello),
             Self::PageLeftOut
             | Self::DirtyForgotten
             | Self::CommitAppliedTwice

@@ -128,6 +128,10 @@ pub(crate) enum Fault {
     },
     Order(PrimaryOrder),
     Failover,
+    /// A host that the record does not name says hello, perhaps in a term that there never was.
+    Lie {
+        ahead: bool,
+    },
 }
 
 /// A run.
@@ -260,7 +264,7 @@ fn second_session(random: &mut Random) -> [(When, Fault); 2] {
 fn fault(random: &mut Random) -> Fault {
     let short = random.within(MS, 60 * MS);
     let long = random.within(20 * MS, 300 * MS);
-    match random.within(0, 40) {
+    match random.within(0, 42) {
         0..4 => Fault::CrashPrimary { down_ns: short },
         4..8 => Fault::CrashPrimaryHost,
         8..11 => {
@@ -296,6 +300,9 @@ fn fault(random: &mut Random) -> Fault {
         35 => Fault::Pause { for_ns: long },
         36 => Fault::Order(PrimaryOrder::Unprotect),
         37 | 38 => Fault::Order(PrimaryOrder::HandOver),
-        _ => Fault::Failover,
+        39 => Fault::Failover,
+        _ => Fault::Lie {
+            ahead: random.chance(500),
+        },
     }
 }

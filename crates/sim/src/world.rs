@@ -162,6 +162,7 @@ impl World {
             }
             Fault::SlowLink { for_ns } => context.network.slow_link(now.after_ns(for_ns)),
             Fault::SlowWitness { for_ns } => context.network.slow_witness(now.after_ns(for_ns)),
+            Fault::Lie { ahead } => self.backup.get_lie(context, ahead),
             Fault::FlipBit => context.flip_next = true,
             Fault::AbortCapture => context.plan.abort_capture_permille = 300,
             Fault::Guest(event) => self.primary.guest_event(context, event),

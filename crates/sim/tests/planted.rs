@@ -64,6 +64,12 @@ fn pairing_at_a_commit_from_before_the_closed_gate_is_found() {
 }
 
 #[test]
+fn believing_a_hello_is_found() {
+    let violation = found(Mistake::BelieveHello);
+    assert!(matches!(violation, Violation::LiarLetIn | Violation::FalseTerm));
+}
+
+#[test]
 fn a_page_left_out_of_a_checkpoint_is_found() {
     assert!(matches!(
         found(Mistake::PageLeftOut),

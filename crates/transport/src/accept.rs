@@ -2,10 +2,11 @@
 //!
 //! ```text
 //!   packet ─► too many handshakes? refuse ─► address not proven and some under way? retry (stateless)
-//!          ─► handshake in a task, with a timeout ─► certificate names a host? ─► room? ─► greeting ─► accept()
+//!          ─► handshake in a task, with a timeout ─► certificate names a host? ─► room, and for this host? ─► greeting ─► accept()
 //! ```
 //!
 //! A handshake that stalls costs one place for `handshake_timeout`, and one address cannot take all places.
+//! One host cannot take all connections (`network.connections_per_host_max`).
 //! Connections that exist are never disturbed by new ones.
 
 use std::collections::HashMap;
@@ -15,7 +16,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use romulus_config::Network;
-use tokio::sync::{Semaphore, mpsc};
+use romulus_types::HostId;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::{debug, warn};
 
 use crate::code::CloseCode;
@@ -31,6 +33,8 @@ pub struct AcceptCounts {
     pub failed: u64,
     /// Turned away by a limit.
     pub refused: u64,
+    /// Those among them that were one too many of their host.
+    pub refused_of_host: u64,
     /// Made to prove their address first.
     pub retried: u64,
 }
@@ -53,8 +57,11 @@ struct Shared {
     accepted: AtomicU64,
     failed: AtomicU64,
     refused: AtomicU64,
+    refused_of_host: AtomicU64,
     retried: AtomicU64,
     connections: Arc<Semaphore>,
+    hosts: Arc<Mutex<HashMap<HostId, u16>>>,
+    per_host_max: u16,
     handshakes: Mutex<HashMap<IpAddr, u16>>,
     handshakes_max: u16,
     handshake_timeout: Duration,
@@ -68,8 +75,11 @@ impl Acceptor {
             accepted: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            refused_of_host: AtomicU64::new(0),
             retried: AtomicU64::new(0),
             connections: Arc::new(Semaphore::new(connections_max)),
+            hosts: Arc::default(),
+            per_host_max: network.connections_per_host_max,
             handshakes: Mutex::new(HashMap::new()),
             handshakes_max: network.handshakes_max,
             handshake_timeout: network.handshake_timeout,
@@ -93,6 +103,7 @@ impl Acceptor {
             accepted: load(&self.shared.accepted),
             failed: load(&self.shared.failed),
             refused: load(&self.shared.refused),
+            refused_of_host: load(&self.shared.refused_of_host),
             retried: load(&self.shared.retried),
         }
     }
@@ -163,6 +174,47 @@ impl Drop for Place {
     }
 }
 
+/// A place among a server's connections, given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    _permit: OwnedSemaphorePermit,
+    _of_host: HostPlace,
+}
+
+/// One of the places that a host has, by its certificate.
+#[derive(Debug)]
+struct HostPlace {
+    hosts: Arc<Mutex<HashMap<HostId, u16>>>,
+    host: HostId,
+}
+
+impl HostPlace {
+    fn take(shared: &Shared, host: &HostId) -> Option<Self> {
+        let mut hosts = shared.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = hosts.entry(host.clone()).or_insert(0);
+        if *held >= shared.per_host_max {
+            return None;
+        }
+        *held += 1;
+        Some(Self {
+            hosts: shared.hosts.clone(),
+            host: host.clone(),
+        })
+    }
+}
+
+impl Drop for HostPlace {
+    fn drop(&mut self) {
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(held) = hosts.get_mut(&self.host) {
+            *held -= 1;
+            if *held == 0 {
+                hosts.remove(&self.host);
+            }
+        }
+    }
+}
+
 async fn handshake(incoming: quinn::Incoming, place: Place, queue: mpsc::Sender<Connection>) {
     let shared = place.shared.clone();
     let address = incoming.remote_address();
@@ -187,7 +239,13 @@ async fn handshake(incoming: quinn::Incoming, place: Place, queue: mpsc::Sender<
             return close(CloseCode::IDENTITY, "your certificate names no host");
         }
     };
-    let Ok(slot) = shared.connections.clone().try_acquire_owned() else {
+    let Some(of_host) = HostPlace::take(&shared, &host) else {
+        count(&shared.refused);
+        count(&shared.refused_of_host);
+        warn!(%address, %host, "refused: network.connections_per_host_max is reached");
+        return close(CloseCode::LIMIT, "network.connections_per_host_max is reached");
+    };
+    let Ok(permit) = shared.connections.clone().try_acquire_owned() else {
         count(&shared.refused);
         warn!(%address, %host, "refused: network.connections_max is reached");
         return close(CloseCode::LIMIT, "network.connections_max is reached");
@@ -208,5 +266,9 @@ async fn handshake(incoming: quinn::Incoming, place: Place, queue: mpsc::Sender<
     count(&shared.accepted);
     debug!(%address, %host, "accepted");
     // There is room for every slot; this fails only when nobody accepts any more.
+    let slot = Slot {
+        _permit: permit,
+        _of_host: of_host,
+    };
     let _ = queue.try_send(Connection::quic(connection, host, Some(slot)));
 }

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use romulus_types::HostId;
 
+use crate::accept::Slot;
 use crate::code::{CloseCode, shorten};
 use crate::error::{ClosedBy, TransportError};
 use crate::failure;
@@ -42,7 +43,7 @@ struct Inner {
     kind: Kind,
     peer: HostId,
     /// The place among a server's connections, given back when this one is gone.
-    _slot: Option<tokio::sync::OwnedSemaphorePermit>,
+    _slot: Option<Slot>,
 }
 
 #[derive(Debug)]
@@ -82,11 +83,7 @@ pub struct ConnectionStats {
 }
 
 impl Connection {
-    pub(crate) fn quic(
-        connection: quinn::Connection,
-        peer: HostId,
-        slot: Option<tokio::sync::OwnedSemaphorePermit>,
-    ) -> Self {
+    pub(crate) fn quic(connection: quinn::Connection, peer: HostId, slot: Option<Slot>) -> Self {
         Self {
             inner: Arc::new(Inner {
                 kind: Kind::Quic(connection),

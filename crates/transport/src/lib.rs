@@ -3,7 +3,8 @@
 //! Who the peer is, is what its certificate says ([`Connection::peer`]); a connection without a verified
 //! certificate does not exist. Nothing here blocks a thread, except [`Identity::load`] and [`pki`], which read
 //! and write files and are called at start. Memory that a peer can make us hold is bounded by
-//! `network.receive_window` a connection and `network.connections_max` connections.
+//! `network.receive_window` a connection and `network.connections_max` connections,
+//! of which one host has at most `network.connections_per_host_max`.
 //!
 //! ```text
 //!   Identity (certificates) ─┐

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use romulus_image::{Image, ImageState, Limits};
 use romulus_transport::{CertificateProblem, CloseCode, Identity, Service, TransportError, pki};
-use romulus_types::{Epoch, Session, Term, VmId, WitnessInstance};
+use romulus_types::{Epoch, Session, Term, VmId};
 use serde_json::Value;
 
 use crate::cases::{BAD_CHECKPOINTS, BAD_FRAMES, BadSession, VM, bad_hellos, bad_machines, unknown_frame};
 use crate::place::{Daemon, Place, SOON, client, peer};
-use crate::primary::{INSTANCE, Primary, Refusal, closed, hello};
+use crate::primary::{INSTANCE, Primary, Refusal, closed, hello, true_hello};
 use crate::stranger::{connect_without_certificate, first_packets, half_open, send_noise};
 
 const AGENT: &str = "backup-agent";
@@ -36,7 +36,7 @@ impl Siege {
         let witness = place.start_witness().await;
         let mut agent = place.start_agent().await;
         let endpoint = client(&place.identity("primary"), Service::Pair);
-        let asked = hello(STEADY, "primary", Session(1));
+        let asked = true_hello(&place, STEADY, "primary", Session(1)).await;
         let mut steady = Primary::open(&place, &endpoint, &asked).await.unwrap();
         steady.commit().await;
         agent.note_memory();
@@ -65,6 +65,11 @@ impl Siege {
 
     fn refused_connections(&self) -> u64 {
         self.place.status(AGENT)["refused_connections"].as_u64().unwrap()
+    }
+
+    /// A hello of a new session that says what the record says.
+    async fn hello(&self, vm: &str, host: &str) -> romulus_protocol::Hello {
+        true_hello(&self.place, vm, host, self.new_session()).await
     }
 
     /// What holds after every case: the agent is well, reports the good session's last commit, and commits its next.
@@ -200,7 +205,7 @@ async fn sessions_that_may_not_be_are_refused_with_the_cause() {
     let endpoint = client(&siege.place.identity("other"), Service::Pair);
     let mut asked = Vec::new();
     for (name, machine, reason) in bad_machines() {
-        let mut bad = hello(VM, "other", siege.new_session());
+        let mut bad = siege.hello(VM, "other").await;
         bad.machine = machine;
         asked.push((name, bad, reason));
     }
@@ -209,7 +214,7 @@ async fn sessions_that_may_not_be_are_refused_with_the_cause() {
         hello(VM, "primary", siege.new_session()),
         "the certificate is that of other",
     ));
-    let busy = hello(STEADY, "other", siege.new_session());
+    let busy = siege.hello(STEADY, "other").await;
     asked.push((
         "a session beside a live one",
         busy.clone(),
@@ -223,21 +228,28 @@ async fn sessions_that_may_not_be_are_refused_with_the_cause() {
     asked.push((
         "a newer term beside a live session",
         newer,
-        "protected by someone else",
+        "record does not name the host",
     ));
 
-    let mut good = Primary::open(&siege.place, &endpoint, &hello(VM, "other", siege.new_session()))
+    let mut good = Primary::open(&siege.place, &endpoint, &siege.hello(VM, "other").await)
         .await
         .unwrap();
     good.commit().await;
     good.leave().await;
-    let mut older = hello(VM, "other", siege.new_session());
-    older.term = Term(4);
+    let mut older = siege.hello(VM, "other").await;
+    older.term = Term(0);
     asked.push(("an older term", older, "it was taken over since"));
-    let mut instance = hello(VM, "other", siege.new_session());
-    instance.instance = WitnessInstance(INSTANCE.0 + 1);
+    let mut ahead = siege.hello(VM, "other").await;
+    ahead.term = ahead.term.next();
+    asked.push((
+        "the right host in a term that there never was",
+        ahead,
+        "record does not name the host",
+    ));
+    let mut instance = siege.hello(VM, "other").await;
+    instance.instance = INSTANCE;
     asked.push(("another witness", instance, "uses another witness"));
-    let third = hello("third", "other", siege.new_session());
+    let third = siege.hello("third", "other").await;
     Primary::open(&siege.place, &endpoint, &third)
         .await
         .unwrap()
@@ -245,7 +257,7 @@ async fn sessions_that_may_not_be_are_refused_with_the_cause() {
         .await;
     asked.push((
         "one VM too many",
-        hello("fourth", "other", siege.new_session()),
+        siege.hello("fourth", "other").await,
         "backs up 3 VMs already",
     ));
 
@@ -258,7 +270,7 @@ async fn sessions_that_may_not_be_are_refused_with_the_cause() {
         assert_eq!(siege.vm(VM)["committed"], 1, "{name}: the last commit stands");
         siege.still_serves(name).await;
     }
-    assert_eq!(siege.done.len(), 12);
+    assert_eq!(siege.done.len(), 13);
 }
 
 #[tokio::test]
@@ -289,7 +301,7 @@ async fn lie_in_sessions(cases: &'static [BadSession]) -> Siege {
     let endpoint = client(&siege.place.identity("other"), Service::Pair);
     for (number, bad) in (1u64..).zip(cases) {
         let session = siege.new_session();
-        let asked = hello(VM, "other", session);
+        let asked = true_hello(&siege.place, VM, "other", session).await;
         let mut liar = Primary::open(&siege.place, &endpoint, &asked).await.unwrap();
         liar.commit().await;
         let lie = (bad.lie)(&mut liar);
@@ -317,9 +329,8 @@ async fn lie_in_sessions(cases: &'static [BadSession]) -> Siege {
     }
     // A good session of the very VM and host still works, skips what is optional, and survives streams that nobody reads.
     let session = siege.new_session();
-    let mut good = Primary::open(&siege.place, &endpoint, &hello(VM, "other", session))
-        .await
-        .unwrap();
+    let asked = true_hello(&siege.place, VM, "other", session).await;
+    let mut good = Primary::open(&siege.place, &endpoint, &asked).await.unwrap();
     good.commit().await;
     good.data.send(unknown_frame(0x8123, session)).await.unwrap();
     let mut unread = good.connection.open_data().await.unwrap();
@@ -333,7 +344,7 @@ async fn lie_in_sessions(cases: &'static [BadSession]) -> Siege {
     siege.agent.assert_well("a stream that nobody reads");
     good.leave().await;
     // Back to one commit, for the callers: a new session begins afresh.
-    let mut last = Primary::open(&siege.place, &endpoint, &hello(VM, "other", siege.new_session()))
+    let mut last = Primary::open(&siege.place, &endpoint, &siege.hello(VM, "other").await)
         .await
         .unwrap();
     assert_eq!(last.commit().await, Epoch(1));

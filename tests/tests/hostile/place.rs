@@ -4,10 +4,14 @@ use std::fs::File;
 use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use romulus_e2e::Paths;
-use romulus_transport::{Endpoint, Identity, Network, PeerAddress, Service};
+use romulus_protocol::{Answer, Ask, Record, WitnessRequest};
+use romulus_transport::{Endpoint, Identity, Network, PeerAddress, Service, WitnessClient};
+use romulus_types::{HostId, Nonce, VmId};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -18,6 +22,9 @@ pub const GROWTH_BYTES_MAX: u64 = 160 << 20;
 pub const STAGING_MIB: u64 = 8;
 /// Longer than anything here takes; a wait that ends by it has failed.
 pub const SOON: Duration = Duration::from_secs(10);
+
+/// Requests of this process to its witnesses.
+static NONCES: AtomicU64 = AtomicU64::new(1);
 
 /// A daemon as a child process. Dropping it kills it.
 pub struct Daemon {
@@ -130,6 +137,12 @@ impl Place {
             .output()
             .unwrap();
         assert!(made.status.success(), "{made:?}");
+        self.restart_witness().await
+    }
+
+    /// Starts the witness with the store that it has.
+    pub async fn restart_witness(&self) -> Daemon {
+        let store = self.path("store");
         let listen = self.witness_at.to_string();
         let (pki, admin) = (self.path("pki/witness"), self.path("witness.sock"));
         let arguments = [
@@ -143,7 +156,8 @@ impl Place {
         let config = self.path("agent.toml");
         std::fs::write(
             &config,
-            format!("staging_bytes_max = \"{STAGING_MIB} MiB\"\nvms_max = 3\n"),
+            format!("staging_bytes_max = \"{STAGING_MIB} MiB\"\nvms_max = 3\nhello_timeout = \"1s\"\nwitness_wait = \"1s\"\n\
+                 [network]\nconnections_per_host_max = 6\n"),
         )
         .unwrap();
         let (listen, witness) = (self.agent_at.to_string(), self.witness_at.to_string());
@@ -194,6 +208,27 @@ impl Place {
         let mut command = Command::new(Paths::here().binary("romulus").unwrap());
         command.args(["status", "--json", "--admin", &self.path(&format!("{name}.sock"))]);
         serde_json::from_slice(&command.output().unwrap().stdout).ok()
+    }
+
+    /// Registers a VM at the witness as running alone on `host`, and gives the record, also when it is there already.
+    pub async fn register(&self, vm: &str, host: &str) -> Record {
+        self.ask(vm, host, Ask::Register).await
+    }
+
+    /// One request of `host` to the witness; the record after it.
+    pub async fn ask(&self, vm: &str, host: &str, ask: Ask) -> Record {
+        let endpoint = Arc::new(client(&self.identity(host), Service::Witness));
+        let witness = WitnessClient::new(endpoint, vec![peer(self.witness_at)]);
+        let request = WitnessRequest {
+            vm: VmId::new(vm).unwrap(),
+            host: HostId::new(host).unwrap(),
+            nonce: Nonce(u128::from(NONCES.fetch_add(1, Ordering::Relaxed))),
+            ask,
+        };
+        match witness.ask(request).await.unwrap().answer {
+            Answer::Granted(record) | Answer::Refused(record) | Answer::Current(record) => record,
+            answer => panic!("{answer:?}"),
+        }
     }
 
     /// A host's certificates, of the CA that the daemons trust.

@@ -22,7 +22,7 @@ use crate::place::{Place, SOON, peer};
 
 /// Pages of the machine that is described.
 pub const PAGES: u64 = RAM_BYTES / PAGE_BYTES as u64;
-/// The witness's instance that everybody names.
+/// A witness's instance, for hellos that are never compared with it.
 pub const INSTANCE: WitnessInstance = WitnessInstance(7);
 const RAM_BYTES: u64 = 64 << 20;
 
@@ -64,7 +64,17 @@ pub fn machine() -> MachineSpec {
     }
 }
 
-/// A good hello.
+/// A true hello: the VM is registered as running on `host`, unless another host has it.
+pub async fn true_hello(place: &Place, vm: &str, host: &str, session: Session) -> Hello {
+    let record = place.register(vm, host).await;
+    Hello {
+        term: record.term,
+        instance: record.instance,
+        ..hello(vm, host, session)
+    }
+}
+
+/// A hello that can be read.
 pub fn hello(vm: &str, host: &str, session: Session) -> Hello {
     Hello {
         vm: VmId::new(vm).unwrap(),

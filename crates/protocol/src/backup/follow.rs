@@ -1,80 +1,13 @@
-//! The backup's session with its primary: accepting it, acknowledging, losing it.
+//! The backup's session with its primary: acknowledging, losing it.
 
-use romulus_types::{Epoch, HostId, Session, Term, Time, WitnessInstance};
+use romulus_types::{Epoch, Session, Term, Time, WitnessInstance};
 
-use super::{Backup, Link, Phase, StandbyTrial};
-use crate::api::{BackupCommand, ImageStatus, Notice, RefuseReason};
+use super::{Backup, Phase, StandbyTrial};
+use crate::api::{BackupCommand, ImageStatus, Notice};
 use crate::message::{BackupMessage, PrimaryMessage};
 use crate::weakness::Weakness;
 
 impl Backup {
-    pub(super) fn on_hello(
-        &mut self,
-        now: Time,
-        session: Session,
-        primary: &HostId,
-        term: Term,
-        instance: WitnessInstance,
-    ) {
-        if let Err(reason) = self.judge_hello(session, primary, term, instance) {
-            self.command(BackupCommand::Refuse(session, reason));
-            return;
-        }
-        self.drop_link();
-        self.pending = None;
-        self.force_at = None;
-        self.remember(instance, term);
-        if !self.weak(Weakness::TakeOverFromOldSession) {
-            self.mark_unusable();
-        }
-        self.writing = Some(session);
-        self.link = Some(Link {
-            session,
-            answers: Time::default(),
-            standby: StandbyTrial::NotTried,
-        });
-        self.phase = Phase::Following;
-        self.hear(now);
-        self.command(BackupCommand::Accept(session));
-    }
-
-    /// A primary that connects has the record `Alone(primary)` in `term`, and has nothing under way that could change
-    /// it: so no older commit may be taken over from any more.
-    fn judge_hello(
-        &self,
-        session: Session,
-        primary: &HostId,
-        term: Term,
-        instance: WitnessInstance,
-    ) -> Result<(), RefuseReason> {
-        let known = self.remembered.as_ref();
-        match self.phase {
-            Phase::Active {
-                term: active,
-                granted,
-            } if !granted || term <= active => {
-                return Err(RefuseReason::ActiveHere);
-            }
-            Phase::Asking => return Err(RefuseReason::Unresolved),
-            _ => {}
-        }
-        if known.is_some_and(|known| known.instance != instance) && !self.weak(Weakness::TrustAnyWitness) {
-            return Err(RefuseReason::OtherWitness);
-        }
-        if known.is_some_and(|known| term < known.term) {
-            return Err(RefuseReason::OldTerm);
-        }
-        let newer = known.is_none_or(|known| term > known.term);
-        if self.image == ImageStatus::Consumed && !newer {
-            return Err(RefuseReason::ActiveHere);
-        }
-        let busy = self.phase == Phase::Following && !newer;
-        if busy || self.is_session(session) || *primary == self.config.host {
-            return Err(RefuseReason::Busy);
-        }
-        Ok(())
-    }
-
     /// The primary was heard.
     pub(super) fn hear(&mut self, now: Time) {
         self.heard_at = now;
@@ -250,6 +183,8 @@ impl Backup {
     }
 
     pub(super) fn on_disconnected(&mut self, session: Session) {
+        self.candidates
+            .retain(|candidate| candidate.claim.session != session);
         if !self.is_session(session) {
             return;
         }

@@ -1,7 +1,8 @@
 //! The backup's machine: follows a primary, acknowledges what is committed, and takes over when the record says so.
 //!
 //! ```text
-//!            Hello: mark unusable, accept                 silent: drain, then read
+//!      Hello, and the record names it:
+//!            mark unusable, accept                        silent: drain, then read
 //!   Idle ────────────────────────────────► Following ────────────────────────────────► Reading
 //!    ▲ ▲                                    │     ▲ ◄──────── heard again ───────────────┤ │
 //!    │ └── left, or lost with no commit ────┘     └── Hello ── Orphaned ─── silent ──────┘ │ Paired(.., us, session,
@@ -23,9 +24,11 @@
 //!   session, nothing was activated from it (activating marks it as consumed first) and nothing overwrote it (that
 //!   marks it unusable first), and a record with that nonce was changed by nobody since.
 //! - A session's image is activated at most once.
+//! - What a hello says of the record is not believed: the witness's word is.
 //!
-//! Files: `follow` is the session with the primary, `takeover` everything after its loss, `timer` the deadlines.
+//! Files: `admit` lets a primary in, `follow` is the session with the primary, `takeover` everything after its loss, `timer` the deadlines.
 
+mod admit;
 mod follow;
 #[cfg(test)]
 mod normal;
@@ -42,6 +45,7 @@ use crate::api::{
 use crate::draw::Draw;
 use crate::pending::Pending;
 use crate::weakness::Weakness;
+use admit::{Candidate, Claim};
 
 /// Where the backup stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -99,6 +103,8 @@ pub struct Backup {
     phase: Phase,
     pending: Option<Pending>,
     link: Option<Link>,
+    /// Hosts that said hello, while the witness is asked about them.
+    candidates: Vec<Candidate>,
     heard_at: Time,
     draining: bool,
     graced: bool,
@@ -138,6 +144,7 @@ impl Backup {
             },
             pending: None,
             link: None,
+            candidates: Vec::new(),
             heard_at: now,
             draining: false,
             graced: false,
@@ -165,7 +172,13 @@ impl Backup {
                 term,
                 instance,
             } => {
-                self.on_hello(now, session, &primary, term, instance);
+                let claim = Claim {
+                    session,
+                    primary,
+                    term,
+                    instance,
+                };
+                self.on_hello(now, claim);
             }
             BackupEvent::Disconnected(session) => self.on_disconnected(session),
             BackupEvent::Peer(session, message) => self.on_peer(now, session, message),
@@ -209,6 +222,9 @@ impl Backup {
             (_, Some(_)) if self.committed().is_some() => NotProtected::StandbyNotProven,
             (_, Some(_)) => NotProtected::Resynchronising,
             (Phase::Orphaned | Phase::Reading | Phase::Asking, _) => NotProtected::Resolving,
+            (Phase::Idle | Phase::Following, None) if self.nobody_vouches() => {
+                NotProtected::WitnessUnreachable
+            }
             (Phase::Idle | Phase::Following, None) => NotProtected::NoBackup,
         })
     }
@@ -247,6 +263,13 @@ impl Backup {
             Phase::Active { term, .. } => Some(term),
             _ => None,
         }
+    }
+
+    /// A host waits for the word of a witness that does not answer.
+    fn nobody_vouches(&self) -> bool {
+        self.candidates
+            .iter()
+            .any(|candidate| candidate.read.unreachable())
     }
 
     fn refresh(&mut self) {

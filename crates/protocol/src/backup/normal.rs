@@ -14,6 +14,11 @@ impl Backup {
             pending.tries = 1;
             back(&mut pending.retry_at);
         }
+        for candidate in &mut self.candidates {
+            candidate.read.tries = 1;
+            back(&mut candidate.read.retry_at);
+            back(&mut candidate.give_up_at);
+        }
         if let Some(link) = &mut self.link {
             link.answers = base;
             if let StandbyTrial::FailedAt(at) = &mut link.standby {
@@ -27,8 +32,16 @@ impl Backup {
         matches!(self.phase, Phase::Asking | Phase::Active { .. })
     }
 
-    /// The request that is not resolved.
-    pub(crate) fn asked(&self) -> Option<Nonce> {
-        self.pending.as_ref().map(|pending| pending.request.nonce)
+    /// The answer to this request is awaited.
+    pub(crate) fn awaits(&self, nonce: Nonce) -> bool {
+        let asked = self.pending.as_ref();
+        self.awaits_word(nonce) || asked.is_some_and(|pending| pending.request.nonce == nonce)
+    }
+
+    /// This request is about a host that said hello.
+    pub(crate) fn awaits_word(&self, nonce: Nonce) -> bool {
+        self.candidates
+            .iter()
+            .any(|candidate| candidate.read.request.nonce == nonce)
     }
 }

@@ -97,8 +97,12 @@ impl Backup {
     }
 
     pub(super) fn on_witness(&mut self, now: Time, reply: WitnessReply) {
+        if reply.vm != self.config.vm {
+            return;
+        }
+        self.on_word(now, reply.nonce, &reply.answer);
         let Some(pending) = &self.pending else { return };
-        if reply.nonce != pending.request.nonce || reply.vm != self.config.vm {
+        if reply.nonce != pending.request.nonce {
             return;
         }
         let ask = pending.request.ask.clone();
@@ -125,7 +129,7 @@ impl Backup {
         }
     }
 
-    fn believes(&self, record: &Record) -> bool {
+    pub(super) fn believes(&self, record: &Record) -> bool {
         self.weak(Weakness::TrustAnyWitness) || believable(self.remembered.as_ref(), record)
     }
 

@@ -13,7 +13,7 @@ impl Backup {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
         let retry_at = self.pending.as_ref().map(|pending| pending.retry_at);
-        [retry_at, self.suspect_at(), self.force_at]
+        [retry_at, self.suspect_at(), self.force_at, self.candidates_at()]
             .into_iter()
             .flatten()
             .min()
@@ -30,6 +30,9 @@ impl Backup {
         }
         if due(self.force_at) {
             self.force(now);
+        }
+        if due(self.candidates_at()) {
+            self.fire_candidates(now);
         }
     }
 

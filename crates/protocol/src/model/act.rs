@@ -3,7 +3,7 @@
 use romulus_types::{Session, WitnessInstance};
 use stateright::{Model, Property};
 
-use super::world::{BASE, Guest, Scenario, ToPrimary, World, host, vm};
+use super::world::{BASE, Guest, LIE, Scenario, ToPrimary, World, host, vm};
 use crate::{
     BackupEvent, GuestEvent, Mode, Primary, PrimaryEvent, PrimaryOrder, Record, Witness, WitnessReply,
     WitnessRequest,
@@ -32,6 +32,7 @@ pub(crate) enum Act {
     WitnessRestored(usize),
     Order(PrimaryOrder),
     Guest(GuestEvent),
+    BackupGetsLie { ahead: bool },
 }
 
 impl Model for Scenario {
@@ -180,6 +181,12 @@ impl World {
                 if self.budget.backup_crashes > 0 {
                     acts.push(Act::BackupCrashes);
                 }
+                if self.budget.lies > 0 {
+                    acts.push(Act::BackupGetsLie { ahead: false });
+                }
+                if self.budget.lies_ahead > 0 {
+                    acts.push(Act::BackupGetsLie { ahead: true });
+                }
             }
         }
     }
@@ -196,7 +203,9 @@ impl World {
                 self.run_backup(0, Some(BackupEvent::Witness(reply)));
             }
             Act::BackupGetsHello(session) => {
-                let (term, instance) = self.connections[&session].hello.expect("listed");
+                let connection = self.connections.get_mut(&session).expect("listed");
+                let (term, instance) = connection.hello.take().expect("listed");
+                connection.backup_up = true;
                 let primary = host("p");
                 self.run_backup(
                     0,
@@ -243,6 +252,7 @@ impl World {
                     .expect("listed");
                 self.run_backup(at.since_ns(BASE), None);
             }
+            Act::BackupGetsLie { ahead } => self.lie(ahead),
             Act::Capture => self.capture(),
             Act::Order(order) => {
                 match order {
@@ -254,6 +264,27 @@ impl World {
             Act::Guest(event) => self.guest_does(event),
             crash => self.crash_or_restart(&crash),
         }
+    }
+
+    /// A host with a certificate says that the VM is its own.
+    fn lie(&mut self, ahead: bool) {
+        let record = self.record();
+        let (instance, mut term) = (record.instance, record.term);
+        if ahead {
+            self.budget.lies_ahead -= 1;
+            term = term.next();
+        } else {
+            self.budget.lies -= 1;
+        }
+        self.run_backup(
+            0,
+            Some(BackupEvent::Hello {
+                session: LIE,
+                primary: host("liar"),
+                term,
+                instance,
+            }),
+        );
     }
 
     fn crash_or_restart(&mut self, act: &Act) {

@@ -2,7 +2,7 @@
 
 use romulus_types::{Epoch, Session, Time};
 
-use super::world::{BASE, Connection, Guest, ToPrimary, World};
+use super::world::{BASE, Connection, Guest, LIE, ToPrimary, World};
 use crate::{
     BackupCommand, BackupEvent, BackupMessage, ImageStatus, Mode, PrimaryCommand, PrimaryEvent,
     PrimaryMessage, Weakness, hand_over_nonce, takeover_nonce,
@@ -149,21 +149,29 @@ impl World {
         match command {
             BackupCommand::Remember(remembered) => self.backup_disk = Some(remembered),
             BackupCommand::AskWitness(request) => {
-                self.requests.insert(request);
+                let about_hello = self
+                    .backup
+                    .as_ref()
+                    .is_some_and(|backup| backup.awaits_word(request.nonce));
+                if about_hello && !self.budget.slow_words {
+                    let reply = self.witness.handle(&request).0;
+                    self.tell_backup(now, BackupEvent::Witness(reply));
+                } else {
+                    self.requests.insert(request);
+                }
             }
             BackupCommand::MarkUnusable => self.mark_unusable(),
+            BackupCommand::Accept(LIE) => self.violate("a host that the record does not name was let in"),
             BackupCommand::Accept(session) => {
                 // The first page overwrites what was there.
                 self.image_covers = 0;
                 if let Some(connection) = self.connections.get_mut(&session) {
-                    connection.hello = None;
-                    connection.backup_up = true;
                     connection.answers.push_back(ToPrimary::Accepted);
                 }
             }
             BackupCommand::Refuse(session, _) => {
                 if let Some(connection) = self.connections.get_mut(&session) {
-                    connection.hello = None;
+                    connection.backup_up = false;
                     connection.answers.push_back(ToPrimary::Refused);
                 }
             }

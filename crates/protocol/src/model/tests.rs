@@ -17,6 +17,9 @@ const PLAIN: Budget = Budget {
     guest_changes: 0,
     power_offs: 0,
     guest_losses: 0,
+    lies: 0,
+    lies_ahead: 0,
+    slow_words: false,
 };
 
 /// Goes through all states of a budget, and asserts that nothing is broken and everything expected is reached.
@@ -222,6 +225,60 @@ fn a_witness_restored_from_an_old_copy_grants_nothing_twice() {
     );
 }
 
+#[test]
+fn a_host_that_lies_about_the_record_breaks_nothing() {
+    let budget = Budget {
+        lies: 1,
+        lies_ahead: 1,
+        slow_words: true,
+        ..PLAIN
+    };
+    holds(
+        "lies",
+        Budget {
+            backup_crashes: 1,
+            ..budget
+        },
+    );
+    holds(
+        "lies to a pair",
+        Budget {
+            captures: 4,
+            ..budget
+        },
+    );
+}
+
+#[test]
+fn the_word_of_the_witness_on_a_hello_may_come_at_any_time() {
+    let budget = Budget {
+        slow_words: true,
+        sessions: 2,
+        ..PLAIN
+    };
+    holds(
+        "two hellos",
+        Budget {
+            captures: 4,
+            ..budget
+        },
+    );
+    holds(
+        "a crash of the backup",
+        Budget {
+            backup_crashes: 1,
+            ..budget
+        },
+    );
+    holds(
+        "a crash of the primary",
+        Budget {
+            primary_crashes: 1,
+            ..budget
+        },
+    );
+}
+
 /// Everything that the planted mistakes need.
 const ROUGH: Budget = Budget {
     sessions: 2,
@@ -284,6 +341,25 @@ fn a_witness_restored_from_an_old_copy_is_not_believed() {
 #[test]
 fn an_answer_that_arrives_after_the_takeover_releases_only_what_the_survivor_has() {
     finds(Weakness::AckAfterTakeover, ROUGH);
+}
+
+#[test]
+fn a_hello_is_not_believed_with_a_commit_in_hand_nor_before() {
+    finds(
+        Weakness::BelieveHello,
+        Budget {
+            lies: 1,
+            captures: 4,
+            ..PLAIN
+        },
+    );
+    finds(
+        Weakness::BelieveHello,
+        Budget {
+            lies_ahead: 1,
+            ..PLAIN
+        },
+    );
 }
 
 #[test]

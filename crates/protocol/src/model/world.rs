@@ -11,6 +11,8 @@ use crate::{
 
 /// Where both machines' clocks stand between two actions.
 pub(crate) const BASE: Time = Time::from_ns(1000);
+/// The session of the host that lies.
+pub(crate) const LIE: Session = Session(u128::MAX);
 /// Later than anything in the model.
 const NEVER_NS: u64 = u64::MAX;
 
@@ -28,6 +30,13 @@ pub(crate) struct Budget {
     pub(crate) guest_changes: u8,
     pub(crate) power_offs: u8,
     pub(crate) guest_losses: u8,
+    /// Hellos of a host that the record does not name, in the term of the record.
+    pub(crate) lies: u8,
+    /// The same, in a term that there never was.
+    pub(crate) lies_ahead: u8,
+    /// The witness's word on a hello takes its time, as everything else does. Otherwise it comes at once: what can happen
+    /// between is then left out, which keeps the larger budgets in reach.
+    pub(crate) slow_words: bool,
 }
 
 /// One run of the model: a budget, and perhaps a planted mistake.
@@ -191,6 +200,7 @@ impl World {
             suspicion_ns: 1,
             retry_ns: 1,
             mute_ns_max: NEVER_NS,
+            hello_wait_ns: 1,
         };
         let seed = u128::from(self.lives);
         let backup = Backup::new(config, self.backup_disk.clone(), self.image, seed, BASE);
@@ -223,6 +233,13 @@ impl World {
                 Mode::Alone { .. } | Mode::Ended => {}
             }
         }
+        if let Some(known) = &self.backup_disk
+            && known.instance == self.witness.instance()
+            && self.record().instance == known.instance
+            && known.term > self.record().term
+        {
+            self.violate("the backup believes in a term that there never was");
+        }
         if let Some(covers) = self.active_covers {
             if speaks {
                 self.violate("two hosts let the VM speak");
@@ -239,14 +256,14 @@ impl World {
         let record = self.record().clone();
         let restorable = self.budget.witness_restores > 0;
         let of_primary = self.primary.as_ref().and_then(Primary::asked);
-        let of_backup = self.backup.as_ref().and_then(Backup::asked);
-        let awaited = |nonce: Nonce| of_primary == Some(nonce) || of_backup == Some(nonce);
+        let by_backup = |nonce: Nonce| self.backup.as_ref().is_some_and(|backup| backup.awaits(nonce));
+        let awaited = |nonce: Nonce| of_primary == Some(nonce) || by_backup(nonce);
         self.requests.retain(|request| match &request.ask {
             Ask::Change { term, .. } => *term >= record.term || awaited(request.nonce) || restorable,
             Ask::Read | Ask::Register => awaited(request.nonce),
         });
         self.to_primary.retain(|reply| of_primary == Some(reply.nonce));
-        self.to_backup.retain(|reply| of_backup == Some(reply.nonce));
+        self.to_backup.retain(|reply| by_backup(reply.nonce));
         for connection in self.connections.values_mut() {
             if !connection.backup_up && connection.hello.is_none() {
                 connection.control.clear();

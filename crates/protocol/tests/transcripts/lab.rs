@@ -7,14 +7,14 @@ use romulus_protocol::{
     Primary, PrimaryCommand, PrimaryConfig, PrimaryEvent, PrimaryMessage, PrimaryOrder, Remembered, Witness,
     WitnessReply, WitnessRequest,
 };
-use romulus_types::{Epoch, HostId, Session, Time, VmId, WitnessInstance};
+use romulus_types::{Epoch, HostId, Session, Term, Time, VmId, WitnessInstance};
 
 use crate::tell::Names;
 
 const MS: u64 = 1_000_000;
 
 enum Parcel {
-    Hello(Session, romulus_types::Term, WitnessInstance),
+    Hello(Session, Term, WitnessInstance),
     Accepted(Session),
     Refused(Session),
     ToBackup(Session, PrimaryMessage),
@@ -121,6 +121,8 @@ impl Lab {
             ["order", "failover"] => self.tell_backup(BackupEvent::Order(BackupOrder::Failover)),
             ["order", "force"] => self.force(false),
             ["order", "force", "fenced"] => self.force(true),
+            // A host that the record does not name says hello, so many terms ahead of the record.
+            ["lie", ahead] => self.lie(ahead.parse().expect("a number of terms")),
             ["guest", what] => self.tell_primary(PrimaryEvent::Guest(guest_event(what))),
             ["status"] => self.status(),
             _ => panic!("not a command: {line}"),
@@ -129,6 +131,18 @@ impl Lab {
 
     fn force(&mut self, fenced: bool) {
         self.tell_backup(BackupEvent::Order(BackupOrder::ForceFailover { fenced }));
+    }
+
+    fn lie(&mut self, ahead: u64) {
+        let record = self.witness.records().next().map(|(_, record)| record.clone());
+        let record = record.expect("there is a record to lie about");
+        self.lives += 1;
+        self.tell_backup(BackupEvent::Hello {
+            session: Session(self.lives),
+            primary: HostId::new("liar").expect("a name"),
+            term: Term(record.term.0 + ahead),
+            instance: record.instance,
+        });
     }
 
     fn start_primary(&mut self) {
@@ -164,6 +178,7 @@ impl Lab {
             suspicion_ns: 150 * MS,
             retry_ns: 200 * MS,
             mute_ns_max: 5000 * MS,
+            hello_wait_ns: 1000 * MS,
         };
         self.backup = Some(Backup::new(
             config,

@@ -46,6 +46,12 @@ pub enum Violation {
     #[error("the backup acknowledged with its own takeover asked for")]
     AckWhileUnresolved,
     /// Invariant 2.
+    #[error("the backup let a host in that the record does not name")]
+    LiarLetIn,
+    /// Invariant 2.
+    #[error("the backup remembers a term that there never was")]
+    FalseTerm,
+    /// Invariant 2.
     #[error("the guest was activated twice")]
     ActivatedTwice,
     /// Invariant 3.

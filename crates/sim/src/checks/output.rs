@@ -1,6 +1,6 @@
 //! What clients see: output commit, and one voice.
 
-use romulus_protocol::{Mode, Record};
+use romulus_protocol::{Mode, Record, Remembered};
 use romulus_types::{Epoch, Session, Time};
 
 use super::{Checks, Violation};
@@ -61,6 +61,18 @@ impl Checks {
         self.said.insert(session, committed);
         if takeover_asked {
             self.violate(Violation::AckWhileUnresolved);
+        }
+    }
+
+    /// The backup accepted the session of a host that lied.
+    pub(crate) fn liar_let_in(&mut self) {
+        self.violate(Violation::LiarLetIn);
+    }
+
+    /// The backup remembers what it believes of the record.
+    pub(crate) fn remembered(&mut self, record: Option<&Record>, remembered: &Remembered) {
+        if record.is_none_or(|record| record.term < remembered.term) {
+            self.violate(Violation::FalseTerm);
         }
     }
 
