@@ -25,6 +25,8 @@ pub struct Audit {
     pub gated_frames: usize,
     /// Of these, frames whose epoch was not committed when they left, and frames that the guest never sent.
     pub uncommitted_frames: usize,
+    /// The first of them: when the guest sent it, if it did, and when it left.
+    pub first_uncommitted: Option<(Option<Stamp>, Stamp)>,
 }
 
 /// One session's epochs.
@@ -73,6 +75,7 @@ pub fn audit(sent: &[Frame], left: &[Frame], events: &[Event]) -> Audit {
         audit.gated_frames += 1;
         if !sent_at.is_some_and(|sent| session.allows(sent, frame.at)) {
             audit.uncommitted_frames += 1;
+            audit.first_uncommitted.get_or_insert((sent_at, frame.at));
         }
     }
     audit

@@ -37,7 +37,7 @@ pub struct Frame {
     pub bytes: u32,
     /// What it is.
     pub kind: Kind,
-    /// A hash of what it holds, to tell frames apart.
+    /// A hash of its length and its first 4096 bytes, to tell frames apart.
     pub hash: u64,
 }
 
@@ -91,6 +91,8 @@ impl Sniffer {
                 "-w",
                 "-",
             ])
+            // A ring of many small slots: with room for the largest frame in each, a busy machine loses some.
+            .args(["-s", "4096", "-B", "32768"])
             .args(["--time-stamp-precision=nano", "ether", "src", MAC])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -189,6 +191,7 @@ fn read_frames(mut input: impl Read, mut each: impl FnMut(Frame)) -> Result<()> 
         }
         let mut hasher = DefaultHasher::new();
         bytes.hash(&mut hasher);
+        word(&header, 12)?.hash(&mut hasher);
         each(Frame {
             at: Stamp::from_micros(seconds * 1_000_000 + nanos / 1000),
             bytes: word(&header, 12)?,

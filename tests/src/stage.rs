@@ -1,5 +1,6 @@
 //! A lab in which a guest serves clients and every instrument runs: where the demo and most tests begin.
 
+use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
@@ -22,6 +23,7 @@ use crate::{Host, Lab, Paths, Process, Stamp, wait_for};
 const EVERY_EPOCH: &[&str] = &["barrier", "commit"];
 const BOOT_AT_MOST: Duration = Duration::from_secs(90);
 const PROTECT_AT_MOST: Duration = Duration::from_secs(120);
+const AUDIT_SETTLES: Duration = Duration::from_secs(1);
 const DRAIN_AT_MOST: Duration = Duration::from_secs(60);
 
 /// What a stage is made of.
@@ -183,11 +185,20 @@ impl Stage {
     /// Whether what left the primary's host had been committed; see [`audit`].
     #[must_use]
     pub fn audit(&self) -> Audit {
-        audit(
-            &self.from_guest.frames(),
-            &self.from_primary.frames(),
-            &self.timeline.events(),
-        )
+        let judge = || {
+            audit(
+                &self.from_guest.frames(),
+                &self.from_primary.frames(),
+                &self.timeline.events(),
+            )
+        };
+        let first = judge();
+        if first.uncommitted_frames == 0 {
+            return first;
+        }
+        // What the sniffers captured and the daemons logged last may not have been read yet; nothing else can change.
+        sleep(AUDIT_SETTLES);
+        judge()
     }
 
     /// The running client.

@@ -43,6 +43,12 @@ fn nothing_lost(stage: &mut Stage) -> Result<()> {
         "{:?}",
         report.trouble
     );
+    let audit = stage.audit();
+    assert_eq!(audit.uncommitted_frames, 0, "{audit:?}");
+    assert!(
+        audit.gated_frames > 0,
+        "nothing was seen to leave through the gate"
+    );
     Ok(())
 }
 

@@ -59,8 +59,9 @@ pub(super) fn run(
     outcome.uncommitted_frames = audit.uncommitted_frames;
     ensure!(
         audit.uncommitted_frames == 0,
-        "{} frames left before their epoch was committed",
-        audit.uncommitted_frames
+        "{} frames left before their epoch was committed, the first one {:?} (sent, left)",
+        audit.uncommitted_frames,
+        audit.first_uncommitted
     );
     Ok(!moved)
 }
@@ -157,22 +158,30 @@ fn wait_decided(stage: &mut Stage, config: &StageConfig, trial: Trial) -> Result
         sleep(STOPPED_FOR);
         revive(stage, config, trial)?;
     }
-    let mut paired_for = 0;
-    wait_for("the record to name one host", SOON, || {
-        let record = stage.lab.record().ok()?;
-        let mode = record.get("mode").cloned().unwrap_or(Value::Null);
-        let alone = |host: Host| mode.pointer("/alone/host").and_then(Value::as_str) == Some(host.name());
-        if alone(Host::Backup) {
-            return Some(true);
+    if trial.when == When::BackupLost {
+        sleep(STOPPED_FOR);
+        if named(stage)?.is_none() {
+            // With both hosts' daemons gone nobody asks; whoever comes back first does.
+            restart_agent(stage, config.agent.clone())?;
         }
-        if mode.get("paired").is_none() {
-            // A change to the backup may be under way only while paired.
-            return Some(false);
-        }
-        paired_for += 1;
-        // With both hosts' daemons gone nobody asks.
-        (trial.when == When::BackupLost && paired_for > 200).then_some(false)
-    })
+    }
+    wait_for("the record to name one host", SOON, || named(stage).transpose())?
+        .map(|host| host == Host::Backup)
+}
+
+/// The host that the record names alone; the primary when there is no record, none while it names a pair.
+fn named(stage: &Stage) -> Result<Option<Host>> {
+    let record = stage.lab.record()?;
+    let mode = record.get("mode").unwrap_or(&Value::Null);
+    if mode.get("paired").is_some() {
+        return Ok(None);
+    }
+    let host = mode.pointer("/alone/host").and_then(Value::as_str);
+    Ok(Some(if host == Some(Host::Backup.name()) {
+        Host::Backup
+    } else {
+        Host::Primary
+    }))
 }
 
 fn went_to_backup(stage: &mut Stage, trial: Trial, struck: Stamp, outcome: &mut Outcome) -> Result<()> {
