@@ -1,7 +1,7 @@
 //! A bounded pool of checkpoint buffers: the capture thread takes one for each epoch, the encoder gives it back.
 //!
 //! The pool is what bounds the memory of captured, not yet encoded checkpoints. Buffers are kept at the size that
-//! they once grew to, so that the pause does not pay for page faults.
+//! they once grew to; the source makes them larger before a pause that may need it, so that the pause does not pay for page faults.
 
 use std::sync::mpsc;
 

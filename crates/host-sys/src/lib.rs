@@ -7,7 +7,8 @@
 //! ```text
 //!  another process:  maps ─► ptrace (one system call in it) ─► pidfd (take the fd) ─► userfaultfd ─► pagemap
 //!                    memory (read scattered ranges, map a shared one)
-//!  ourselves:        killtimer, pipe, open_watch, clock, durable (files that survive a crash whole)
+//!  ourselves:        killtimer, pipe, open_watch, clock, durable (files that survive a crash whole),
+//!                    resident (memory that is there before it is needed)
 //!  the network:      tap, bpf, netns
 //!  the kernel:       probe (what it can do, by name)
 //! ```
@@ -31,6 +32,7 @@ pub mod process_clock;
 mod ptrace;
 pub mod random;
 mod rescue_frame;
+mod resident;
 pub mod tap;
 mod userfault;
 mod view;
@@ -46,5 +48,6 @@ pub use pidfd::PidFd;
 pub use pipe::{ReadOutcome, make_fifo, open_fifo_reader, pipe_bytes_waiting, read_nonblocking, resize_pipe};
 pub use probe::{KernelFeature, probe_kernel};
 pub use ptrace::{CALL_STAGES, CallStage, call_in_process};
+pub use resident::resident_buffer;
 pub use userfault::{UserFault, create_here, create_in_process};
 pub use view::SharedView;

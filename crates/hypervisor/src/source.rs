@@ -11,6 +11,7 @@
 
 use std::error::Error;
 
+use romulus_host_sys::resident_buffer;
 use romulus_types::{PAGE_BYTES, PageIndex, RamLayout};
 
 use crate::spec::MachineSpec;
@@ -60,6 +61,17 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// Makes room for so many pages now, so that a later pause need not. Page contents that were there are lost.
+    pub fn make_room(&mut self, pages: usize) {
+        if self.data.len() < pages * PAGE_BYTES {
+            self.pages.clear();
+            // The old memory first, so that there are never both.
+            self.data = Vec::new();
+            self.data = resident_buffer(pages * PAGE_BYTES);
+        }
+        self.pages.reserve(pages.saturating_sub(self.pages.len()));
+    }
+
     /// Forgets the contents and keeps the memory.
     pub fn clear(&mut self) {
         self.pages.clear();
@@ -160,4 +172,24 @@ pub trait GuestSource: Send {
 
     /// Removes every trace from the hypervisor. The guest is left running, or stopped by `stop_guest`.
     fn detach(self: Box<Self>) -> Result<(), SourceError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_made_once_and_kept() {
+        let mut checkpoint = Checkpoint::default();
+        checkpoint.make_room(10);
+        assert_eq!(checkpoint.data.len(), 10 * PAGE_BYTES);
+        let place = checkpoint.data.as_ptr();
+        checkpoint.clear();
+        checkpoint.make_room(3);
+        assert_eq!(
+            (checkpoint.data.len(), checkpoint.data.as_ptr()),
+            (10 * PAGE_BYTES, place)
+        );
+        assert!(checkpoint.pages.capacity() >= 10);
+    }
 }

@@ -45,6 +45,8 @@ pub struct QemuSource {
     /// The bootstrap of attach, or of the last session, still tells the truth.
     pub(super) learnt_is_fresh: bool,
     pub(super) armed: bool,
+    /// Pages that the next checkpoint has room for before its pause.
+    pub(super) room_pages: usize,
     /// Whether we stopped the guest.
     pub(super) halt: Halt,
     pub(super) ended: bool,
@@ -190,6 +192,7 @@ impl Guarded {
                     machine,
                     learnt_is_fresh: true,
                     armed: false,
+                    room_pages: super::capture::ROOM_PAGES_MIN,
                     halt: Halt::None,
                     ended: false,
                     devices,
