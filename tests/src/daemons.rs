@@ -55,6 +55,8 @@ pub struct Fault {
 /// How the agent is started.
 #[derive(Clone, Debug, Default)]
 pub struct AgentConfig {
+    /// What starts it: words in front of its command line, which exec it.
+    pub wrapper: Vec<String>,
     /// Compare all memory with the commit before a guest runs.
     pub verify_activation: bool,
     /// A fault point to arm.
@@ -150,6 +152,7 @@ impl Lab {
     /// As [`Lab::start_agent`].
     pub fn start_agent_with(&self, config: &AgentConfig) -> Result<Process> {
         let mut argv = armed(config.fault.as_ref());
+        argv.extend(config.wrapper.iter().cloned());
         argv.extend([self.program("backup-agent")?, "run".into()]);
         if config.verify_activation {
             argv.push("--verify-activation".into());

@@ -62,6 +62,8 @@ pub struct GuestConfig {
     pub firmware: Firmware,
     /// The user that QEMU becomes once it has opened its files.
     pub user: Option<String>,
+    /// A file that QEMU gets as its descriptor 3, as a management program hands over a tap.
+    pub descriptor: Option<PathBuf>,
     /// What runs in the guest; see `tests/guest/init`.
     pub workload: String,
     /// More for the kernel's command line, each word after a blank.
@@ -88,6 +90,7 @@ impl Default for GuestConfig {
             nic: Nic::Virtio,
             firmware: Firmware::Bios,
             user: None,
+            descriptor: None,
             workload: "redis".to_owned(),
             kernel_args: String::new(),
             clock_remedy: false,
@@ -102,9 +105,12 @@ impl GuestConfig {
     /// QEMU's command line, for a guest on the primary.
     #[must_use]
     pub fn argv(&self, lab: &Lab) -> Vec<String> {
-        let mut argv = ["qemu-system-x86_64", "-name", "demo", "-display", "none"]
-            .map(str::to_owned)
-            .to_vec();
+        let mut argv = Vec::new();
+        if let Some(file) = &self.descriptor {
+            argv.extend(["bash", "-c", "exec \"$@\" 3<>\"$0\""].map(str::to_owned));
+            argv.push(word(file));
+        }
+        argv.extend(["qemu-system-x86_64", "-name", "demo", "-display", "none"].map(str::to_owned));
         if let Some(user) = &self.user {
             argv.extend(["-runas".to_owned(), user.clone()]);
         }

@@ -3,12 +3,12 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use romulus_e2e::daemons::ProtectConfig;
 use romulus_e2e::guest::{Guest, GuestConfig};
 use romulus_e2e::qmp::Qmp;
 use romulus_e2e::stage::{Stage, StageConfig};
-use romulus_e2e::{Host, Lab, Paths, Stamp, TAP, TEST_LAB};
+use romulus_e2e::{Host, Paths, Stamp, TEST_LAB};
 use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -39,37 +39,6 @@ fn nothing_lost(stage: &mut Stage) -> Result<()> {
     Ok(())
 }
 
-fn argv(words: &[&str]) -> Vec<String> {
-    words.iter().map(|word| (*word).to_owned()).collect()
-}
-
-#[test]
-fn unprotecting_leaves_no_trace_and_the_guest_can_be_protected_again() -> Result<()> {
-    let mut stage = stage()?;
-    let filters = |stage: &Stage| {
-        let words = argv(&["tc", "filter", "show", "dev", TAP, "ingress"]);
-        stage.lab.output(Host::Primary, &words)
-    };
-    for register in [true, false] {
-        stage.protect(&ProtectConfig {
-            register,
-            ..ProtectConfig::default()
-        })?;
-        assert!(!filters(&stage)?.trim().is_empty(), "protected without a gate");
-        sleep(Duration::from_secs(1));
-        stage.lab.romulus(Host::Primary, &["unprotect"])?;
-        let mut replicator = stage.replicator.take().ok_or_else(|| anyhow!("no replicator"))?;
-        assert!(replicator.wait(SOON)?.success(), "{}", replicator.tail());
-        assert!(
-            filters(&stage)?.trim().is_empty(),
-            "a filter was left: {}",
-            filters(&stage)?
-        );
-        stage.wait_ack_after(Stamp::now(), SOON)?;
-    }
-    nothing_lost(&mut stage)
-}
-
 #[test]
 fn a_planned_failover_moves_the_guest_and_loses_nothing() -> Result<()> {
     let mut stage = stage()?;
@@ -86,76 +55,6 @@ fn a_planned_failover_moves_the_guest_and_loses_nothing() -> Result<()> {
         "the old primary spoke after the failover"
     );
     nothing_lost(&mut stage)
-}
-
-/// Tries to protect a guest that cannot be, and returns what the replicator says before it ends.
-fn refusal(guest: &GuestConfig, protect: &ProtectConfig) -> Result<String> {
-    let lab = Lab::new(Paths::here(), TEST_LAB)?;
-    let mut running = Guest::start(&lab, guest)?;
-    lab.init_pki()?;
-    let _witness = lab.start_witness()?;
-    let _agent = lab.start_agent()?;
-    running.wait_redis(&lab, SOON)?;
-    let mut replicator = lab.start_replicator(protect)?;
-    let status = replicator.wait(SOON)?;
-    assert!(!status.success(), "it was not refused");
-    // Whoever is refused must not have hurt the guest.
-    running.wait_redis(&lab, Duration::from_secs(5))?;
-    Ok(replicator.tail())
-}
-
-#[test]
-fn a_channel_without_a_gate_is_refused_by_name() -> Result<()> {
-    let said = refusal(
-        &GuestConfig::default(),
-        &ProtectConfig {
-            disposable: Vec::new(),
-            ..ProtectConfig::default()
-        },
-    )?;
-    assert!(
-        said.contains("\"console\"") && said.contains("disposable"),
-        "{said}"
-    );
-    Ok(())
-}
-
-#[test]
-fn a_slirp_network_is_refused_by_name() -> Result<()> {
-    let extra = argv(&[
-        "-netdev",
-        "user,id=slirp0",
-        "-device",
-        "virtio-net-pci,netdev=slirp0",
-    ]);
-    let said = refusal(
-        &GuestConfig {
-            extra,
-            ..GuestConfig::default()
-        },
-        &ProtectConfig::default(),
-    )?;
-    assert!(said.contains("slirp0"), "{said}");
-    Ok(())
-}
-
-#[test]
-fn a_writable_disk_is_refused_by_name() -> Result<()> {
-    let extra = argv(&[
-        "-drive",
-        "driver=null-co,size=1M,if=none,id=disk0",
-        "-device",
-        "virtio-blk-pci,drive=disk0",
-    ]);
-    let said = refusal(
-        &GuestConfig {
-            extra,
-            ..GuestConfig::default()
-        },
-        &ProtectConfig::default(),
-    )?;
-    assert!(said.contains("disk0"), "{said}");
-    Ok(())
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use romulus_host_sys::{CallStage, create_in_process, probe_kernel, read_maps};
+use romulus_host_sys::{CallStage, SysError, create_in_process, probe_kernel, read_maps};
 use serde_json::{Value, json};
 
 use super::describe::describe;
@@ -69,6 +69,7 @@ impl QemuSource {
             return Err(AttachError::Kernel(missing));
         }
         let pid = find_process(&options)?;
+        may_look_into(pid)?;
         let lair = Lair::enter(&options.fifo_dir, pid)?;
         fault::point("attach.locked");
         let mut monitor = connect(&options.qmp, &lair)?;
@@ -279,6 +280,16 @@ fn find_process(options: &AttachOptions) -> Result<u32, AttachError> {
         Ok(pid)
     } else {
         Err(AttachError::NotQemu { pid, name })
+    }
+}
+
+/// What is read of the process on the way would fail for the same reason, and say something else.
+fn may_look_into(pid: u32) -> Result<(), AttachError> {
+    match std::fs::read_link(format!("/proc/{pid}/root")) {
+        Err(source) if source.kind() == std::io::ErrorKind::PermissionDenied => {
+            Err(SysError::TraceRefused { pid, source }.into())
+        }
+        _ => Ok(()),
     }
 }
 
