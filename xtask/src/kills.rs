@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use romulus_e2e::campaign::{Campaign, Outcome, Trial, all, print_table};
+use romulus_e2e::campaign::{Campaign, Outcome, Trial, all, patience, print_table};
 use romulus_e2e::report::Kill;
 use romulus_e2e::scenario::{ScenarioConfig, kill_once};
 use romulus_e2e::{Paths, Stamp};
@@ -155,6 +155,8 @@ fn scenario(args: &Args, seed: u64) -> ScenarioConfig {
     config.stage.guest.accel.clone_from(&args.accel);
     config.stage.guest.workload = "redis,dirty:600:25".to_owned();
     config.stage.agent.verify_activation = true;
+    config.stage.agent.extra = patience();
+    config.protect.extra = patience();
     config
 }
 

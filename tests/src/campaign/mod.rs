@@ -86,6 +86,12 @@ impl Outcome {
     }
 }
 
+/// What replicator and agent are told: the campaign is about steps and not about times, and its machine may be busy.
+#[must_use]
+pub fn patience() -> Vec<String> {
+    ["--suspicion-timeout", "400ms"].map(str::to_owned).to_vec()
+}
+
 /// A campaign in a lab of its own.
 #[derive(Debug)]
 pub struct Campaign {
@@ -114,6 +120,7 @@ impl Campaign {
             },
             agent: AgentConfig {
                 verify_activation: true,
+                extra: patience(),
                 ..AgentConfig::default()
             },
             ..StageConfig::default()

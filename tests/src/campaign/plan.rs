@@ -119,14 +119,14 @@ fn of_replicator(point: &str) -> Vec<(When, u64)> {
         ("detach", _) => vec![(When::Leaving, 1)],
         ("capture", "stopped") => vec![(When::Moving, 1)],
         // The second pass is that of the pairing.
-        (_, "before_ask" | "answered" | "before_remember" | "after_remember") => {
+        ("replicator", "before_ask" | "answered" | "before_remember" | "after_remember") => {
             vec![(When::Starting, 1), (When::Starting, 2), (When::BackupLost, 1)]
         }
-        (_, "before_open" | "after_open") => vec![(When::Starting, 1), (When::BackupLost, 1)],
-        (_, "first_copy") => vec![(When::Starting, 20)],
+        ("replicator", "before_open" | "after_open") => vec![(When::Starting, 1), (When::BackupLost, 1)],
+        ("replicator", "first_copy") => vec![(When::Starting, 20)],
         // Nothing is released before the pair.
-        (_, "before_release" | "after_release") => vec![(When::Protected, 3)],
-        ("capture", _) | (_, "captured" | "encoded" | "commit_queued" | "sent") => {
+        ("replicator", "before_release" | "after_release") => vec![(When::Protected, 3)],
+        ("capture", _) | ("replicator", "captured" | "encoded" | "commit_queued" | "sent") => {
             vec![(When::Starting, 1), (When::Protected, 3)]
         }
         _ => vec![(When::Starting, 1)],

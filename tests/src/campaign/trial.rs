@@ -303,6 +303,7 @@ fn start_replicator(stage: &mut Stage, fault: Option<Fault>) -> Result<()> {
     drop(stage.replicator.take());
     let replicator = stage.lab.start_replicator(&ProtectConfig {
         fault,
+        extra: super::patience(),
         ..ProtectConfig::default()
     })?;
     stage.timeline.follow("primary", replicator.log());
