@@ -70,11 +70,11 @@ pub(super) fn go_on(process: &mut Process) -> Result<bool> {
     Ok(true)
 }
 
-/// Waits for the end of a process that is to fail.
-pub(super) fn wait_fails(process: &mut Process, at_most: Duration) -> Result<()> {
+/// Waits for the end of a process that is to fail by itself; `false` when a timer of its own has killed it instead.
+pub(super) fn wait_fails(process: &mut Process, at_most: Duration) -> Result<bool> {
     let status = process.wait(at_most)?;
     if status.success() {
         bail!("{} ended as if all were well", process.name());
     }
-    Ok(())
+    Ok(std::os::unix::process::ExitStatusExt::signal(&status) != Some(9))
 }
