@@ -184,7 +184,7 @@ impl GuestConfig {
     fn kernel_line(&self) -> String {
         let clock = if self.clock_remedy { " clock=remedy" } else { "" };
         format!(
-            "console=ttyS0 quiet panic=-1 ip4={GUEST_IP}/24 ip6={GUEST_IP6}/64 gw=10.77.0.1 wl={}{clock}{}",
+            "console=ttyS0 quiet panic=-1 no_timer_check ip4={GUEST_IP}/24 ip6={GUEST_IP6}/64 gw=10.77.0.1 wl={}{clock}{}",
             self.workload, self.kernel_args
         )
     }

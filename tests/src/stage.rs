@@ -143,6 +143,18 @@ impl Stage {
         })
     }
 
+    /// Starts the agent, in the place of one that runs.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_agent(&mut self, config: &AgentConfig) -> Result<()> {
+        drop(self.agent.take());
+        let agent = self.lab.start_agent_with(config)?;
+        self.timeline.follow("backup", agent.log());
+        self.agent = Some(agent);
+        Ok(())
+    }
+
     /// Starts the replicator and waits until it says *protected*; returns the status that says so.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
-use romulus_e2e::daemons::ProtectConfig;
+use romulus_e2e::daemons::{AgentConfig, ProtectConfig};
 use romulus_e2e::guest::GuestConfig;
 use romulus_e2e::qmp::Qmp;
 use romulus_e2e::stage::{Stage, StageConfig};
@@ -130,7 +130,7 @@ fn when_the_agent_dies_the_guest_stays_and_is_protected_again_once_there_is_an_a
         0,
         "a dead agent's host spoke for the guest"
     );
-    stage.agent = Some(stage.lab.start_agent()?);
+    stage.start_agent(&AgentConfig::default())?;
     wait_state(&stage, "protected")?;
     let copied = stage.timeline.wait("first_copy_sent", at, SOON)?;
     println!("the second first copy: {}", copied.detail);

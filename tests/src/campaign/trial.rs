@@ -84,13 +84,10 @@ fn strike(stage: &mut Stage, config: &StageConfig, trial: Trial) -> Result<Stamp
         from: (trial.when != When::Starting).then(|| trigger.clone()),
     };
     if trial.part == Part::Agent {
-        restart_agent(
-            stage,
-            AgentConfig {
-                fault: Some(fault.clone()),
-                ..config.agent.clone()
-            },
-        )?;
+        stage.start_agent(&AgentConfig {
+            fault: Some(fault.clone()),
+            ..config.agent.clone()
+        })?;
     }
     let starting = trial.when == When::Starting;
     if trial.part == Part::Witness && starting {
@@ -162,7 +159,7 @@ fn wait_decided(stage: &mut Stage, config: &StageConfig, trial: Trial) -> Result
         sleep(STOPPED_FOR);
         if named(stage)?.is_none() {
             // With both hosts' daemons gone nobody asks; whoever comes back first does.
-            restart_agent(stage, config.agent.clone())?;
+            stage.start_agent(&config.agent)?;
         }
     }
     wait_for("the record to name one host", SOON, || named(stage).transpose())?
@@ -239,7 +236,7 @@ fn stayed(stage: &mut Stage, config: &StageConfig, trial: Trial, begun: Stamp) -
         revive(stage, config, trial)?;
     }
     if trial.when == When::BackupLost {
-        restart_agent(stage, config.agent.clone())?;
+        stage.start_agent(&config.agent)?;
     }
     let ended = part(stage, Part::Replicator)?.ended().is_some();
     if ended || trial.when == When::Leaving {
@@ -270,7 +267,7 @@ fn revive(stage: &mut Stage, config: &StageConfig, trial: Trial) -> Result<()> {
     match trial.part {
         // Started again where it is needed.
         Part::Replicator => Ok(()),
-        Part::Agent => restart_agent(stage, config.agent.clone()),
+        Part::Agent => stage.start_agent(&config.agent),
         Part::Witness => restart_witness(stage, None),
     }
 }
@@ -314,14 +311,6 @@ fn start_replicator(stage: &mut Stage, fault: Option<Fault>) -> Result<()> {
     })?;
     stage.timeline.follow("primary", replicator.log());
     stage.replicator = Some(replicator);
-    Ok(())
-}
-
-fn restart_agent(stage: &mut Stage, config: AgentConfig) -> Result<()> {
-    drop(stage.agent.take());
-    let agent = stage.lab.start_agent_with(&config)?;
-    stage.timeline.follow("backup", agent.log());
-    stage.agent = Some(agent);
     Ok(())
 }
 

@@ -29,7 +29,8 @@ pub(crate) fn assets() -> PathBuf {
 pub(crate) fn linux(workloads: &str) -> Vec<String> {
     let assets = assets();
     let file = |name: &str| assets.join(name).display().to_string();
-    let append = format!("console=ttyS0 quiet panic=-1 wl={workloads}");
+    // Emulated on a busy host, a timer may seem to be broken to a kernel that checks it while it boots.
+    let append = format!("console=ttyS0 quiet panic=-1 no_timer_check wl={workloads}");
     [
         "-kernel",
         &file("vmlinuz"),
