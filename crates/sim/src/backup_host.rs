@@ -118,6 +118,9 @@ impl BackupHost {
             return;
         }
         context.tell("backup", || "CRASHES".to_owned());
+        for session in std::mem::take(&mut self.hellos).into_keys() {
+            self.unreachable(context, session);
+        }
         self.drop_link(context, true);
         self.store.drop_image();
         self.timer = None;
@@ -256,6 +259,14 @@ impl BackupHost {
                     BackupEvent::StandbyLoaded(session, epoch)
                 }
             }
+            BackupWork::Surveyed(session, frames) => {
+                if self.link.as_ref().is_some_and(|link| link.session == session) {
+                    for frame in frames {
+                        self.send_bytes(context, session, frame);
+                    }
+                }
+                return Ok(());
+            }
             BackupWork::Drained => BackupEvent::Drained,
             BackupWork::Failover => BackupEvent::Order(BackupOrder::Failover),
         };
@@ -382,7 +393,13 @@ impl BackupHost {
                 context.checks.given_up();
                 self.store.mark_unusable()?;
             }
-            BackupCommand::Accept(session) => self.accept(context, session)?,
+            BackupCommand::Accept(session) => {
+                if self.accept(context, session).is_err() {
+                    // The connection ends with the agent.
+                    self.unreachable(context, session);
+                    return Err(Died);
+                }
+            }
             BackupCommand::Refuse(session, _) if self.lies.contains(&session) => {}
             BackupCommand::Refuse(session, reason) => {
                 self.hellos.remove(&session);
@@ -446,9 +463,12 @@ impl BackupHost {
         context.moment(Moment::Accept);
         let backup = HostId::new("b").expect("a name");
         self.send(context, session, &ToPrimary::Welcome { backup });
-        for frame in held {
-            self.send_bytes(context, session, frame);
-        }
+        let (from_ns, to_ns) = context.plan.survey_ns;
+        let survey_ns = context.random.within(from_ns, to_ns);
+        context.after(
+            survey_ns,
+            Event::Backup(self.life, BackupWork::Surveyed(session, held)),
+        );
         Ok(())
     }
 

@@ -38,6 +38,7 @@ pub(crate) enum BackupWork {
     End(Session),
     Reply(Bytes),
     StandbyTried(Session, Epoch),
+    Surveyed(Session, Vec<Bytes>),
     Drained,
     Failover,
 }

@@ -142,6 +142,8 @@ pub(crate) struct Plan {
     pub(crate) witness_loss_permille: u64,
     pub(crate) witness_repeat_permille: u64,
     pub(crate) ns_per_byte: u64,
+    /// How long the backup takes to read what its image holds; the guest may have any size.
+    pub(crate) survey_ns: (u64, u64),
     pub(crate) epochs_in_flight_max: u64,
     pub(crate) standby_fails_permille: u64,
     pub(crate) abort_capture_permille: u64,
@@ -169,6 +171,7 @@ impl Plan {
             epochs_in_flight_max: random.within(1, 5),
             standby_fails_permille: random.pick(&[0, 0, 300]),
             abort_capture_permille: random.pick(&[0, 20, 100]),
+            survey_ns: random.pick(&[(0, MS), (5 * MS, 30 * MS), (60 * MS, 150 * MS)]),
             faults,
         }
     }

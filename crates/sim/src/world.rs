@@ -1,7 +1,7 @@
 //! A run: everything that happens, in the order of the one clock.
 
 use bytes::Bytes;
-use romulus_protocol::{GuestEvent, Record, Witness, WitnessRequest};
+use romulus_protocol::{GuestEvent, Mode, Record, Witness, WitnessRequest};
 use romulus_types::{Session, Time, WitnessInstance};
 use romulus_wire::{FrameDecoder, FrameType, decode_message, encode_message};
 
@@ -44,6 +44,8 @@ struct World {
     witness: Option<Witness>,
     /// The witness's durable store.
     record: Option<Record>,
+    /// The record named a pair at some time after everything was healed.
+    paired_since_heal: bool,
     stalled_until: [Time; 3],
 }
 
@@ -61,6 +63,7 @@ impl World {
             backup: BackupHost::new(),
             witness,
             record: None,
+            paired_since_heal: false,
             stalled_until,
         }
     }
@@ -90,6 +93,8 @@ impl World {
             now: self.context.now,
             record: self.record.as_ref(),
             guest_there: self.primary.guest.there && !self.primary.guest.paused,
+            protecting: self.primary.is_protecting(),
+            paired_since_heal: self.paired_since_heal,
             survivor_runs: self.backup.survivor_runs(),
             image: self.backup.store.status(),
             backup_host_lost: self.backup.host_lost,
@@ -190,6 +195,7 @@ impl World {
     /// Nothing goes wrong any more, and whatever is down comes up.
     fn heal(&mut self) {
         self.context.tell("heal", String::new);
+        self.paired_since_heal = self.is_paired();
         self.context.disarm();
         self.context.network.heal();
         self.context.flip_next = false;
@@ -201,6 +207,16 @@ impl World {
         if self.primary.guest.paused {
             self.primary.guest_event(&mut self.context, GuestEvent::Resumed);
         }
+    }
+
+    fn is_paired(&self) -> bool {
+        matches!(
+            self.record,
+            Some(Record {
+                mode: Mode::Paired { .. },
+                ..
+            })
+        )
     }
 
     fn start_witness(&mut self) {
@@ -229,6 +245,7 @@ impl World {
             self.context
                 .tell("witness", || format!("term {}: {:?}", record.term, record.mode));
             self.record = Some(record.clone());
+            self.paired_since_heal |= self.is_paired();
             self.context.record = Some(record);
         }
         let reply = encode_message(FrameType::WitnessReply, Session(0), &reply).expect("a small message");

@@ -177,6 +177,7 @@ impl Backup {
         self.writing = Some(session);
         self.link = Some(Link {
             session,
+            heard: false,
             answers: Time::default(),
             standby: StandbyTrial::NotTried,
         });

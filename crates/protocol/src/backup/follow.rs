@@ -19,6 +19,9 @@ impl Backup {
         if !self.is_session(session) {
             return;
         }
+        if let Some(link) = &mut self.link {
+            link.heard = true;
+        }
         if self.phase == Phase::Reading && message != PrimaryMessage::GuestLost {
             // Only read, nothing asked for: the primary is there after all.
             self.pending = None;

@@ -82,6 +82,9 @@ enum StandbyTrial {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Link {
     session: Session,
+    /// It said something. Before that its silence means nothing: the image is being read, however long that takes, and
+    /// there is no commit to take over from. The connection's own timeout ends a dead one.
+    heard: bool,
     /// `sent` of the newest heartbeat.
     answers: Time,
     standby: StandbyTrial,

@@ -49,15 +49,22 @@ impl Backup {
 
     pub(super) fn on_drained(&mut self, now: Time) {
         let silent_ns = now.since_ns(self.heard_at);
-        let watching = matches!(self.phase, Phase::Following | Phase::Orphaned);
-        if std::mem::take(&mut self.draining) && watching && silent_ns >= self.config.suspicion_ns {
+        if std::mem::take(&mut self.draining) && self.is_watching() && silent_ns >= self.config.suspicion_ns {
             self.report(Notice::Suspicion { silent_ns });
             self.lose_primary(now);
         }
     }
 
+    /// The primary's silence means something.
+    fn is_watching(&self) -> bool {
+        match self.phase {
+            Phase::Following => self.link.as_ref().is_some_and(|link| link.heard),
+            Phase::Orphaned => true,
+            Phase::Idle | Phase::Reading | Phase::Asking | Phase::Active { .. } => false,
+        }
+    }
+
     fn suspect_at(&self) -> Option<Time> {
-        let watching = matches!(self.phase, Phase::Following | Phase::Orphaned);
-        (watching && !self.draining).then(|| self.heard_at.after_ns(self.config.suspicion_ns))
+        (self.is_watching() && !self.draining).then(|| self.heard_at.after_ns(self.config.suspicion_ns))
     }
 }

@@ -85,6 +85,11 @@ impl PrimaryHost {
         self.link.as_ref().map(|link| link.session)
     }
 
+    /// A replicator is there, and was not told to leave.
+    pub(crate) fn is_protecting(&self) -> bool {
+        self.machine.is_some() && !self.finished
+    }
+
     /// The replicator starts, if there is still something to protect.
     pub(crate) fn start(&mut self, context: &mut Context) {
         if self.machine.is_some() || self.finished || !self.guest.there || self.guest.stopped {
