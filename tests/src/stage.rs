@@ -23,7 +23,7 @@ use crate::{Host, Lab, Paths, Process, Stamp, wait_for};
 const EVERY_EPOCH: &[&str] = &["barrier", "commit"];
 const BOOT_AT_MOST: Duration = Duration::from_secs(90);
 const PROTECT_AT_MOST: Duration = Duration::from_secs(120);
-const AUDIT_SETTLES: Duration = Duration::from_secs(1);
+const AUDIT_SETTLES: Duration = Duration::from_millis(300);
 const DRAIN_AT_MOST: Duration = Duration::from_secs(60);
 
 /// What a stage is made of.
@@ -194,22 +194,22 @@ impl Stage {
         Ok(at)
     }
 
-    /// Whether what left the primary's host had been committed; see [`audit`].
+    /// Whether what has left the primary's host until now had been committed; see [`audit`].
     #[must_use]
     pub fn audit(&self) -> Audit {
+        let until = Stamp::now();
         let judge = || {
-            audit(
-                &self.from_guest.frames(),
-                &self.from_primary.frames(),
-                &self.timeline.events(),
-            )
+            let mut left = self.from_primary.frames();
+            left.retain(|frame| frame.at <= until);
+            audit(&self.from_guest.frames(), &left, &self.timeline.events())
         };
+        // What the sniffers captured and the daemons logged last has yet to be read.
+        sleep(AUDIT_SETTLES);
         let first = judge();
         if first.uncommitted_frames == 0 {
             return first;
         }
-        // What the sniffers captured and the daemons logged last may not have been read yet; nothing else can change.
-        sleep(AUDIT_SETTLES);
+        sleep(AUDIT_SETTLES * 5);
         judge()
     }
 
