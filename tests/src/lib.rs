@@ -33,6 +33,7 @@ pub mod report;
 mod resp;
 pub mod scenario;
 pub mod sniffer;
+pub mod soak;
 pub mod stage;
 mod stamp;
 pub mod timeline;

@@ -11,6 +11,7 @@ mod kills;
 mod packages;
 mod setup;
 mod sh;
+mod soak;
 mod tasks;
 
 use std::process::ExitCode;
@@ -32,6 +33,8 @@ enum Task {
     Demo(demo::Args),
     /// Strike every named step of every daemon, and kill at random moments; a guest must survive all of it
     Kills(kills::Args),
+    /// Keep a pair protected for minutes while the machine is busy; nobody may take over
+    Soak(soak::Args),
     /// Run every test: units, simulation and, with the real binaries, end to end
     Test(tasks::TestArgs),
     /// Run the fuzz targets for a while each
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Task::Setup => setup::run(),
         Task::Demo(args) => demo::run(&args),
         Task::Kills(args) => kills::run(&args),
+        Task::Soak(args) => soak::run(&args),
         Task::Test(args) => tasks::test(&args),
         Task::Fuzz(args) => tasks::fuzz(&args),
         Task::Deny => tasks::deny(),
