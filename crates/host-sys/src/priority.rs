@@ -4,20 +4,30 @@
 //! that sleep most of the time are raised: one that computes at a raised priority starves the kernel's own threads, the
 //! delivery of packets among them, and a hypervisor that inherits it starves the host.
 
+//!
+//! A thread of higher weight still waits until the one that runs has used up its slice, unless its own slice is shorter
+//! (Linux 6.12 and later, sched_setattr(2)): so that is asked for, too.
+
 use rustix::process::{getpriority_process, setpriority_process};
 
 /// Nice value of threads that must not wait: heartbeats, pauses, releases.
 const PROMPT_NICE: i32 = -15;
 /// Nice value of everything else.
 const ORDINARY_NICE: i32 = 0;
+/// Slice of threads that must not wait, in nanoseconds: the shortest that the kernel takes.
+const PROMPT_SLICE_NS: u64 = 100_000;
+/// Asks for the kernel's own slice.
+const ORDINARY_SLICE_NS: u64 = 0;
 
 /// Raises the calling thread above ordinary ones. Returns whether the kernel allowed it (it needs `CAP_SYS_NICE` or
 /// a limit that permits it).
 pub fn raise() -> bool {
-    match getpriority_process(None) {
+    let raised = match getpriority_process(None) {
         Ok(now) if now <= PROMPT_NICE => true,
         _ => setpriority_process(None, PROMPT_NICE).is_ok(),
-    }
+    };
+    set_slice(PROMPT_SLICE_NS);
+    raised
 }
 
 /// Takes the calling thread back to ordinary priority, for threads that compute or start other programs.
@@ -25,7 +35,36 @@ pub fn lower() {
     if getpriority_process(None).is_ok_and(|now| now < ORDINARY_NICE) {
         // Lowering one's own priority is always allowed.
         setpriority_process(None, ORDINARY_NICE).expect("a thread may be nicer to others");
+        set_slice(ORDINARY_SLICE_NS);
     }
+}
+
+/// `struct sched_attr` of sched_setattr(2), as of its first version.
+#[repr(C)]
+#[derive(Default)]
+struct SchedAttr {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime_ns: u64,
+    deadline_ns: u64,
+    period_ns: u64,
+}
+
+/// Sets the slice of the calling thread, if it has an ordinary policy. Best effort: older kernels ignore it.
+fn set_slice(slice_ns: u64) {
+    let mut attr = SchedAttr::default();
+    let size = u32::try_from(size_of::<SchedAttr>()).expect("48 bytes");
+    // SAFETY: the kernel writes at most `size` bytes into the live struct; 0 is the calling thread.
+    let read = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, size, 0) };
+    if read != 0 || attr.policy != u32::try_from(libc::SCHED_OTHER).expect("a small number") {
+        return;
+    }
+    attr.runtime_ns = slice_ns;
+    // SAFETY: the kernel only reads the live struct, whose size is in it.
+    unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) };
 }
 
 #[cfg(test)]
@@ -46,5 +85,20 @@ mod tests {
         .join()
         .unwrap();
         assert!(nice >= 0, "a thread that was lowered has nice value {nice}");
+    }
+
+    #[test]
+    fn setting_the_slice_leaves_policy_and_nice_value_as_they_are() {
+        std::thread::spawn(|| {
+            setpriority_process(None, 3).unwrap();
+            set_slice(PROMPT_SLICE_NS);
+            assert_eq!(getpriority_process(None).unwrap(), 3);
+            // SAFETY: it takes and returns plain numbers.
+            assert_eq!(unsafe { libc::sched_getscheduler(0) }, libc::SCHED_OTHER);
+            set_slice(ORDINARY_SLICE_NS);
+            assert_eq!(getpriority_process(None).unwrap(), 3);
+        })
+        .join()
+        .unwrap();
     }
 }
