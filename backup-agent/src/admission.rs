@@ -1,4 +1,8 @@
-//! What this host can back up: memory, the hypervisor's version, the files that the guest was started with.
+//! What this host can back up: memory, the file system of the images, the hypervisor's version, the files that the guest
+//! was started with.
+//!
+//! An image is sparse and grows with its guest, and a commit that was acknowledged must find room whatever the guests
+//! do later. So what counts is what all images and checkpoints may come to take, not what they take now.
 
 use std::path::PathBuf;
 
@@ -8,44 +12,106 @@ use romulus_hypervisor::spec::MachineSpec;
 
 /// Memory left to the host besides images and checkpoints, in bytes.
 const RESERVE_BYTES: u64 = 256 << 20;
+/// Two checkpoints can be staged: the one that is applied, and the one that comes in.
+const STAGED_CHECKPOINTS: u64 = 2;
+/// Device state that a checkpoint may have besides the guest's memory, in bytes.
+const DEVICE_STATE_BYTES_MAX: u64 = 64 << 20;
 
 /// The limits of this host.
 #[derive(Clone, Debug)]
 pub struct Admission {
     /// Bytes of all images together.
     pub image_bytes_max: u64,
-    /// A folder that a check may use; nothing is kept in it.
-    pub scratch_dir: PathBuf,
+    /// Bytes of one checkpoint.
+    pub staging_bytes_max: u64,
+    /// Where the images lie.
+    pub image_dir: PathBuf,
+}
+
+/// What the VMs of this agent claim, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Claims {
+    /// Memory of the guests.
+    pub image_bytes: u64,
+    /// Their checkpoints, at most.
+    pub staging_bytes: u64,
+    /// What of all that is in use already.
+    pub used_bytes: u64,
+}
+
+/// What there is on this host, in bytes.
+#[derive(Clone, Copy, Debug)]
+struct Room {
+    /// Memory that could be used without swapping.
+    available_bytes: u64,
+    /// Size of the file system of the images.
+    file_system_bytes: u64,
 }
 
 impl Admission {
-    /// Whether a machine can be backed up here, next to images of `held` bytes. An image of its own, of which `own` bytes
-    /// are touched, makes room for the new one.
+    /// What checkpoints of a guest of this size may take.
+    pub fn staging_bytes(&self, image_bytes: u64) -> u64 {
+        let checkpoint = image_bytes.saturating_add(DEVICE_STATE_BYTES_MAX);
+        STAGED_CHECKPOINTS * checkpoint.min(self.staging_bytes_max)
+    }
+
+    /// Whether a standby of this machine can be had here, short of starting one: rules for its command line, files,
+    /// processor.
     ///
     /// # Errors
-    /// The first thing that is missing, with the figures and what to do.
-    pub fn check(&self, machine: &MachineSpec, held: u64, own: u64) -> anyhow::Result<()> {
-        let wanted = machine.layout.bytes();
+    /// What is missing, and what to do.
+    pub fn check_machine(&self, machine: &MachineSpec) -> anyhow::Result<()> {
+        let options = StandbyOptions::new(self.image_dir.join(".admission"), "romchk");
+        QemuStandby::prepare(machine, options).context("no standby can be had here")?;
+        Ok(())
+    }
+
+    /// Whether there is room for a guest of `image_bytes` next to what `others` claim; what this VM has here from earlier
+    /// counts as used.
+    ///
+    /// # Errors
+    /// What is short, with the figures and what to do.
+    pub fn check_room(&self, image_bytes: u64, others: &Claims) -> anyhow::Result<()> {
+        let available_bytes = available_bytes().context("could not read /proc/meminfo")?;
+        let status = rustix::fs::statvfs(&self.image_dir)
+            .with_context(|| format!("could not ask for the size of {}", self.image_dir.display()))?;
+        let room = Room {
+            available_bytes,
+            file_system_bytes: status.f_blocks.saturating_mul(status.f_frsize),
+        };
+        self.fits(image_bytes, others, &room)
+    }
+
+    fn fits(&self, image_bytes: u64, others: &Claims, room: &Room) -> anyhow::Result<()> {
+        let images = others.image_bytes.saturating_add(image_bytes);
         ensure!(
-            held.saturating_add(wanted) <= self.image_bytes_max,
+            images <= self.image_bytes_max,
             "the backup has no room: the guest has {} MiB, other images {} MiB, the limit is {} MiB \
              (setting image_bytes_max of the agent)",
-            wanted >> 20,
-            held >> 20,
+            image_bytes >> 20,
+            others.image_bytes >> 20,
             self.image_bytes_max >> 20
         );
-        let available = available_bytes()
-            .context("could not read /proc/meminfo")?
-            .saturating_add(own);
+        let claimed = images
+            .saturating_add(others.staging_bytes)
+            .saturating_add(self.staging_bytes(image_bytes));
         ensure!(
-            wanted.saturating_add(RESERVE_BYTES) <= available,
-            "the backup's host has too little memory: the guest has {} MiB, {} MiB are available",
-            wanted >> 20,
-            available >> 20
+            claimed <= room.file_system_bytes,
+            "the file system of the backup's images is too small: images and checkpoints may come to {} MiB with this \
+             guest, {} has {} MiB (enlarge it, name another with image_dir, or lower staging_bytes_max of the agent)",
+            claimed >> 20,
+            self.image_dir.display(),
+            room.file_system_bytes >> 20
         );
-        // Everything that a standby needs, short of starting one: rules for its command line, files, processor.
-        let options = StandbyOptions::new(&self.scratch_dir, "romchk");
-        QemuStandby::prepare(machine, options).context("no standby can be had here")?;
+        let available = room.available_bytes.saturating_add(others.used_bytes);
+        ensure!(
+            claimed.saturating_add(RESERVE_BYTES) <= available,
+            "the backup's host has too little memory: images and checkpoints may come to {} MiB with this guest, {} MiB \
+             can be had, and {} MiB must be left",
+            claimed >> 20,
+            available >> 20,
+            RESERVE_BYTES >> 20
+        );
         Ok(())
     }
 }
@@ -59,4 +125,62 @@ fn available_bytes() -> anyhow::Result<u64> {
         .context("no MemAvailable")?;
     let kib: u64 = line.split_whitespace().nth(1).context("no figure")?.parse()?;
     Ok(kib << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn admission() -> Admission {
+        Admission {
+            image_bytes_max: 16 * GIB,
+            staging_bytes_max: GIB / 4,
+            image_dir: "/dev/shm".into(),
+        }
+    }
+
+    fn claims(image_bytes: u64, used_bytes: u64) -> Claims {
+        Claims {
+            image_bytes,
+            staging_bytes: 0,
+            used_bytes,
+        }
+    }
+
+    fn refusal(others: &Claims, available_bytes: u64, file_system_bytes: u64) -> Option<String> {
+        let room = Room {
+            available_bytes,
+            file_system_bytes,
+        };
+        let fits = admission().fits(4 * GIB, others, &room);
+        fits.err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_guest_is_admitted_by_what_it_may_touch_and_not_by_what_it_has_touched() {
+        assert_eq!(refusal(&claims(0, 0), 8 * GIB, 8 * GIB), None);
+        let sparse = claims(4 * GIB, 0);
+        let refused = refusal(&sparse, 8 * GIB, 16 * GIB).expect("both may fill up");
+        assert!(refused.contains("too little memory"), "{refused}");
+        let refused = refusal(&sparse, 16 * GIB, 8 * GIB).expect("both may fill up");
+        assert!(refused.contains("/dev/shm has 8192 MiB"), "{refused}");
+        assert!(refusal(&claims(13 * GIB, 0), 64 * GIB, 64 * GIB).is_some());
+    }
+
+    #[test]
+    fn memory_that_images_use_already_is_not_counted_twice() {
+        // 4 GiB for its own image of an earlier session, and 4 GiB of another VM.
+        let used = claims(4 * GIB, 8 * GIB);
+        assert_eq!(refusal(&used, GIB, 16 * GIB), None);
+        assert!(refusal(&claims(4 * GIB, 0), GIB, 16 * GIB).is_some());
+    }
+
+    #[test]
+    fn a_small_guests_checkpoints_are_no_larger_than_it_is() {
+        let admission = admission();
+        assert_eq!(admission.staging_bytes(32 << 20), 2 * (96 << 20));
+        assert_eq!(admission.staging_bytes(64 * GIB), GIB / 2);
+    }
 }

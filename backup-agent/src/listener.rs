@@ -195,17 +195,15 @@ impl Listener {
     /// What must be there to back this machine up.
     async fn admit(&self, hello: &Hello) -> anyhow::Result<(VmHandle, MachineSpec)> {
         let machine = MachineSpec::from_json(&hello.machine).context("the machine's description")?;
-        let held = self.registry.image_bytes_except(&hello.vm);
-        let own = self.registry.touched_bytes(&hello.vm);
         let admission = Arc::clone(&self.admission);
         // Files are read and compared: off the event loop.
         let (machine, admitted) = tokio::task::spawn_blocking(move || {
-            let admitted = admission.check(&machine, held, own);
+            let admitted = admission.check_machine(&machine);
             (machine, admitted)
         })
         .await?;
         admitted?;
-        let vm = self.registry.vm(&hello.vm, Some(&machine))?;
+        let vm = self.registry.admit(&hello.vm, &machine, &self.admission)?;
         Ok((vm, machine))
     }
 }

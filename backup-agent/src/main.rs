@@ -72,7 +72,8 @@ async fn run(settings: romulus_config::BackupAgent, state_dir: std::path::PathBu
     let (admin_socket, listen) = (settings.admin_socket.clone(), settings.listen);
     let admission = Arc::new(Admission {
         image_bytes_max: settings.image_bytes_max.bytes(),
-        scratch_dir: settings.image_dir.join(".admission"),
+        staging_bytes_max: settings.staging_bytes_max.bytes(),
+        image_dir: settings.image_dir.clone(),
     });
     let (hello_timeout, witness_wait) = (settings.hello_timeout, settings.witness_wait);
     let registry = Registry::new(Shared {

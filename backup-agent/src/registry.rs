@@ -21,6 +21,7 @@ use romulus_types::{Epoch, HostId, Nonce, VmId};
 use tokio::sync::mpsc;
 use tracing::{debug, error};
 
+use crate::admission::{Admission, Claims};
 use crate::guest::{Guest, GuestConfig};
 use crate::inbox::{EventSink, INBOX_MAX, Input};
 use crate::status::VmStatus;
@@ -102,7 +103,7 @@ impl Registry {
             let name = entry.file_name().to_string_lossy().into_owned();
             if entry.file_type()?.is_dir()
                 && let Ok(vm) = VmId::new(name)
-                && let Err(error) = self.vm(&vm, None)
+                && let Err(error) = self.vm(&mut self.lock(), &vm)
             {
                 error!(
                     event = "image_unusable",
@@ -138,12 +139,30 @@ impl Registry {
         self.shared.witness.is_connected()
     }
 
-    /// The VM's handle; its parts are started when it is new.
+    /// The VM's handle, if there is room for this machine. Its parts are started when it is new, and the room is
+    /// claimed, so that no two VMs are promised the same.
     ///
     /// # Errors
-    /// When there are too many VMs, or its image folder can't be used.
-    pub fn vm(&self, vm: &VmId, machine: Option<&MachineSpec>) -> anyhow::Result<VmHandle> {
+    /// When there is no room, there are too many VMs, or its image folder can't be used.
+    pub fn admit(&self, vm: &VmId, machine: &MachineSpec, admission: &Admission) -> anyhow::Result<VmHandle> {
         let mut vms = self.lock();
+        let mut others = Claims::default();
+        for (other, handle) in vms.iter() {
+            others.used_bytes += handle.status.image_bytes();
+            if other != vm {
+                let image_bytes = handle.image_bytes.load(Ordering::Relaxed);
+                others.image_bytes += image_bytes;
+                others.staging_bytes += admission.staging_bytes(image_bytes);
+            }
+        }
+        let image_bytes = machine.layout.bytes();
+        admission.check_room(image_bytes, &others)?;
+        let handle = self.vm(&mut vms, vm)?;
+        handle.image_bytes.fetch_max(image_bytes, Ordering::Relaxed);
+        Ok(handle)
+    }
+
+    fn vm(&self, vms: &mut BTreeMap<VmId, VmHandle>, vm: &VmId) -> anyhow::Result<VmHandle> {
         if let Some(handle) = vms.get(vm) {
             return Ok(handle.clone());
         }
@@ -151,12 +170,12 @@ impl Registry {
         if vms.len() >= vms_max {
             bail!("this agent backs up {vms_max} VMs already (setting vms_max)");
         }
-        let handle = self.start(vm, machine)?;
+        let handle = self.start(vm)?;
         vms.insert(vm.clone(), handle.clone());
         Ok(handle)
     }
 
-    fn start(&self, vm: &VmId, machine: Option<&MachineSpec>) -> anyhow::Result<VmHandle> {
+    fn start(&self, vm: &VmId) -> anyhow::Result<VmHandle> {
         let shared = &self.shared;
         let status = Arc::new(VmStatus::new(vm.clone(), shared.host.as_str()));
         let (inbox, inputs) = mpsc::channel(INBOX_MAX);
@@ -166,12 +185,9 @@ impl Registry {
             ..romulus_image::Limits::default()
         };
         let image = VmImage::open(&shared.settings.image_dir, vm, limits)?;
-        let known = image.machine().ok().map(|machine| machine.layout.bytes());
-        let image_bytes = machine
-            .map(|machine| machine.layout.bytes())
-            .or(known)
-            .unwrap_or(0);
-        let image_bytes = Arc::new(AtomicU64::new(image_bytes));
+        status.set_image_bytes(image.touched_bytes());
+        let known = image.machine().map_or(0, |machine| machine.layout.bytes());
+        let image_bytes = Arc::new(AtomicU64::new(known));
         let image_status = image.status();
         let state_file = shared.state_dir.join(format!("{vm}.json"));
         let remembered = durable::read_small(&state_file, STATE_BYTES_MAX)?
@@ -261,22 +277,6 @@ impl Registry {
             .name(format!("store-{vm}"))
             .spawn(move || store.run())?;
         Ok(sender)
-    }
-
-    /// Bytes of the images of all other VMs.
-    pub fn image_bytes_except(&self, vm: &VmId) -> u64 {
-        self.lock()
-            .iter()
-            .filter(|(other, _)| *other != vm)
-            .map(|(_, handle)| handle.image_bytes.load(Ordering::Relaxed))
-            .sum()
-    }
-
-    /// Bytes of the VM's own image that its guest has touched.
-    pub fn touched_bytes(&self, vm: &VmId) -> u64 {
-        self.lock()
-            .get(vm)
-            .map_or(0, |handle| handle.status.image_bytes())
     }
 
     /// Where refused connections are counted.

@@ -113,6 +113,11 @@ impl VmStatus {
         inner.image_bytes = image_bytes.unwrap_or(inner.image_bytes);
     }
 
+    /// Bytes of the image and of what is staged, as counted now.
+    pub fn set_image_bytes(&self, image_bytes: u64) {
+        self.lock().image_bytes = image_bytes;
+    }
+
     /// Bytes of the image that the guest has touched, as last counted.
     pub fn image_bytes(&self) -> u64 {
         self.lock().image_bytes

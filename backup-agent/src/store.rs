@@ -174,6 +174,7 @@ impl Store {
                 {
                     self.receiver = None;
                     self.image.discard_staging();
+                    self.status.set_image_bytes(self.image.touched_bytes());
                 }
             }
             StoreJob::MarkUnusable(done) => match self.image.mark_unusable() {
