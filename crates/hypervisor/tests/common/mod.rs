@@ -3,6 +3,8 @@
 
 pub(crate) mod saved;
 
+pub(crate) mod attach;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
