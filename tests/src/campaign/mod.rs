@@ -54,6 +54,8 @@ pub struct Outcome {
     pub gated_frames: usize,
     /// Of these, those of uncommitted epochs.
     pub uncommitted_frames: usize,
+    /// Frames that came from the primary after the guest spoke on the backup: of committed epochs, or they would be counted above.
+    pub late_frames: usize,
     /// Whether the memory was compared before the guest ran on the backup; null when it did not move.
     pub memory_verified: Option<bool>,
     /// How long the trial took.
@@ -73,6 +75,7 @@ impl Outcome {
             connection_resets: 0,
             gated_frames: 0,
             uncommitted_frames: 0,
+            late_frames: 0,
             memory_verified: None,
             seconds: 0.0,
             logs: None,
