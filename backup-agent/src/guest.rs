@@ -122,19 +122,12 @@ impl Guest {
         Ok(self.standby.as_mut().expect("made above"))
     }
 
-    /// Finds the guest that an earlier life of the agent activated; whether it runs.
-    pub fn adopt(&mut self, image: &VmImage) -> bool {
-        match self.standby(image) {
-            Ok(standby) => standby.is_active(),
-            Err(error) => {
-                warn!(
-                    vm = self.config.vm.as_str(),
-                    error = format!("{error:#}"),
-                    "no guest was found"
-                );
-                false
-            }
-        }
+    /// Finds the guest that an earlier life of the agent activated: whether it runs. A machine that has never run is ended.
+    ///
+    /// # Errors
+    /// When it can't be told whether a guest runs.
+    pub fn adopt(&mut self, image: &VmImage) -> anyhow::Result<bool> {
+        Ok(self.standby(image)?.is_active())
     }
 
     /// Shows that a standby with this configuration loads the last commit.

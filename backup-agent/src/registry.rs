@@ -19,7 +19,7 @@ use romulus_protocol::{
 use romulus_transport::WitnessClient;
 use romulus_types::{Epoch, HostId, Nonce, VmId};
 use tokio::sync::mpsc;
-use tracing::{debug, error};
+use tracing::{debug, error, info, warn};
 
 use crate::admission::{Admission, Claims};
 use crate::guest::{Guest, GuestConfig};
@@ -184,7 +184,8 @@ impl Registry {
             staging_bytes_max: shared.settings.staging_bytes_max.bytes(),
             ..romulus_image::Limits::default()
         };
-        let image = VmImage::open(&shared.settings.image_dir, vm, limits)?;
+        let mut image = VmImage::open(&shared.settings.image_dir, vm, limits)?;
+        let guest = self.find_guest(vm, &mut image, &status);
         status.set_image_bytes(image.touched_bytes());
         let known = image.machine().map_or(0, |machine| machine.layout.bytes());
         let image_bytes = Arc::new(AtomicU64::new(known));
@@ -209,7 +210,7 @@ impl Registry {
             crate::seed()?,
             shared.clock.now(),
         );
-        let store = self.start_store(vm, image, &events, &status)?;
+        let store = self.start_store(vm, image, guest, &events, &status)?;
         let (witness, requests) = mpsc::channel(REQUESTS_MAX);
         tokio::spawn(ask_witness(shared.witness.clone(), requests, events.clone()));
         let driver = VmDriver {
@@ -245,14 +246,9 @@ impl Registry {
         })
     }
 
-    fn start_store(
-        &self,
-        vm: &VmId,
-        image: VmImage,
-        events: &EventSink,
-        status: &Arc<VmStatus>,
-    ) -> anyhow::Result<StoreSender> {
-        let (sender, jobs) = store_channel();
+    /// The guest that an earlier life of the agent activated, if it did. An activation that it did not live to see through
+    /// gives the image back, to be activated again as the record says.
+    fn find_guest(&self, vm: &VmId, image: &mut VmImage, status: &VmStatus) -> Guest {
         let settings = &self.shared.settings;
         let mut guest = Guest::new(GuestConfig {
             vm: vm.clone(),
@@ -262,9 +258,41 @@ impl Registry {
             // No VM's name begins with a dot, so this is taken for no image.
             run_dir: settings.image_dir.join(format!(".run-{vm}")),
         });
-        if image.status() == ImageStatus::Consumed && guest.adopt(&image) {
-            status.set_standby("active", guest.pid());
+        if image.status() != ImageStatus::Consumed {
+            return guest;
         }
+        let found = guest.adopt(image).and_then(|runs| {
+            if runs {
+                status.set_standby("active", guest.pid());
+            } else if image.reclaim()? {
+                info!(
+                    event = "activation_undone",
+                    vm = vm.as_str(),
+                    "no guest has run from the image: it can be activated"
+                );
+                status.event("activation_undone", &serde_json::json!({}));
+            }
+            Ok(())
+        });
+        if let Err(error) = found {
+            let error = format!("{error:#}");
+            warn!(event = "guest_not_found", vm = vm.as_str(), error);
+            status.set_detail(format!(
+                "whether a guest runs from the consumed image is not known: {error}"
+            ));
+        }
+        guest
+    }
+
+    fn start_store(
+        &self,
+        vm: &VmId,
+        image: VmImage,
+        guest: Guest,
+        events: &EventSink,
+        status: &Arc<VmStatus>,
+    ) -> anyhow::Result<StoreSender> {
+        let (sender, jobs) = store_channel();
         let store = Store {
             jobs,
             events: events.clone(),

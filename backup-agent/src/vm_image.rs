@@ -226,6 +226,25 @@ impl VmImage {
         Ok(image.device_state()?)
     }
 
+    /// Takes the mark of consumption back if no guest has ever run from the image: its memory still is, to the bit, what was
+    /// committed. (A guest can't send a frame without writing to its memory.) Only when no machine lives that could have it mapped.
+    /// Whether it is a checkpoint again; otherwise the mark stays.
+    ///
+    /// # Errors
+    /// When the image or the mark can't be read or removed.
+    pub fn reclaim(&mut self) -> anyhow::Result<bool> {
+        if self.machine.is_none() || !self.folder().exists() {
+            return Ok(false);
+        }
+        let image = Image::open_in(&self.dir, &self.vm, self.limits).context("the consumed image")?;
+        if !matches!(image.state(), ImageState::Committed { .. }) {
+            return Ok(false);
+        }
+        std::fs::remove_file(self.consumed_file()).context("could not remove the mark of consumption")?;
+        self.image = Some(image);
+        Ok(true)
+    }
+
     /// The digest of all memory in the last commit.
     ///
     /// # Errors

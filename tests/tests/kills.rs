@@ -39,7 +39,7 @@ fn a_daemon_that_dies_on_the_way_to_protection_hinders_neither_the_guest_nor_the
 }
 
 #[test]
-fn a_daemon_that_dies_at_any_step_of_an_epoch_costs_no_answer() -> Result<()> {
+fn a_daemon_that_dies_at_any_step_of_an_epoch_or_a_takeover_costs_no_answer() -> Result<()> {
     use {Blow::*, Part::*, When::*};
     survives(&[
         (Agent, Protected, "agent.in_apply", Kill),
@@ -48,5 +48,7 @@ fn a_daemon_that_dies_at_any_step_of_an_epoch_costs_no_answer() -> Result<()> {
         (Replicator, Protected, "capture.after_barrier", Stop),
         (Replicator, Protected, "replicator.commit_queued", HostDies),
         (Replicator, Protected, "replicator.before_release", HostDies),
+        (Agent, TakingOver, "agent.after_consumed", Kill),
+        (Witness, TakingOver, "store.synced", Kill),
     ])
 }

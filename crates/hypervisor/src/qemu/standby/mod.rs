@@ -212,8 +212,8 @@ impl QemuStandby {
                 self.state = State::Active(Process::adopt(qmp.peer_pid().map_err(unknown)?)?);
                 continue;
             }
-            // The reply may be lost with the process.
-            let _ = qmp.execute("quit", serde_json::Value::Null);
+            // At once, and waited for: one that was about to load must not come to run while we look at its memory.
+            Process::adopt(qmp.peer_pid().map_err(unknown)?)?.kill();
         }
         Ok(())
     }
