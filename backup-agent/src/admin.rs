@@ -1,6 +1,7 @@
 //! The agent's admin API on its Unix socket.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
@@ -13,7 +14,10 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::registry::Registry;
-use crate::status::STATUS_SCHEMA;
+use crate::status::{OrderEnd, STATUS_SCHEMA};
+
+/// Longest a failover may take before its caller is told that it goes on.
+const ORDER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What may be asked with a request.
 #[derive(Debug, Deserialize)]
@@ -108,15 +112,28 @@ async fn failover(
     } else {
         BackupOrder::Failover
     };
-    if registry.order(&vm, order).await {
-        (
-            StatusCode::ACCEPTED,
-            Json(json!({"done": false, "next": "under way; see `romulus status`"})),
-        )
-    } else {
-        (
+    let Some(status) = statuses.iter().find(|status| status.vm() == vm.as_str()) else {
+        return (
             StatusCode::NOT_FOUND,
             Json(json!({"error": format!("no VM {vm} is backed up here")})),
-        )
+        );
+    };
+    let mut ends = status.order_ends();
+    if !registry.order(&vm, order).await {
+        let text = format!("the agent has given {vm} up: restart it");
+        return (StatusCode::GONE, Json(json!({"error": text})));
+    }
+    let ended = tokio::time::timeout(ORDER_TIMEOUT, ends.changed()).await;
+    let end = ended.ok().and_then(|_| ends.borrow_and_update().clone());
+    match end {
+        Some(OrderEnd::Activated) => (
+            StatusCode::OK,
+            Json(json!({"done": true, "status": status.json()})),
+        ),
+        Some(OrderEnd::Refused(why)) => (StatusCode::CONFLICT, Json(json!({"error": why}))),
+        None => (
+            StatusCode::ACCEPTED,
+            Json(json!({"done": false, "next": "the order goes on; see `romulus status`"})),
+        ),
     }
 }

@@ -8,7 +8,7 @@ use romulus_config::StandbyKind;
 use romulus_hypervisor::fault;
 use romulus_hypervisor::qemu::standby::{QemuStandby, StandbyOptions};
 use romulus_hypervisor::spec::Nic;
-use romulus_hypervisor::standby::{Committed, Standby};
+use romulus_hypervisor::standby::{Committed, Standby, StandbyError};
 use romulus_types::{BlockId, VmId};
 use romulus_wire::unpack_guest_state;
 use serde_json::{Value, json};
@@ -156,11 +156,16 @@ impl Guest {
         Ok(standby.pid())
     }
 
-    /// Lets the guest run from the last commit, joins its taps to the bridge and announces its addresses.
+    /// Lets the guest run from the last commit, joins its taps to the bridge and announces its addresses. `consume` marks the
+    /// image, right before the guest may read it.
     ///
     /// # Errors
     /// What the hypervisor said; no guest runs then.
-    pub fn activate(&mut self, image: &VmImage) -> anyhow::Result<Value> {
+    pub fn activate(
+        &mut self,
+        image: &VmImage,
+        consume: &mut dyn FnMut() -> Result<(), StandbyError>,
+    ) -> anyhow::Result<Value> {
         let checkpoint = Checkpoint::of(image)?;
         let (learnt, mut committed) = checkpoint.parts()?;
         if self.config.verify_activation {
@@ -172,7 +177,7 @@ impl Guest {
             self.join();
         }
         fault::point("agent.joined");
-        let report = self.standby(image)?.activate(&committed)?;
+        let report = self.standby(image)?.activate(&committed, consume)?;
         if let (Some(digest), Some(verify_us)) = (committed.memory, report.verify_us) {
             info!(
                 event = "activation_verified",

@@ -190,6 +190,16 @@ impl Registry {
         let known = image.machine().map_or(0, |machine| machine.layout.bytes());
         let image_bytes = Arc::new(AtomicU64::new(known));
         let image_status = image.status();
+        if image.damaged_slots() > 0 {
+            let text = "a commit slot of the image was torn or damaged: to be expected when the agent was killed while it \
+                        wrote one; otherwise the last acknowledged commit may be lost, and the memory of this host is in doubt";
+            warn!(event = "damaged_slots", vm = vm.as_str(), "{text}");
+            status.event(
+                "damaged_slots",
+                &serde_json::json!({"slots": image.damaged_slots()}),
+            );
+            status.set_detail(text.to_owned());
+        }
         let state_file = shared.state_dir.join(format!("{vm}.json"));
         let remembered = durable::read_small(&state_file, STATE_BYTES_MAX)?
             .map(|bytes| serde_json::from_slice::<Remembered>(&bytes))
@@ -300,6 +310,7 @@ impl Registry {
             guest,
             receiver: None,
             status: Arc::clone(status),
+            activation_retries_max: settings.activation_retries_max,
         };
         std::thread::Builder::new()
             .name(format!("store-{vm}"))

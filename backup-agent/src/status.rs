@@ -7,6 +7,7 @@ use romulus_protocol::{NotProtected, Protection};
 use romulus_telemetry::EventLog;
 use romulus_types::{Epoch, Session, Term, VmId};
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 /// Version of the JSON that `romulus status --json` prints.
 pub const STATUS_SCHEMA: u32 = 1;
@@ -34,6 +35,38 @@ pub struct VmStatus {
     vm: VmId,
     host: String,
     inner: Mutex<Inner>,
+    orders: watch::Sender<Option<OrderEnd>>,
+}
+
+/// How a failover ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OrderEnd {
+    /// The guest runs here.
+    Activated,
+    /// It does not, and why.
+    Refused(String),
+}
+
+impl OrderEnd {
+    /// What an event says of an order that waits.
+    fn of(event: &str, detail: &Value) -> Option<Self> {
+        let text = |key: &str| detail[key].as_str().unwrap_or("no reason is known").to_owned();
+        match event {
+            "activated" => Some(Self::Activated),
+            "activation_failed" => detail["error"]
+                .as_str()
+                .map(|error| Self::Refused(format!("the guest could not be started: {error}"))),
+            "order_refused" if detail["state"] == "protected" => Some(Self::Refused(
+                "the VM is protected: there is nothing to force".to_owned(),
+            )),
+            "order_refused" => Some(Self::Refused(format!("not in this state: {}", text("reason")))),
+            "refusal" => Some(Self::Refused(format!(
+                "the witness refused it: its record is {}",
+                detail["mode"]
+            ))),
+            _ => None,
+        }
+    }
 }
 
 fn histogram() -> Histogram<u64> {
@@ -70,6 +103,7 @@ impl VmStatus {
             vm,
             host: host.into(),
             inner: Mutex::new(inner),
+            orders: watch::channel(None).0,
         }
     }
 
@@ -147,9 +181,17 @@ impl VmStatus {
         self.lock().activation = Some(report);
     }
 
-    /// Keeps an event for `romulus events`.
+    /// Keeps an event for `romulus events`, and tells those who wait for an order's end.
     pub fn event(&self, name: &str, detail: &Value) {
         self.lock().events.add(name, detail);
+        if let Some(end) = OrderEnd::of(name, detail) {
+            self.orders.send_replace(Some(end));
+        }
+    }
+
+    /// How failovers end from now on: the next change is the next end.
+    pub fn order_ends(&self) -> watch::Receiver<Option<OrderEnd>> {
+        self.orders.subscribe()
     }
 
     /// The events kept, oldest first.

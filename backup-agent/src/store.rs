@@ -16,6 +16,7 @@ use bytes::Bytes;
 use romulus_host_sys::priority;
 use romulus_hypervisor::fault;
 use romulus_hypervisor::spec::MachineSpec;
+use romulus_hypervisor::standby::StandbyError;
 use romulus_page_codec::PageHasher;
 use romulus_protocol::BackupEvent;
 use romulus_types::{Epoch, Session, Term};
@@ -132,6 +133,8 @@ pub struct Store {
     pub receiver: Option<Receiver>,
     /// Figures.
     pub status: Arc<VmStatus>,
+    /// How often another standby is started when one fails before it has the whole checkpoint.
+    pub activation_retries_max: u16,
 }
 
 impl Store {
@@ -352,12 +355,44 @@ impl Store {
             "an activation names the session of the commit"
         );
         assert!(committed.epoch >= epoch, "a commit that was acknowledged is gone");
-        fault::point("agent.before_consumed");
-        self.image.mark_consumed()?;
-        fault::point("agent.after_consumed");
-        let report = self.guest.activate(&self.image)?;
+        let report = self.start_guest()?;
         fault::point("agent.activated");
         Ok(report)
+    }
+
+    /// Marks the image as consumed right before a standby may read it, and lets the guest run. A standby that fails before it
+    /// has read everything leaves the image as it was: then another one is started.
+    fn start_guest(&mut self) -> anyhow::Result<serde_json::Value> {
+        let mut retries_left = self.activation_retries_max;
+        loop {
+            let image = &self.image;
+            let mut consume = || {
+                fault::point("agent.before_consumed");
+                image
+                    .mark_consumed()
+                    .map_err(|error| StandbyError::new("the image can't be marked", error))?;
+                fault::point("agent.after_consumed");
+                Ok(())
+            };
+            let error = match self.guest.activate(image, &mut consume) {
+                Ok(report) => return Ok(report),
+                Err(error) => error,
+            };
+            let failed = error.downcast_ref::<StandbyError>();
+            if !failed.is_some_and(|error| error.untouched) {
+                return Err(error);
+            }
+            self.image.unmark_consumed()?;
+            if retries_left == 0 {
+                return Err(error.context(
+                    "no standby took the checkpoint, which is still whole: restart the agent to try again",
+                ));
+            }
+            let detail = json!({"error": format!("{error:#}"), "retries_left": retries_left});
+            warn!(event = "activation_retry", vm = self.status.vm(), detail = %detail);
+            self.status.event("activation_retry", &detail);
+            retries_left -= 1;
+        }
     }
 }
 

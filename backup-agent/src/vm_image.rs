@@ -217,6 +217,20 @@ impl VmImage {
         durable::replace(&self.consumed_file(), b"consumed\n").context("could not mark the image as consumed")
     }
 
+    /// No guest has read it after all: it is the checkpoint that it was. A mark that comes back after a crash of the host
+    /// is on the safe side.
+    ///
+    /// # Errors
+    /// When the mark can't be removed.
+    pub fn unmark_consumed(&self) -> anyhow::Result<()> {
+        match std::fs::remove_file(self.consumed_file()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).context("could not remove the mark of a consumed image")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Device state of the last commit, with the primary's notes in front.
     ///
     /// # Errors
@@ -251,6 +265,13 @@ impl VmImage {
     /// When there is no image.
     pub fn digest(&self) -> anyhow::Result<Digest> {
         Ok(self.image.as_ref().context("there is no image")?.image_digest())
+    }
+
+    /// Commit slots that were torn or damaged when the image was opened; opening compares all memory with its digests, too.
+    pub fn damaged_slots(&self) -> u8 {
+        self.image
+            .as_ref()
+            .map_or(0, |image| image.recovery().damaged_slots)
     }
 
     /// The file of a memory block.

@@ -1,15 +1,18 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
+use romulus_config::PeerAddress;
+use romulus_types::VmId;
 
 /// Remus-style fault tolerance for KVM virtual machines: the operator's command.
 #[derive(Parser)]
 #[command(
     name = "romulus",
     version,
-    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not protected (status), 4 daemon unreachable."
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not protected (status), 4 daemon unreachable, 5 must not run here (may-run), 6 not known (may-run)."
 )]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -26,6 +29,8 @@ pub(crate) enum Command {
     Unprotect(AdminOptions),
     /// Planned failover: move the guest to its backup without losing anything. On a backup host: ask the primary for it.
     Failover(FailoverOptions),
+    /// May this host start the VM from its disk? Asks the witness; for boot scripts. Exit code 0 only if it may.
+    MayRun(MayRunOptions),
     /// Certificates for mutual TLS.
     #[command(subcommand)]
     Pki(PkiCommand),
@@ -55,6 +60,30 @@ pub(crate) struct FailoverOptions {
     /// With --force: the primary was fenced (switched off, cut from the network), so there is nothing to wait for.
     #[arg(long, requires = "force")]
     pub(crate) fenced: bool,
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct MayRunOptions {
+    /// The VM's name at the witness.
+    pub(crate) vm: VmId,
+    /// The replicator's settings, for the witness and the certificates. Default /etc/romulus/replicator.toml.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// The witness; may be given several times for several addresses of the one witness.
+    #[arg(long, value_name = "[NAME@]HOST:PORT")]
+    pub(crate) witness: Vec<PeerAddress>,
+    /// Folder with this host's certificates.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) pki: Option<PathBuf>,
+    /// The folder above the daemons' state folders: a witness that forgot what they remember is not believed.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/romulus")]
+    pub(crate) state_dir: PathBuf,
+    /// How long the witness may take.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
+    pub(crate) timeout: Duration,
+    /// Print JSON with a versioned schema.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Subcommand)]

@@ -3,6 +3,7 @@
 
 mod admin;
 mod args;
+mod may_run;
 mod pki;
 mod render;
 
@@ -20,6 +21,10 @@ mod exit {
     pub(crate) const NOT_PROTECTED: u8 = 3;
     /// The daemon could not be reached.
     pub(crate) const UNREACHABLE: u8 = 4;
+    /// `may-run`: the record names another host.
+    pub(crate) const MUST_NOT_RUN: u8 = 5;
+    /// `may-run`: the witness does not answer, or is not to be believed.
+    pub(crate) const UNKNOWN: u8 = 6;
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -30,6 +35,7 @@ async fn main() -> ExitCode {
         args::Command::Events(options) => admin::events(options).await,
         args::Command::Unprotect(options) => admin::order(options, "unprotect", &[]).await,
         args::Command::Failover(options) => admin::failover(options).await,
+        args::Command::MayRun(options) => may_run::run(options).await,
         args::Command::Pki(command) => pki::run(command).map(|()| exit::OK),
     };
     match result {

@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
+use romulus_e2e::daemons::{AgentConfig, Fault, ProtectConfig};
 use romulus_e2e::guest::{GuestConfig, Memory};
 use romulus_e2e::report::OK;
 use romulus_e2e::scenario::{ScenarioConfig, kill_once};
-use romulus_e2e::stage::StageConfig;
-use romulus_e2e::{Paths, TEST_LAB};
+use romulus_e2e::stage::{Stage, StageConfig};
+use romulus_e2e::{Host, Paths, TEST_LAB, wait_for};
+use rustix::process::{Pid, Signal, kill_process};
+
+const SOON: Duration = Duration::from_secs(60);
 
 /// The failover of this guest, which must not lose anything.
 fn survives(guest: GuestConfig, seed: u64) -> Result<()> {
@@ -81,4 +85,57 @@ fn no_slirp() -> Vec<String> {
     ["-nic", "none", "-parallel", "none", "-monitor", "none"]
         .map(str::to_owned)
         .to_vec()
+}
+
+#[test]
+fn a_standby_that_dies_at_the_moment_of_its_activation_is_replaced() -> Result<()> {
+    let mut stage = Stage::raise(
+        &Paths::here(),
+        TEST_LAB,
+        &StageConfig {
+            guest: loaded(),
+            without_daemons: true,
+            ..StageConfig::default()
+        },
+    )?;
+    let from = stage.lab.run_path("fault-from");
+    stage.lab.init_pki()?;
+    stage.witness = Some(stage.lab.start_witness()?);
+    let agent = stage.lab.start_agent_with(&AgentConfig {
+        fault: Some(Fault {
+            place: "standby.in_stream:sigstop".to_owned(),
+            from: Some(from.clone()),
+        }),
+        ..AgentConfig::default()
+    })?;
+    stage.timeline.follow("backup", agent.log());
+    stage.agent = Some(agent);
+    stage.protect(&ProtectConfig::default())?;
+    let status = stage.lab.status(Host::Backup)?;
+    let standby = status["vms"][0]["standby_pid"].as_i64();
+    let standby = standby.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+    let standby = standby.ok_or_else(|| anyhow!("no standby waits: {status}"))?;
+
+    // From now on the trial is over: the next stream is the activation's.
+    std::fs::write(&from, "")?;
+    let killed = stage.kill_primary()?;
+    let agent = stage.agent.as_ref().ok_or_else(|| anyhow!("no agent"))?;
+    wait_for("the agent to stop in the activation", SOON, || {
+        let log = std::fs::read_to_string(agent.log()).ok()?;
+        log.contains("struck at standby.in_stream").then_some(())
+    })?;
+    kill_process(standby, Signal::KILL)?;
+    agent.signal(Signal::CONT)?;
+
+    stage.timeline.wait("activation_retry", killed, SOON)?;
+    let activated = stage.timeline.wait("activated", killed, SOON)?;
+    stage.wait_ack_after(activated.at, SOON)?;
+    let report = stage.finish_client()?;
+    assert_eq!(
+        (report.lost, report.resets, report.refused),
+        (0, 0, 0),
+        "{:?}",
+        report.trouble
+    );
+    Ok(())
 }

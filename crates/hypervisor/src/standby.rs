@@ -25,6 +25,9 @@ pub struct StandbyError {
     /// The cause.
     #[source]
     pub source: Option<Box<dyn Error + Send + Sync>>,
+    /// Of an activation: the machine is gone and has not read the whole checkpoint, so that no instruction of the guest
+    /// ran and the image is as it was. Another try from it is safe.
+    pub untouched: bool,
 }
 
 impl StandbyError {
@@ -33,6 +36,7 @@ impl StandbyError {
         Self {
             what: what.into(),
             source: Some(source.into()),
+            untouched: false,
         }
     }
 
@@ -41,6 +45,16 @@ impl StandbyError {
         Self {
             what: what.into(),
             source: None,
+            untouched: false,
+        }
+    }
+
+    /// The same, of a machine that is gone and left the image as it was.
+    #[must_use]
+    pub fn untouched(self) -> Self {
+        Self {
+            untouched: true,
+            ..self
         }
     }
 }
@@ -102,12 +116,17 @@ pub trait Standby: Send {
     /// What the machine said when it did not start.
     fn start_waiting(&mut self, ram: &[PathBuf]) -> Result<(), StandbyError>;
 
-    /// Lets the guest run from the checkpoint, in the waiting machine or in one started now. From here on the image belongs to
-    /// the guest: it is no checkpoint any more.
+    /// Lets the guest run from the checkpoint, in the waiting machine or in one started now. `consume` is called at most once, right
+    /// before the machine may begin to read: from there on the image belongs to the guest and is no checkpoint any more.
     ///
     /// # Errors
-    /// What the machine said, or that its memory is not what was committed; no guest runs then.
-    fn activate(&mut self, checkpoint: &Committed<'_>) -> Result<ActivationReport, StandbyError>;
+    /// What the machine or `consume` said, or that its memory is not what was committed; no guest runs then, and the machine is
+    /// gone. [`StandbyError::untouched`] says whether the image still is the checkpoint.
+    fn activate(
+        &mut self,
+        checkpoint: &Committed<'_>,
+        consume: &mut dyn FnMut() -> Result<(), StandbyError>,
+    ) -> Result<ActivationReport, StandbyError>;
 
     /// Whether a machine waits and is healthy.
     fn is_waiting(&mut self) -> bool;

@@ -39,7 +39,10 @@ fn goes_on(saved: &Saved) {
         before,
         "a machine that waits leaves the image alone"
     );
-    println!("activation {:?}", standby.activate(&saved.committed()).unwrap());
+    println!(
+        "activation {:?}",
+        standby.activate(&saved.committed(), &mut || Ok(())).unwrap()
+    );
     assert!(standby.is_active() && !standby.is_waiting());
     went_on(saved);
     // The monitor is free for whoever protects the guest next.
@@ -118,7 +121,7 @@ fn a_cold_standby_is_started_at_activation() {
         false,
     );
     let mut standby = QemuStandby::prepare(&saved.spec, saved.options()).unwrap();
-    let report = standby.activate(&saved.committed()).unwrap();
+    let report = standby.activate(&saved.committed(), &mut || Ok(())).unwrap();
     println!("{report:?}");
     assert!(!report.warm);
     went_on(&saved);
@@ -206,7 +209,7 @@ fn an_agent_that_starts_again_ends_what_waits_and_adopts_what_runs() {
     // As if its agent had died: nobody ends the process and the monitor is free.
     first.abandon();
     let mut second = QemuStandby::prepare(&saved.spec, saved.options()).unwrap();
-    second.activate(&saved.committed()).unwrap();
+    second.activate(&saved.committed(), &mut || Ok(())).unwrap();
     let active = second.pid().unwrap();
     assert_ne!(active, pid);
     drop(second);
@@ -243,7 +246,10 @@ fn a_guest_with_a_network_goes_on_with_the_standbys_taps() {
     standby.trial_load(&saved.committed()).unwrap();
     standby.start_waiting(&saved.ram).unwrap();
     assert!(Path::new("/sys/class/net/hvnw0").exists() && !Path::new("/sys/class/net/hvnt0").exists());
-    println!("{:?}", standby.activate(&saved.committed()).unwrap());
+    println!(
+        "{:?}",
+        standby.activate(&saved.committed(), &mut || Ok(())).unwrap()
+    );
     went_on(&saved);
     standby.kill();
     assert!(!Path::new("/sys/class/net/hvnw0").exists());

@@ -14,9 +14,10 @@ use romulus_hypervisor::fault;
 use romulus_hypervisor::qemu::qmp::{Monitor, Qmp};
 use romulus_hypervisor::qemu::standby::{QemuStandby, StandbyOptions};
 use romulus_hypervisor::spec::MachineSpec;
-use romulus_hypervisor::standby::{Committed, Standby};
+use romulus_hypervisor::standby::{Committed, Standby, StandbyError};
 use romulus_page_codec::{ImageDigest, page_digest};
 use romulus_types::{BlockId, Digest, PAGE_BYTES, PageIndex};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 const HELPER_DIR: &str = "ROMULUS_TEST_HELPER_DIR";
@@ -37,11 +38,14 @@ fn helper_that_activates() {
     let mut standby = QemuStandby::prepare(&spec, options).unwrap();
     let device_state = fs::read(dir.join("state")).unwrap();
     standby
-        .activate(&Committed {
-            ram: &ram,
-            device_state: &device_state,
-            memory: std::env::var_os(HELPER_VERIFIES).map(|_| digest_of(&spec, &ram)),
-        })
+        .activate(
+            &Committed {
+                ram: &ram,
+                device_state: &device_state,
+                memory: std::env::var_os(HELPER_VERIFIES).map(|_| digest_of(&spec, &ram)),
+            },
+            &mut || Ok(()),
+        )
         .unwrap();
 }
 
@@ -86,6 +90,44 @@ fn an_agent_that_dies_during_an_activation_leaves_a_guest_that_waits_or_runs() {
     QemuStandby::prepare(&saved.spec, saved.options()).unwrap().kill();
 }
 
+#[test]
+fn a_machine_that_dies_before_it_has_read_everything_leaves_the_image_for_another() {
+    let saved = save(
+        Guest::start(&["-nodefaults", "-M", "q35,accel=tcg", "-m", "128"], &linux(WORK)),
+        false,
+    );
+    let digest = digest_of(&saved.spec, &saved.ram);
+    let mut standby = QemuStandby::prepare(&saved.spec, saved.options()).unwrap();
+    standby.trial_load(&saved.committed()).unwrap();
+    standby.start_waiting(&saved.ram).unwrap();
+    let pid = Pid::from_raw(i32::try_from(standby.pid().unwrap()).unwrap()).unwrap();
+    // Dead before it is told to read, and right when it may.
+    let error = standby
+        .activate(&saved.committed(), &mut || {
+            kill_process(pid, Signal::KILL).unwrap();
+            Ok(())
+        })
+        .unwrap_err();
+    assert!(error.untouched, "{error}");
+    let error = standby
+        .activate(&saved.committed(), &mut || {
+            Err(StandbyError::plain("the disk is full"))
+        })
+        .unwrap_err();
+    assert!(error.untouched && error.to_string().contains("disk"), "{error}");
+    assert!(!standby.is_waiting() && !standby.is_active());
+    assert_eq!(
+        digest_of(&saved.spec, &saved.ram),
+        digest,
+        "the image was written to"
+    );
+
+    let report = standby.activate(&saved.committed(), &mut || Ok(())).unwrap();
+    assert!(!report.warm);
+    went_on(&saved);
+    standby.kill();
+}
+
 /// The digest of all memory as a commit would name it.
 fn digest_of(spec: &MachineSpec, ram: &[PathBuf]) -> Digest {
     let mut image = ImageDigest::ZERO;
@@ -124,11 +166,14 @@ fn a_guest_runs_only_when_the_memory_of_its_standby_is_what_was_committed() {
             memory: Some(memory),
             ..saved.committed()
         };
-        let error = standby.activate(&with(Digest(digest.0 ^ 1))).unwrap_err();
+        let error = standby
+            .activate(&with(Digest(digest.0 ^ 1)), &mut || Ok(()))
+            .unwrap_err();
+        assert!(!error.untouched, "it had read everything");
         assert!(error.to_string().contains("not what was committed"), "{error}");
         assert!(!standby.is_active() && !standby.is_waiting() && standby.pid().is_none());
         assert!(Qmp::connect(saved.dir.path().join("run/machine/qmp"), Instant::now()).is_err());
-        let report = standby.activate(&with(digest)).unwrap();
+        let report = standby.activate(&with(digest), &mut || Ok(())).unwrap();
         println!("{report:?}");
         assert!(report.verify_us.is_some());
         went_on(&saved);

@@ -270,7 +270,8 @@ pub enum BackupCommand {
     },
     /// Hand in everything that has arrived on the sockets, then [`BackupEvent::Drained`].
     DrainSockets,
-    /// The guest that a forced takeover started is stopped for good: the witness, reached again, named another host.
+    /// The guest that was activated here is stopped for good: the witness, reached after a forced takeover or a restart, named
+    /// another host. Without a guest there is nothing to do.
     StopGuest,
     /// Something that operators see happened.
     Report(Notice),

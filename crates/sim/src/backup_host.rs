@@ -20,6 +20,10 @@ use crate::primary_host::{ANY_LIFE, ask, read_frames, reply};
 use crate::receiver::{Receiver, Refused};
 use crate::store::{Store, vm};
 
+mod takeover;
+
+use takeover::ACTIVATION_RETRIES_MAX;
+
 struct Link {
     session: Session,
     control: FrameDecoder,
@@ -151,16 +155,6 @@ impl BackupHost {
         }
     }
 
-    /// The activated guest runs a little.
-    pub(crate) fn survivor_step(&mut self, context: &mut Context) {
-        let Some(memory) = &mut self.survivor else { return };
-        let output = memory.run(&mut context.random, |_| {});
-        let record = context.record.clone();
-        context.checks.left_backup(context.now, record.as_ref(), output);
-        let pause_ns = context.random.within(MS, 3 * MS);
-        context.after(pause_ns, Event::SurvivorRuns);
-    }
-
     pub(crate) fn work(&mut self, context: &mut Context, life: u32, work: BackupWork) {
         if self.machine.is_none() {
             if let BackupWork::Hello(session, _) = work {
@@ -268,6 +262,10 @@ impl BackupHost {
                 return Ok(());
             }
             BackupWork::Drained => BackupEvent::Drained,
+            BackupWork::Activate(session, tries_left) => {
+                self.activate(context, session, tries_left);
+                return Ok(());
+            }
             BackupWork::Failover => BackupEvent::Order(BackupOrder::Failover),
         };
         self.hand_in(context, event);
@@ -428,7 +426,9 @@ impl BackupHost {
                     Event::Backup(self.life, BackupWork::StandbyTried(session, epoch)),
                 );
             }
-            BackupCommand::Activate { session, .. } => self.activate(context, session),
+            BackupCommand::Activate { session, .. } => {
+                self.activate(context, session, ACTIVATION_RETRIES_MAX)
+            }
             BackupCommand::DrainSockets => {
                 context.after(0, Event::Backup(self.life, BackupWork::Drained));
             }
@@ -484,20 +484,6 @@ impl BackupHost {
         {
             context.at(at, Event::Primary(ANY_LIFE, PrimaryWork::Control(session, bytes)));
         }
-    }
-
-    /// A unit of its own marks the image, finishes applying and starts the guest: this does not die with the agent.
-    fn activate(&mut self, context: &mut Context, session: Session) {
-        self.takeover_asked = false;
-        let status = self.store.status();
-        if let Some(image) = self.store.image() {
-            let _ = image.apply();
-        }
-        let memory = self.store.memory();
-        context.checks.activated(status, session, memory.as_ref());
-        self.store.mark_consumed();
-        self.survivor = memory;
-        context.after(MS, Event::SurvivorRuns);
     }
 }
 

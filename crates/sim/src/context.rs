@@ -41,6 +41,8 @@ pub(crate) enum BackupWork {
     Surveyed(Session, Vec<Bytes>),
     Drained,
     Failover,
+    /// Starts a guest from the commit, once more when a standby failed; so many tries are left.
+    Activate(Session, u8),
 }
 
 /// Something that happens. Work for a process carries the number of its life and dies with it.

@@ -19,6 +19,8 @@ pub enum Mistake {
     PairBeforeGateCommit,
     /// The backup takes the word of whoever says hello.
     BelieveHello,
+    /// The backup starts another standby though one had the whole checkpoint.
+    RetryAfterTheEnd,
     /// A capture leaves out a page that was written.
     PageLeftOut,
     /// A capture that is given up forgets the pages that it had harvested.
@@ -40,7 +42,8 @@ impl Mistake {
             Self::TakeOverFromOldSession => Some(Weakness::TakeOverFromOldSession),
             Self::PairBeforeGateCommit => Some(Weakness::PairBeforeGateCommit),
             Self::BelieveHello => Some(Weakness::BelieveHello),
-            Self::PageLeftOut
+            Self::RetryAfterTheEnd
+            | Self::PageLeftOut
             | Self::DirtyForgotten
             | Self::CommitAppliedTwice
             | Self::OldListOfHeldPages => None,

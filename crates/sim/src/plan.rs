@@ -54,9 +54,10 @@ pub(crate) enum Moment {
     AskAlone,
     AskTakeover,
     OpenGate,
+    ActivationFails,
 }
 
-const MOMENTS: [Moment; 15] = [
+const MOMENTS: [Moment; 16] = [
     Moment::Connect,
     Moment::Accept,
     Moment::FirstCopy,
@@ -72,6 +73,7 @@ const MOMENTS: [Moment; 15] = [
     Moment::AskAlone,
     Moment::AskTakeover,
     Moment::OpenGate,
+    Moment::ActivationFails,
 ];
 
 /// When something goes wrong.
@@ -146,6 +148,7 @@ pub(crate) struct Plan {
     pub(crate) survey_ns: (u64, u64),
     pub(crate) epochs_in_flight_max: u64,
     pub(crate) standby_fails_permille: u64,
+    pub(crate) activation_fails_permille: u64,
     pub(crate) abort_capture_permille: u64,
     pub(crate) faults: Vec<(When, Fault)>,
 }
@@ -170,6 +173,7 @@ impl Plan {
             ns_per_byte: random.pick(&[1, 10, 100, 400]),
             epochs_in_flight_max: random.within(1, 5),
             standby_fails_permille: random.pick(&[0, 0, 300]),
+            activation_fails_permille: random.pick(&[0, 0, 400]),
             abort_capture_permille: random.pick(&[0, 20, 100]),
             survey_ns: random.pick(&[(0, MS), (5 * MS, 30 * MS), (60 * MS, 150 * MS)]),
             faults,

@@ -70,6 +70,15 @@ fn believing_a_hello_is_found() {
 }
 
 #[test]
+fn starting_another_standby_after_one_had_everything_is_found() {
+    let violation = found(Mistake::RetryAfterTheEnd);
+    assert!(matches!(
+        violation,
+        Violation::ActivatedTwice | Violation::ActivatedWithoutCommit
+    ));
+}
+
+#[test]
 fn a_page_left_out_of_a_checkpoint_is_found() {
     assert!(matches!(
         found(Mistake::PageLeftOut),

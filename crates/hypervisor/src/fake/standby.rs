@@ -67,10 +67,15 @@ impl Standby for FakeStandby {
         Ok(())
     }
 
-    fn activate(&mut self, checkpoint: &Committed<'_>) -> Result<ActivationReport, StandbyError> {
+    fn activate(
+        &mut self,
+        checkpoint: &Committed<'_>,
+        consume: &mut dyn FnMut() -> Result<(), StandbyError>,
+    ) -> Result<ActivationReport, StandbyError> {
         let warm = self.waiting;
         self.start_waiting(checkpoint.ram)?;
         self.waiting = false;
+        consume().map_err(StandbyError::untouched)?;
         self.active = Some(verify(checkpoint)?);
         Ok(ActivationReport {
             warm,

@@ -49,7 +49,7 @@ impl Image {
             memory: None,
         };
         standby.trial_load(&committed)?;
-        standby.activate(&committed)?;
+        standby.activate(&committed, &mut || Ok(()))?;
         Ok(standby.step().unwrap())
     }
 }

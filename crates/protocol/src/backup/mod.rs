@@ -64,7 +64,8 @@ enum Phase {
     Active {
         /// The term in which this host speaks.
         term: Term,
-        /// The witness has granted it: always, unless an operator forced the takeover.
+        /// The witness has said so in this life of the agent. Until then, after a forced takeover or a restart, no primary is
+        /// let in, and the record decides whether the guest goes on.
         granted: bool,
     },
 }
@@ -118,7 +119,8 @@ pub struct Backup {
 
 impl Backup {
     /// Starts with what the image store holds. `remembered` is what the last [`BackupCommand::Remember`] wrote; `seed`
-    /// is random. With a commit in store, the primary has the suspicion timeout from `now` to come back.
+    /// is random. With a commit in store, the primary has the suspicion timeout from `now` to come back. With a guest that
+    /// an earlier life started, the record is read: a guest that it does not name is stopped.
     #[must_use]
     pub fn new(
         config: BackupConfig,
@@ -154,6 +156,12 @@ impl Backup {
             force_at: None,
             shown: None,
         };
+        if image == ImageStatus::Consumed {
+            // An earlier life started a guest, perhaps by an operator's force: the record says whether it may run.
+            let term = backup.term().unwrap_or_default();
+            backup.phase = Phase::Active { term, granted: false };
+            backup.ask_read(now);
+        }
         backup.refresh();
         backup
     }
@@ -216,8 +224,6 @@ impl Backup {
         let following = self.link.as_ref().filter(|_| self.phase == Phase::Following);
         Protection::NotProtected(match (&self.phase, following) {
             (Phase::Active { .. }, _) => NotProtected::TookOver,
-            // An agent that was restarted after its takeover.
-            (Phase::Idle, None) if self.image == ImageStatus::Consumed => NotProtected::TookOver,
             _ if self.pending.as_ref().is_some_and(|pending| pending.doubted) => NotProtected::WitnessRefuses,
             _ if self.pending.as_ref().is_some_and(Pending::unreachable) => NotProtected::WitnessUnreachable,
             (_, Some(link)) if self.paired == Some(link.session) => return Protection::Protected,
@@ -257,6 +263,12 @@ impl Backup {
             ImageStatus::Committed { session, epoch } => Some((session, epoch)),
             ImageStatus::Unusable | ImageStatus::Consumed => None,
         }
+    }
+
+    /// The guest runs here, and the witness has not confirmed it yet: after a forced takeover, or a restart.
+    #[must_use]
+    pub fn is_unconfirmed(&self) -> bool {
+        matches!(self.phase, Phase::Active { granted: false, .. })
     }
 
     /// The guest was activated here, in this term.

@@ -28,7 +28,7 @@ impl Backup {
         self.ask_read(now);
     }
 
-    fn ask_read(&mut self, now: Time) {
+    pub(super) fn ask_read(&mut self, now: Time) {
         let nonce = Nonce(self.draw.next());
         self.ask(now, nonce, Ask::Read);
     }
@@ -223,7 +223,7 @@ impl Backup {
 
     pub(super) fn on_order(&mut self, now: Time, order: BackupOrder) {
         match (order, self.phase) {
-            (BackupOrder::Failover, Phase::Following) => {
+            (BackupOrder::Failover, Phase::Following) if self.paired == self.session() => {
                 if let Some(link) = &self.link {
                     let session = link.session;
                     self.command(BackupCommand::Send(session, BackupMessage::PleaseHandOver));
@@ -269,10 +269,13 @@ impl Backup {
         }
     }
 
-    /// The witness answers after an operator forced the takeover.
+    /// The witness answers after an operator forced the takeover, or after a restart with a guest that runs here.
     fn follow_record_after_force(&mut self, now: Time, record: &Record) {
         match &record.mode {
-            Mode::Alone { host } if *host == self.config.host => self.on_granted(record),
+            // Paired as the primary: this host's own replicator protects the guest since.
+            Mode::Alone { host } | Mode::Paired { primary: host, .. } if *host == self.config.host => {
+                self.on_granted(record);
+            }
             Mode::Paired { backup, session, .. } if *backup == self.config.host => {
                 self.ask_takeover(now, record, *session);
             }
@@ -280,6 +283,7 @@ impl Backup {
                 self.remember(record.instance, record.term);
                 self.pending = None;
                 self.command(BackupCommand::StopGuest);
+                self.mark_unusable();
                 self.phase = Phase::Idle;
             }
         }

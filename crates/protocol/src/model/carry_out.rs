@@ -2,7 +2,7 @@
 
 use romulus_types::{Epoch, Session, Time};
 
-use super::world::{BASE, Connection, Guest, LIE, ToPrimary, World};
+use super::world::{BASE, Connection, Guest, LIE, ToPrimary, World, host};
 use crate::{
     BackupCommand, BackupEvent, BackupMessage, ImageStatus, Mode, PrimaryCommand, PrimaryEvent,
     PrimaryMessage, Weakness, hand_over_nonce, takeover_nonce,
@@ -186,7 +186,13 @@ impl World {
             }
             BackupCommand::Activate { session, epoch, .. } => self.activate(session, epoch),
             BackupCommand::DrainSockets => self.tell_backup(now, BackupEvent::Drained),
-            BackupCommand::StopGuest | BackupCommand::Report(_) => {}
+            BackupCommand::StopGuest => {
+                if self.record().mode == (Mode::Alone { host: host("b") }) {
+                    self.violate("the guest that the record names was stopped");
+                }
+                self.active_covers = None;
+            }
+            BackupCommand::Report(_) => {}
         }
     }
 

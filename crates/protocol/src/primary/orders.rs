@@ -34,7 +34,16 @@ impl Primary {
                     *held_since = now;
                 }
             }
-            GuestEvent::Changed => self.want(Intent::Rejoin),
+            GuestEvent::Changed => {
+                // The standby would get a machine that is no more. A request that is under way can't be taken back.
+                let moving = matches!(self.intent, Intent::HandOver { .. });
+                if moving && !matches!(self.phase, Phase::Leaving(_)) {
+                    self.report(Notice::HandOverFailed);
+                    self.intent = Intent::Rejoin;
+                } else {
+                    self.want(Intent::Rejoin);
+                }
+            }
             GuestEvent::PoweredOff => self.want(Intent::PowerOff),
             GuestEvent::Lost => {
                 self.send(PrimaryMessage::GuestLost);

@@ -49,38 +49,61 @@ pub(super) fn run_state(monitor: &mut dyn Monitor) -> Result<String, QmpError> {
         .to_owned())
 }
 
-/// Loads the checkpoint and waits until the machine has reached its goal.
+/// The stream that a machine is to read, in a memory file.
+pub(super) struct Stream {
+    file: File,
+    bytes: u64,
+    begun: Instant,
+}
+
+impl Stream {
+    /// The whole stream. QEMU reads it by itself: if we die, either it has not begun and still waits, or it needs us no more.
+    pub(super) fn of(spec: &MachineSpec, checkpoint: &Committed<'_>) -> Result<Self, StandbyError> {
+        let begun = Instant::now();
+        let (file, bytes) = stream_file(spec, checkpoint)?;
+        Ok(Self { file, bytes, begun })
+    }
+
+    /// Whether the machine has read it to its end. QEMU reads with the position of the file, which it shares with us;
+    /// whether it does is seen in each trial.
+    pub(super) fn is_read(&self) -> bool {
+        seek(&self.file, SeekFrom::Current(0)).is_ok_and(|at| at >= self.bytes)
+    }
+}
+
+/// Loads the checkpoint and waits until the machine has reached its goal. `consume` is called right before the machine may
+/// begin to read.
 pub(super) fn load(
-    spec: &MachineSpec,
     machine: &mut Waiting,
-    checkpoint: &Committed<'_>,
+    stream: &Stream,
     goal: Goal,
     timeout: Duration,
+    consume: &mut dyn FnMut() -> Result<(), StandbyError>,
 ) -> Result<Loaded, StandbyError> {
-    let begun = Instant::now();
-    let (file, stream_bytes) = stream_file(spec, checkpoint)?;
     fault::point("standby.before_stream");
     let refused = |error, machine: &Waiting| {
         error_with_stderr("the standby does not take a stream", error, &machine.process)
     };
     let sent = machine
         .qmp
-        .execute_with_fds("getfd", json!({ "fdname": FD_NAME }), &[file.as_fd()]);
+        .execute_with_fds("getfd", json!({ "fdname": FD_NAME }), &[stream.file.as_fd()]);
     sent.map_err(|error| refused(error, machine))?;
     fault::point("standby.in_stream");
+    consume()?;
     let sent = machine
         .qmp
         .execute("migrate-incoming", json!({ "uri": format!("fd:{FD_NAME}") }));
     sent.map_err(|error| refused(error, machine))?;
     fault::point("standby.after_stream");
-    let stream = begun.elapsed();
+    let elapsed = stream.begun.elapsed();
     await_goal(machine, goal, Instant::now() + timeout)?;
     fault::point("standby.loaded");
-    Ok(Loaded { stream, stream_bytes })
+    Ok(Loaded {
+        stream: elapsed,
+        stream_bytes: stream.bytes,
+    })
 }
 
-/// The whole stream in a memory file. QEMU reads it by itself: if we die, either it has not begun and still waits,
-/// or it needs us no more.
 fn stream_file(spec: &MachineSpec, checkpoint: &Committed<'_>) -> Result<(File, u64), StandbyError> {
     let small = read_small(spec, checkpoint)?;
     let failed = |error| StandbyError::new("the checkpoint cannot be made into a stream", error);

@@ -81,6 +81,8 @@ pub struct QemuStandby {
     host_cpu: String,
     taps: Vec<String>,
     changes: Vec<String>,
+    /// A trial has shown that this QEMU's reading can be followed by the position of the stream's file.
+    reads_in_order: bool,
     state: State,
 }
 
@@ -137,6 +139,7 @@ impl QemuStandby {
             options,
             taps,
             changes: Vec::new(),
+            reads_in_order: false,
             state: State::Idle,
         };
         // The RAM's place is known later; everything else can be refused now.
@@ -251,6 +254,37 @@ impl QemuStandby {
         Ok(Waiting { process, qmp })
     }
 
+    /// Has the waiting machine load the checkpoint, to run it or, when it is to be verified, to hold it. A machine that fails
+    /// to do so is ended.
+    fn load_guest(
+        &self,
+        machine: &mut Waiting,
+        checkpoint: &Committed<'_>,
+        consume: &mut dyn FnMut() -> Result<(), StandbyError>,
+    ) -> Result<load::Loaded, StandbyError> {
+        let mut goal = load::Goal::Running;
+        let mut may_read = false;
+        let stream = load::Stream::of(&self.spec, checkpoint).map_err(StandbyError::untouched)?;
+        if checkpoint.memory.is_some() {
+            verify::hold(machine, &self.folder(Purpose::Wait)).map_err(StandbyError::untouched)?;
+            goal = load::Goal::Paused;
+        }
+        let mut consume = || {
+            consume()?;
+            may_read = true;
+            Ok(())
+        };
+        load::load(machine, &stream, goal, self.options.load_timeout, &mut consume).map_err(|error| {
+            // No guest runs, and now none will: only then does the position of the stream say the last word.
+            machine.process.kill();
+            if !may_read || (self.reads_in_order && !stream.is_read()) {
+                error.untouched()
+            } else {
+                error
+            }
+        })
+    }
+
     fn main_ram<'a>(&self, ram: &'a [PathBuf]) -> Result<&'a Path, StandbyError> {
         if ram.len() != self.spec.layout.blocks().len() {
             return Err(StandbyError::plain(
@@ -267,13 +301,10 @@ impl Standby for QemuStandby {
         let mut machine = self.start(Purpose::Trial, self.main_ram(checkpoint.ram)?)?;
         let started = Instant::now();
         let goal = load::Goal::Paused;
-        let loaded = load::load(
-            &self.spec,
-            &mut machine,
-            checkpoint,
-            goal,
-            self.options.load_timeout,
-        );
+        let stream = load::Stream::of(&self.spec, checkpoint)?;
+        let timeout = self.options.load_timeout;
+        let loaded = load::load(&mut machine, &stream, goal, timeout, &mut || Ok(()));
+        self.reads_in_order = loaded.is_ok() && stream.is_read();
         let load_us = micros(started.elapsed());
         let compared = loaded.and_then(|loaded| {
             let scratch = self.folder(Purpose::Trial).join("state");
@@ -303,29 +334,21 @@ impl Standby for QemuStandby {
         Ok(())
     }
 
-    fn activate(&mut self, checkpoint: &Committed<'_>) -> Result<ActivationReport, StandbyError> {
+    fn activate(
+        &mut self,
+        checkpoint: &Committed<'_>,
+        consume: &mut dyn FnMut() -> Result<(), StandbyError>,
+    ) -> Result<ActivationReport, StandbyError> {
         let begun = Instant::now();
         let warm = self.is_waiting();
-        self.start_waiting(checkpoint.ram)?;
+        self.start_waiting(checkpoint.ram)
+            .map_err(StandbyError::untouched)?;
         let started = Instant::now();
         let State::Waiting(mut machine) = std::mem::replace(&mut self.state, State::Idle) else {
             unreachable!("start_waiting leaves a machine waiting")
         };
         let folder = self.folder(Purpose::Wait);
-        let mut goal = load::Goal::Running;
-        if checkpoint.memory.is_some() {
-            verify::hold(&mut machine, &folder)?;
-            goal = load::Goal::Paused;
-        }
-        let loaded = load::load(
-            &self.spec,
-            &mut machine,
-            checkpoint,
-            goal,
-            self.options.load_timeout,
-        );
-        // A machine that failed to load is ended by the drop of its process; no guest runs then.
-        let loaded = loaded?;
+        let loaded = self.load_guest(&mut machine, checkpoint, consume)?;
         let mut verify_us = None;
         if let Some(expected) = checkpoint.memory {
             let begun = Instant::now();
