@@ -310,7 +310,7 @@ impl Registry {
             guest,
             receiver: None,
             status: Arc::clone(status),
-            activation_retries_max: settings.activation_retries_max,
+            activation_retries_max: self.shared.settings.activation_retries_max,
         };
         std::thread::Builder::new()
             .name(format!("store-{vm}"))
