@@ -38,6 +38,13 @@ use romulus_host_sys::process_clock::Clock;
 /// How long what already arrived may take to reach the inbox.
 const DRAIN: Duration = Duration::from_millis(2);
 
+/// How long to wait when a gate could not be opened.
+const REOPEN_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Why the replicator ends with an error when it leaves the guest mute.
+const MUTE: &str = "the gate could not be removed from the guest's tap, so the guest is mute: protect the VM again, or end \
+    it; the log has the cause";
+
 /// Why the replicator ends when the record names another host, and what to do.
 const FENCED: &str = "another host speaks for this VM, so the guest here was stopped: see `witness show` for where it \
     runs; end this copy, and protect the VM from there";
@@ -74,6 +81,8 @@ pub struct Driver {
     pub terminating: bool,
     /// The guest was moved to the backup on purpose.
     pub handed_over: bool,
+    /// The record lets this host speak, and a gate could not be opened: when to try again.
+    pub reopen_at: Option<Instant>,
 }
 
 /// How the loop went on.
@@ -104,6 +113,9 @@ impl Driver {
                     None => return Ok(()),
                 },
                 () = tokio::time::sleep_until(deadline) => self.primary.handle_timeout(self.clock.now()),
+            }
+            if self.reopen_at.is_some_and(|at| at <= Instant::now()) {
+                self.open_gates();
             }
         }
     }
@@ -136,7 +148,9 @@ impl Driver {
                 if matches!(event, PrimaryEvent::Witness(_)) {
                     fault::point("replicator.answered");
                 }
-                if let PrimaryEvent::Captured(_, epoch) = &event {
+                if let PrimaryEvent::Captured(session, epoch) = &event
+                    && self.current.is(*session)
+                {
                     self.captured_at.push_back((*epoch, now));
                 }
                 self.primary.handle(now, event);
@@ -226,6 +240,9 @@ impl Driver {
                 close_gate,
                 stay_stopped,
             } => {
+                if close_gate {
+                    self.reopen_at = None;
+                }
                 self.job(Job::Capture {
                     session,
                     epoch,
@@ -242,10 +259,11 @@ impl Driver {
             PrimaryCommand::OpenGate => {
                 fault::point("replicator.before_open");
                 debug!(target: EPOCHS, event = "gate_opens");
-                self.gate_result("open the gate", Gates::open_and_remove);
+                self.open_gates();
                 fault::point("replicator.after_open");
             }
             PrimaryCommand::StopGuest => {
+                self.reopen_at = None;
                 self.job(Job::StopGuest)?;
                 self.gates.discard();
             }
@@ -258,6 +276,7 @@ impl Driver {
                     && !self.handed_over;
                 self.finish(fenced).await;
                 anyhow::ensure!(!fenced, FENCED);
+                anyhow::ensure!(self.reopen_at.is_none(), MUTE);
                 return Ok(Step::Finished);
             }
         }
@@ -268,6 +287,17 @@ impl Driver {
         self.jobs
             .try_send(job)
             .map_err(|_| anyhow::anyhow!("the capture thread is gone or does not keep up"))
+    }
+
+    /// The record lets this host speak, now and until it closes the gate again: so what fails is tried until it works.
+    fn open_gates(&mut self) {
+        self.reopen_at = None;
+        if let Err(error) = self.gates.open_and_remove() {
+            error!(event = "gate_failed", %error, "could not open the gate: the guest is mute, trying again");
+            self.status
+                .set_detail(format!("could not open the gate: {error}"));
+            self.reopen_at = Some(Instant::now() + REOPEN_INTERVAL);
+        }
     }
 
     fn gate_result(&self, what: &str, action: impl FnOnce(&Gates) -> Result<(), net_buffer::GateError>) {
@@ -326,6 +356,11 @@ impl Driver {
         }
         self.link.close().await;
         self.status.add_event("finished", &json!({}));
-        self.end_orders(&if fenced { Err(FENCED.into()) } else { Ok(()) });
+        let end = match self.reopen_at {
+            _ if fenced => Err(FENCED.into()),
+            Some(_) => Err(MUTE.into()),
+            None => Ok(()),
+        };
+        self.end_orders(&end);
     }
 }

@@ -208,6 +208,7 @@ async fn drive(
         waiting: Vec::new(),
         terminating: false,
         handed_over: false,
+        reopen_at: None,
     };
     let result = driver.run().await;
     // Whoever ordered the end still waits for the answer.

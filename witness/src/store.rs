@@ -132,6 +132,10 @@ impl Store {
             return Err(StoreError::Missing { dir: dir.to_owned() });
         }
         let lock = lock(dir)?;
+        // An earlier life may have died between renaming a record and making that durable, with its asker still waiting:
+        // the repeated request would be answered by a record that a loss of power takes back.
+        sync_folder(&dir.join("vms"))?;
+        sync_folder(dir)?;
         let (instance, records) = read(dir)?;
         let store = Self {
             dir: dir.to_owned(),

@@ -47,6 +47,7 @@ pub(crate) enum Moment {
     Commit,
     StandbyTrial,
     GateCloses,
+    FinalCapture,
     AskPaired,
     Paired,
     Release,
@@ -66,6 +67,7 @@ const MOMENTS: [Moment; 16] = [
     Moment::Commit,
     Moment::StandbyTrial,
     Moment::GateCloses,
+    Moment::FinalCapture,
     Moment::AskPaired,
     Moment::Paired,
     Moment::Release,
@@ -165,6 +167,9 @@ impl Plan {
         if random.chance(150) {
             faults.extend(slow_decision(random));
         }
+        if random.chance(100) {
+            faults.extend(broken_hand_over(random));
+        }
         Self {
             link_delay_ns: link,
             witness_delay_ns: witness,
@@ -205,6 +210,19 @@ fn when(random: &mut Random) -> When {
             random.within(0, delay_ns)
         },
     }
+}
+
+/// A planned move whose session ends while the guest stands still for it.
+fn broken_hand_over(random: &mut Random) -> [(When, Fault); 2] {
+    let ordered = When::At(random.within(200, 500) * MS);
+    let broken = When::After {
+        moment: Moment::FinalCapture,
+        nth: 1,
+        delay_ns: random.within(0, 2 * MS),
+    };
+    let for_ns = random.within(MS, 200 * MS);
+    let fault = random.pick(&[Fault::Break, Fault::CutLink { for_ns }]);
+    [(ordered, Fault::Order(PrimaryOrder::HandOver)), (broken, fault)]
 }
 
 /// A primary that falls silent for about as long as its backup waits, while the witness is slow.

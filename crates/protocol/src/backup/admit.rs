@@ -126,7 +126,9 @@ impl Backup {
         if self.image == ImageStatus::Consumed && !newer {
             return Err(RefuseReason::ActiveHere);
         }
-        let busy = self.phase == Phase::Following && !newer;
+        // A session in which nothing was said yet may be one that its primary has given up.
+        let heard = self.link.as_ref().is_some_and(|link| link.heard);
+        let busy = self.phase == Phase::Following && heard && !newer;
         if busy || self.is_session(claim.session) || claim.primary == self.config.host {
             return Err(RefuseReason::Busy);
         }

@@ -64,14 +64,8 @@ impl Primary {
             .as_ref()
             .expect("alone is a record that was read")
             .term;
-        let closing = self
-            .link
-            .as_ref()
-            .and_then(|link| link.outstanding)
-            .is_some_and(|capture| capture.close_gate);
-        if closing || self.gate != Gate::Open {
-            self.open_gate();
-        }
+        // Even if it was never closed: one that was only prepared leaves traces, and opening one may have failed.
+        self.open_gate();
         self.resume_guest();
         self.send(PrimaryMessage::Left { term });
         self.finish(NotProtected::Disabled);
@@ -88,12 +82,9 @@ impl Primary {
     }
 
     /// A hand-over did not finish in time.
-    pub(super) fn hand_over_expired(&mut self, now: Time) {
+    pub(super) fn hand_over_expired(&mut self) {
         self.intent = Intent::Protect;
         self.report(Notice::HandOverFailed);
-        if self.guest.stopped && self.phase == Phase::Paired {
-            self.leave(now, Leave::Alone);
-        }
     }
 
     pub(super) fn suspend_guest(&mut self) {

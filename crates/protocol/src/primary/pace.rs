@@ -70,19 +70,11 @@ impl Primary {
         }
         if outstanding.close_gate {
             self.close_gate(epoch, now);
-        } else if let Gate::Closed {
-            released,
-            ended,
-            held_since,
-        } = &mut self.gate
-        {
-            // The answer may have overtaken the driver's own report.
-            if epoch > *released {
-                ended.push_back((epoch, now))
-            } else {
-                *held_since = now
-            }
+        } else if let Gate::Closed { ended, .. } = &mut self.gate {
+            ended.push_back((epoch, now));
         }
+        // The answer may have overtaken the driver's own report.
+        self.release(now);
         if self.weak(Weakness::ReleaseBeforeAck) && self.phase == Phase::Paired {
             self.command(PrimaryCommand::Release(epoch));
         }
@@ -136,7 +128,9 @@ impl Primary {
         else {
             return;
         };
-        if link.committed <= *released {
+        // What is not known to be captured has no barrier yet.
+        let epoch = link.committed.min(link.captured);
+        if epoch <= *released {
             return;
         }
         let age_ns = now.since_ns(link.answers);
@@ -147,7 +141,6 @@ impl Primary {
             return;
         }
         link.stale = false;
-        let epoch = link.committed;
         *released = epoch;
         while let Some((_, at)) = ended.pop_front_if(|(ended, _)| *ended <= epoch) {
             *held_since = at;

@@ -118,8 +118,13 @@ impl Primary {
     pub(super) fn drop_link(&mut self) {
         if let Some(link) = self.link.take() {
             self.command(PrimaryCommand::Disconnect(link.session));
-            if link.outstanding.is_some_and(|outstanding| outstanding.close_gate) {
-                // Whether that barrier was set is unknown: the gate counts as closed until it is opened.
+            let Some(outstanding) = link.outstanding else {
+                return;
+            };
+            // How far that capture is, or will come, is unknown: the gate counts as closed until it is opened, and the
+            // guest as stopped until it is resumed.
+            self.guest.stopped |= outstanding.stay_stopped;
+            if outstanding.close_gate {
                 self.close_gate(link.captured, link.due_at);
             }
         }
@@ -167,6 +172,8 @@ impl Primary {
             (Phase::Paired, Intent::Protect | Intent::HandOver { .. }) if self.link.is_none() => {
                 self.leave(now, Leave::Alone);
             }
+            // Stopped for a move that came to nothing: only a record of its own lets it go on.
+            (Phase::Paired, Intent::Protect) if self.guest.stopped => self.leave(now, Leave::Alone),
             (Phase::Paired, Intent::HandOver { .. }) => {
                 let link = self.link.as_ref().expect("checked above");
                 if let Some(last_epoch) = link.last_epoch

@@ -52,7 +52,7 @@ impl Primary {
             self.suspend_guest();
         }
         if due(self.hand_over_at()) {
-            self.hand_over_expired(now);
+            self.hand_over_expired();
         }
         if due(self.reconnect_at()) {
             self.connect(now);

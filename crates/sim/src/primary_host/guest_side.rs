@@ -120,8 +120,9 @@ impl PrimaryHost {
         if !self.guest.runs() {
             return again(self, context);
         }
-        let (close_gate, aborted) = (
+        let (close_gate, last, aborted) = (
             outstanding.close_gate,
+            outstanding.stay_stopped,
             context.random.chance(context.plan.abort_capture_permille),
         );
         if aborted {
@@ -146,10 +147,19 @@ impl PrimaryHost {
         self.gate.barrier(epoch, close_gate);
         context.checks.captured(session, epoch, self.guest.memory.clone());
         context.moment(Moment::CaptureBegins);
+        if last {
+            context.moment(Moment::FinalCapture);
+        }
         if close_gate {
             context.moment(Moment::GateCloses);
         }
-        let pause_ns = context.random.within(MS / 5, 2 * MS);
+        // A guest that is to stay stopped may have to flush its disks first.
+        let flushes = last && context.random.chance(500);
+        let pause_ns = if flushes {
+            context.random.within(10 * MS, 100 * MS)
+        } else {
+            context.random.within(MS / 5, 2 * MS)
+        };
         context.after(
             pause_ns,
             Event::Primary(self.life, PrimaryWork::CaptureEnds(session, epoch)),

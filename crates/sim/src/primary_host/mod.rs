@@ -140,9 +140,11 @@ impl PrimaryHost {
     }
 
     fn drop_link(&mut self, context: &mut Context, silently: bool) {
-        self.outstanding = None;
+        let outstanding = self.outstanding.take();
         if let Some(harvest) = self.harvest.take() {
             self.dirty.extend(harvest.pages);
+            // A capture that has begun goes on to its end, wherever its checkpoint may go.
+            self.guest.held |= outstanding.is_some_and(|capture| capture.stay_stopped);
         }
         self.guest.captured = false;
         if let Some(link) = self.link.take() {
