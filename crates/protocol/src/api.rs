@@ -334,6 +334,9 @@ pub enum Notice {
     ActivationFailed,
 }
 
+/// How many suspicion timeouts a peer may be silent while there can be no pair yet.
+pub(crate) const UNPAIRED_PATIENCE: u64 = 10;
+
 /// The operator's words for the state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Protection {

@@ -100,6 +100,8 @@ pub(crate) struct Context {
     pub(crate) now: Time,
     queue: BinaryHeap<Reverse<Queued>>,
     order: u64,
+    /// The order of the event that came last.
+    popped: u64,
     pub(crate) random: Random,
     pub(crate) plan: Plan,
     pub(crate) network: Network,
@@ -121,6 +123,7 @@ impl Context {
             now: Time::from_ns(1),
             queue: BinaryHeap::new(),
             order: 0,
+            popped: 0,
             random,
             plan,
             network,
@@ -161,7 +164,15 @@ impl Context {
     pub(crate) fn next(&mut self) -> Option<Event> {
         let Reverse(queued) = self.queue.pop()?;
         self.now = queued.at;
+        self.popped = queued.order;
         Some(queued.event)
+    }
+
+    /// The event that came last is to happen later, at its old place among others of that time: one that waits twice must not be
+    /// overtaken by one that waits once.
+    pub(crate) fn postpone(&mut self, at: Time, event: Event) {
+        let order = self.popped;
+        self.queue.push(Reverse(Queued { at, order, event }));
     }
 
     /// A step of the pair's life at which faults may be aimed.

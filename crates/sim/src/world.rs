@@ -81,7 +81,7 @@ impl World {
                 && self.context.now < self.stalled_until[node as usize]
             {
                 // In the order in which it came.
-                self.context.at(self.stalled_until[node as usize], event);
+                self.context.postpone(self.stalled_until[node as usize], event);
                 continue;
             }
             self.happen(event);

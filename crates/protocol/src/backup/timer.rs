@@ -2,8 +2,8 @@
 
 use romulus_types::Time;
 
-use super::{Backup, Phase};
-use crate::api::{BackupCommand, Notice};
+use super::{Backup, Link, Phase, StandbyTrial};
+use crate::api::{BackupCommand, Notice, UNPAIRED_PATIENCE};
 
 /// Being later than this part of the suspicion timeout is a stall of our own; the grace is as long.
 const STALL_PARTS: u64 = 3;
@@ -49,7 +49,7 @@ impl Backup {
 
     pub(super) fn on_drained(&mut self, now: Time) {
         let silent_ns = now.since_ns(self.heard_at);
-        if std::mem::take(&mut self.draining) && self.is_watching() && silent_ns >= self.config.suspicion_ns {
+        if std::mem::take(&mut self.draining) && self.is_watching() && silent_ns >= self.patience_ns() {
             self.report(Notice::Suspicion { silent_ns });
             self.lose_primary(now);
         }
@@ -65,6 +65,18 @@ impl Backup {
     }
 
     fn suspect_at(&self) -> Option<Time> {
-        (self.is_watching() && !self.draining).then(|| self.heard_at.after_ns(self.config.suspicion_ns))
+        (self.is_watching() && !self.draining).then(|| self.heard_at.after_ns(self.patience_ns()))
+    }
+
+    /// How long the primary may be silent. Until a standby has loaded a checkpoint of the session there can be no pair, and so
+    /// nothing to take over: a silence costs the copy that is under way, and that copy may well be what makes it late.
+    fn patience_ns(&self) -> u64 {
+        let proven = |link: &Link| link.standby == StandbyTrial::Loaded;
+        let unproven = self.phase == Phase::Following && !self.link.as_ref().is_some_and(proven);
+        if unproven {
+            self.config.suspicion_ns.saturating_mul(UNPAIRED_PATIENCE)
+        } else {
+            self.config.suspicion_ns
+        }
     }
 }

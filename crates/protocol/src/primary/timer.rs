@@ -6,7 +6,7 @@
 use romulus_types::Time;
 
 use super::{Gate, Intent, Phase, Primary, Stage};
-use crate::api::{Notice, PrimaryCommand};
+use crate::api::{Notice, PrimaryCommand, UNPAIRED_PATIENCE};
 
 /// Being later than this part of the suspicion timeout is a stall of our own; the grace is as long.
 const STALL_PARTS: u64 = 3;
@@ -75,9 +75,10 @@ impl Primary {
     }
 
     pub(super) fn on_drained(&mut self, now: Time) {
+        let patience_ns = self.patience_ns();
         let Some(link) = &mut self.link else { return };
         let silent_ns = now.since_ns(link.heard_at);
-        if std::mem::take(&mut link.draining) && silent_ns >= self.config.suspicion_ns {
+        if std::mem::take(&mut link.draining) && silent_ns >= patience_ns {
             self.report(Notice::Suspicion { silent_ns });
             self.lose_link(now, false);
         }
@@ -96,7 +97,16 @@ impl Primary {
             .link
             .as_ref()
             .filter(|link| link.stage != Stage::Connecting && !link.draining)?;
-        Some(link.heard_at.after_ns(self.config.suspicion_ns))
+        Some(link.heard_at.after_ns(self.patience_ns()))
+    }
+
+    /// How long the backup may be silent. While nothing is held and the record is ours, its loss costs nothing but the
+    /// copy that is under way, and that copy may well be what makes it late.
+    fn patience_ns(&self) -> u64 {
+        match (&self.phase, &self.gate) {
+            (Phase::Alone, Gate::Open) => self.config.suspicion_ns.saturating_mul(UNPAIRED_PATIENCE),
+            _ => self.config.suspicion_ns,
+        }
     }
 
     fn reconnect_at(&self) -> Option<Time> {
