@@ -58,7 +58,7 @@ pub(crate) enum Moment {
     ActivationFails,
 }
 
-const MOMENTS: [Moment; 16] = [
+const MOMENTS: [Moment; 17] = [
     Moment::Connect,
     Moment::Accept,
     Moment::FirstCopy,
