@@ -183,7 +183,7 @@ fn named(stage: &Stage) -> Result<Option<Host>> {
 
 fn went_to_backup(stage: &mut Stage, trial: Trial, struck: Stamp, outcome: &mut Outcome) -> Result<()> {
     // An agent that dies once the guest runs has not said so: then the guest itself does.
-    let unsaid = trial.blow == Blow::Kill && trial.point == "standby.running";
+    let unsaid = trial.blow == Blow::Kill && ["standby.running", "agent.activated"].contains(&trial.point);
     let activated_at = wait_for("the activation", SOON, || {
         let said = stage.timeline.first("activated", struck).map(|event| event.at);
         let speaks = || stage.from_backup.first_guest_frame(struck).map(|frame| frame.at);
