@@ -8,7 +8,7 @@ pub(crate) const MS: u64 = 1_000_000;
 /// Until then things go wrong; then everything is healed and restarted.
 pub(crate) const ROUGH_MS: u64 = 700;
 /// Then the VM must be well again.
-pub(crate) const END_MS: u64 = 1500;
+pub(crate) const END_MS: u64 = 2_000;
 
 /// A part that can stall or crash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
