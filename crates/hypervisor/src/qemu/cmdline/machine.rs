@@ -40,7 +40,14 @@ const DEVICES_REFUSED: &[(&str, &str)] = &[
     ),
     ("virtio-pmem", "persistent memory is not supported"),
     ("cxl-", "CXL memory is not supported"),
+    ("usb-mtp", "a shared folder is not replicated"),
+    ("u2f-", "a security key's state is outside the guest"),
+    ("scsi-generic", "a passed-through device cannot follow the guest"),
+    ("scsi-block", "a passed-through device cannot follow the guest"),
 ];
+
+/// Properties that name a file which QEMU writes: a command line comes from another host, and must not name any.
+const PROPERTIES_REFUSED: &[&str] = &["pcap"];
 
 /// Objects that are kept as they are.
 const OBJECTS_KEPT: &[&str] = &[
@@ -116,6 +123,17 @@ impl Derivation<'_> {
         Ok(())
     }
 
+    pub(super) fn global(&mut self, given: &Given) -> Result<(), CmdlineError> {
+        let names = |property: &&&str| given.value().contains(**property);
+        if let Some(property) = PROPERTIES_REFUSED.iter().find(names) {
+            return Err(given.refuse(format!(
+                "{property} names a file that QEMU would write; leave it out"
+            )));
+        }
+        self.keep(given);
+        Ok(())
+    }
+
     pub(super) fn device(&mut self, given: &Given) -> Result<(), CmdlineError> {
         let mut props = Props::parse(given.value(), Some("driver"))?;
         let driver = props.get("driver").unwrap_or_default().to_owned();
@@ -124,6 +142,9 @@ impl Derivation<'_> {
             .find(|(prefix, _)| driver.starts_with(prefix))
         {
             return Err(given.refuse(*why));
+        }
+        if let Some(key) = props.keys().find(|key| PROPERTIES_REFUSED.contains(key)) {
+            return Err(given.refuse(format!("{key} names a file that QEMU would write; leave it out")));
         }
         let key = if driver == "loader" { "file" } else { "romfile" };
         match props.get(key).filter(|file| !file.is_empty()).map(str::to_owned) {

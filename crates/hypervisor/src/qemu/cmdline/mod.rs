@@ -325,6 +325,7 @@ impl<'a> Derivation<'a> {
             Fate::Machine => {}
             Fate::Memory => self.memory(given)?,
             Fate::Cpu => self.cpu(given)?,
+            Fate::Global => self.global(given)?,
             Fate::Object => self.object(given)?,
             Fate::Device => self.device(given)?,
             Fate::Net => self.net(given)?,

@@ -21,6 +21,8 @@ pub(super) enum Fate {
     Memory,
     /// `-cpu`.
     Cpu,
+    /// `-global`.
+    Global,
     /// `-object`.
     Object,
     /// `-device`.
@@ -91,12 +93,16 @@ pub(super) const RULES: &[Rule] = &[
     rule(&["accel"], true, Fate::Keep, MACHINE),
     rule(&["enable-kvm"], false, Fate::Keep, MACHINE),
     rule(
-        &[
-            "smp", "uuid", "boot", "rtc", "icount", "global", "vga", "seed", "action",
-        ],
+        &["smp", "uuid", "boot", "rtc", "icount", "vga", "seed", "action"],
         true,
         Fate::Keep,
         MACHINE,
+    ),
+    rule(
+        &["global"],
+        true,
+        Fate::Global,
+        "kept; a property that names a file to write is refused",
     ),
     rule(
         &["watchdog-action", "overcommit", "compat"],

@@ -169,6 +169,18 @@ impl Derivation<'_> {
                 let path = self.disk_file(given, &path)?;
                 props.set(key, path);
             }
+            // The nodes below, which the same option can describe, are no more writable than this one.
+            let below: Vec<String> = props
+                .keys()
+                .filter(|key| key.ends_with(".read-only") || key.ends_with(".auto-read-only"))
+                .map(str::to_owned)
+                .collect();
+            for key in below {
+                props.remove(&key);
+            }
+            if key == Some("file.filename") {
+                props.set("file.read-only", "on");
+            }
             props.set("read-only", "on");
             self.put("blockdev", props.to_string());
         } else if self.drives.flash.contains(&node) {

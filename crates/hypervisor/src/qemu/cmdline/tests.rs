@@ -449,3 +449,10 @@ proptest::proptest! {
         let _ = files_needed(&spec);
     }
 }
+
+#[test]
+fn a_command_line_cannot_name_a_file_that_the_standby_would_write() {
+    assert!(refused("-device usb-tablet,pcap=/etc/cron.d/x").contains("pcap"));
+    assert!(refused("-global usb-tablet.pcap=/etc/cron.d/x").contains("pcap"));
+    assert!(refused("-device usb-mtp,rootdir=/,readonly=off").contains("shared folder"));
+}

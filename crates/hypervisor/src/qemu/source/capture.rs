@@ -304,7 +304,14 @@ impl GuestSource for QemuSource {
     }
 
     fn poll_events(&mut self) -> Vec<GuestEvent> {
-        if let Err(error) = self.take_events() {
+        let taken = self.take_events();
+        if matches!(taken, Err(QmpError::Timeout { .. })) {
+            // Somebody else's command may keep its monitor busy; one that ended would have closed it.
+            tracing::warn!(
+                pid = self.process(),
+                "QEMU's monitor does not answer, trying again"
+            );
+        } else if let Err(error) = taken {
             if !self.ended && !self.events.contains(&GuestEvent::PoweredOff) {
                 tracing::warn!(%error, pid = self.process(), "QEMU's monitor is gone");
                 self.events.push_back(GuestEvent::Gone);

@@ -28,7 +28,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use romulus_host_sys::{
-    PidFd, ReadOutcome, SysError, monotonic_ns, open_fifo_reader, pipe_bytes_waiting, read_nonblocking,
+    KillTimer, PidFd, ReadOutcome, SysError, monotonic_ns, open_fifo_reader, pipe_bytes_waiting,
+    read_nonblocking,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
@@ -49,6 +50,8 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// How often it looks while the guest is held.
 const LOOK_CLOSELY_EVERY: Duration = Duration::from_millis(10);
+/// A turn of the guardian may take this many times the limit of a pause: then the kernel kills it.
+const TURN_LIMITS: u64 = 5;
 /// One try to reach QEMU's monitor.
 const MONITOR_TRY: Duration = Duration::from_secs(2);
 /// How long QEMU's monitor is tried before the guardian gives up on it.
@@ -192,7 +195,10 @@ fn watch(
 ) -> Result<Outcome, GuardianError> {
     let mut stopped_for_now = false;
     let mut held_since = None;
+    // Both of us may be stopped at once (a frozen control group): our end of the FIFO must not hold QEMU for ever.
+    let mut timer = KillTimer::new()?;
     loop {
+        timer.arm(args.limit_ns.saturating_mul(TURN_LIMITS));
         let every = if held_since.is_some() {
             LOOK_CLOSELY_EVERY
         } else {
