@@ -223,11 +223,18 @@ impl Guest {
         self.standby.as_ref().and_then(Standby::pid)
     }
 
-    /// Ends what waits; a new session may have another machine. A guest that runs is left alone.
-    pub fn dismiss(&mut self) {
+    /// Makes way for a session that was accepted, which may have another machine: what waits is ended. So is a guest that
+    /// was taken over earlier: the record names another host since, where the VM runs now.
+    pub fn make_way(&mut self) {
+        self.announcing.clear();
         if let Some(mut standby) = self.standby.take() {
             if standby.is_active() {
-                self.standby = Some(standby);
+                warn!(
+                    event = "guest_ended",
+                    vm = self.config.vm.as_str(),
+                    "another host speaks for the VM and protects it to here: the guest that was taken over is ended"
+                );
+                standby.kill();
             } else {
                 standby.dismiss();
             }

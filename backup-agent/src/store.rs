@@ -156,7 +156,7 @@ impl Store {
                 held,
             } => {
                 self.receiver = None;
-                self.guest.dismiss();
+                self.guest.make_way();
                 match self.begin(session, machine, &held) {
                     Ok(()) => {
                         fault::point("agent.image_made");

@@ -7,7 +7,7 @@ use anyhow::{Context, anyhow};
 use romulus_host_sys::durable;
 use romulus_hypervisor::fault;
 use romulus_hypervisor::spec::MachineSpec;
-use romulus_image::{HostFiles, Image, ImageError, ImageState, Limits};
+use romulus_image::{HostFiles, Image, ImageError, ImageState, Limits, UnusableReason};
 use romulus_page_codec::Page;
 use romulus_protocol::ImageStatus;
 use romulus_types::{BlockId, Digest, Epoch, PageIndex, Session, VmId};
@@ -118,6 +118,11 @@ impl VmImage {
         machine: Arc<MachineSpec>,
         held: impl FnMut(PageIndex, &Page),
     ) -> anyhow::Result<()> {
+        self.open_again_if_failed()?;
+        if self.consumed_file().exists() {
+            // A guest was started from these files, and whatever became of it, they are its own.
+            self.image = None;
+        }
         let same_layout = self
             .image
             .as_ref()
@@ -132,7 +137,6 @@ impl VmImage {
             }
         }
         if self.image.is_none() && self.folder().exists() {
-            // Consumed by a guest that is gone; one that runs keeps the files that it has mapped.
             std::fs::remove_dir_all(self.folder()).context("could not remove a consumed image")?;
         }
         let image = match &mut self.image {
@@ -149,6 +153,26 @@ impl VmImage {
         self.machine = Some(machine);
         if self.consumed_file().exists() {
             std::fs::remove_file(self.consumed_file())?;
+        }
+        Ok(())
+    }
+
+    /// After a write that failed half way, what stands is known only by opening the image again; one that can't be opened
+    /// is removed, and copied again.
+    fn open_again_if_failed(&mut self) -> anyhow::Result<()> {
+        let failed = ImageState::Unusable {
+            reason: UnusableReason::WriteFailed,
+        };
+        if self.image.as_ref().is_none_or(|image| image.state() != failed) {
+            return Ok(());
+        }
+        self.image = None;
+        match Image::open_in(&self.dir, &self.vm, self.limits) {
+            Ok(image) => self.image = Some(image),
+            Err(error) => {
+                warn!(vm = self.vm.as_str(), %error, "an image that could not be written is removed");
+                std::fs::remove_dir_all(self.folder()).context("could not remove an image")?;
+            }
         }
         Ok(())
     }
@@ -203,6 +227,7 @@ impl VmImage {
     /// # Errors
     /// When that can't be written.
     pub fn mark_unusable(&mut self) -> anyhow::Result<()> {
+        self.open_again_if_failed()?;
         match &mut self.image {
             Some(image) => Ok(image.mark_unusable()?),
             None => Ok(()),
