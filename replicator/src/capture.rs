@@ -29,7 +29,7 @@ const FIRST_COPY_CHUNK_PAGES: u64 = 256;
 /// How often the hypervisor's events are looked at when nothing else is to be done.
 const IDLE_POLL: Duration = Duration::from_millis(20);
 /// Live rounds after the first copy, at most, before the first checkpoint.
-const PRECOPY_ROUNDS_MAX: u32 = 8;
+const PRECOPY_ROUNDS_MAX: u32 = 32;
 /// Dirty pages that the first checkpoint may copy in its pause.
 const PRECOPY_GOAL_PAGES: usize = 2048;
 

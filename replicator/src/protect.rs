@@ -19,7 +19,7 @@ use romulus_hypervisor::qemu::source::{Allowances, AttachOptions, GuardianProgra
 use romulus_hypervisor::source::GuestSource;
 use romulus_protocol::{Primary, PrimaryConfig, Remembered};
 use romulus_transport::{Endpoint, Identity, Service, WitnessClient};
-use romulus_types::HostId;
+use romulus_types::{HostId, PAGE_BYTES};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
@@ -88,6 +88,7 @@ fn attach(options: &ProtectOptions, settings: &Replicator) -> anyhow::Result<Box
         disposable: options.disposable.iter().cloned().collect(),
     };
     attach.fifo_dir.clone_from(&options.fifo_dir);
+    attach.checkpoint_pages_max = settings.memory.checkpoint_bytes_max.bytes() / PAGE_BYTES as u64;
     attach.pause_limit_ns = nanoseconds(settings.epochs.pause_kill_limit);
     let source = QemuSource::attach(attach).context("this guest can't be protected")?;
     info!(event = "attach", vm = options.vm.as_str(), qmp = %options.qmp.display());

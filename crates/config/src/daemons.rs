@@ -84,6 +84,8 @@ impl Default for Epochs {
 pub struct Memory {
     /// Bytes of previous page versions kept for deltas. Default 64 MiB.
     pub delta_memory: ByteSize,
+    /// Bytes of the pages of one checkpoint, which are copied while the guest stands still. Default 256 MiB.
+    pub checkpoint_bytes_max: ByteSize,
     /// Bytes of guest output held back. Default 64 MiB.
     pub held_bytes_max: ByteSize,
     /// Frames of guest output held back. Default 65536.
@@ -94,6 +96,7 @@ impl Default for Memory {
     fn default() -> Self {
         Self {
             delta_memory: ByteSize::from_mib(64),
+            checkpoint_bytes_max: ByteSize::from_mib(256),
             held_bytes_max: ByteSize::from_mib(64),
             held_frames_max: 65_536,
         }
@@ -144,6 +147,12 @@ impl Settings for Replicator {
                 "delta_memory",
                 self.memory.delta_memory,
                 ByteSize::from_bytes(0),
+                most,
+            )?
+            .size(
+                "checkpoint_bytes_max",
+                self.memory.checkpoint_bytes_max,
+                page,
                 most,
             )?
             .size("held_bytes_max", self.memory.held_bytes_max, page, most)?

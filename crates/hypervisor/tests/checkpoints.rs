@@ -164,3 +164,36 @@ fn every_checkpoint_of_a_guest_with_two_vcpus_and_twin_roms_is_complete() {
     let ranges = [("pc.ram", MIB, MIB, 127 * MIB)];
     every_checkpoint_is_complete(&arguments, "counter:50,dirty:500:25", &ranges);
 }
+
+#[test]
+fn a_checkpoint_over_its_limit_is_refused_by_name_and_the_guest_goes_on() {
+    let (guest, _other) = start(Q35, "counter:50,dirty:300:10");
+    let folder = tempfile::tempdir().unwrap();
+    let mut options = options(&guest, folder.path());
+    options.checkpoint_pages_max = 100;
+    let mut source = QemuSource::attach(options).unwrap();
+    source.bootstrap().unwrap();
+    source.arm().unwrap();
+    let mut checkpoint = Checkpoint::default();
+    std::thread::sleep(Duration::from_millis(100));
+    source.precopy(&mut checkpoint).unwrap();
+    assert_eq!(checkpoint.pages.len(), 100, "the rest is put off");
+    std::thread::sleep(Duration::from_millis(100));
+    let refused = source
+        .capture(&mut || Ok(()), false, &mut checkpoint)
+        .expect_err("more was written");
+    let words = whole_story(&refused);
+    assert!(words.contains("checkpoint_bytes_max"), "{words}");
+    goes_on(&guest);
+    Box::new(source).detach().unwrap();
+}
+
+fn whole_story(error: &dyn std::error::Error) -> String {
+    let mut words = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        words = format!("{words}: {next}");
+        cause = next.source();
+    }
+    words
+}

@@ -70,6 +70,8 @@ impl QemuSource {
         self.events.extend(others.iter().filter_map(meaning));
         let copied = harvested.and_then(|_| {
             ended?;
+            // The guest runs: what is too much for one go is taken by the next.
+            tracker.put_off_beyond(self.options.checkpoint_pages_max);
             Ok(tracker.copy(into)?)
         });
         match copied {
@@ -142,6 +144,10 @@ impl QemuSource {
             let pages = tracker.harvest()?;
             fault::point("capture.after_harvest");
             marks[1] = monotonic_ns();
+            let limit_pages = self.options.checkpoint_pages_max;
+            if pages > limit_pages {
+                return Err(CaptureError::TooManyPages { pages, limit_pages });
+            }
             tracker.copy(into)?;
             fault::point("capture.after_copy");
             marks[2] = monotonic_ns();

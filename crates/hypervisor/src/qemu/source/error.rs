@@ -133,6 +133,17 @@ pub enum CaptureError {
         /// The limit.
         limit_bytes: usize,
     },
+    /// The guest wrote more in one epoch than can be copied while it stands still.
+    #[error(
+        "the guest wrote {} MiB since the last checkpoint, and the limit is {} MiB (setting memory.checkpoint_bytes_max; \
+         epochs stretch when the link or the backup is slower than the guest writes)", pages >> 8, limit_pages >> 8
+    )]
+    TooManyPages {
+        /// Pages that were written.
+        pages: u64,
+        /// The limit.
+        limit_pages: u64,
+    },
     /// The packet gate refused.
     #[error(transparent)]
     Barrier(#[from] BarrierError),

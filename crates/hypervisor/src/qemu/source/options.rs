@@ -6,6 +6,9 @@ use std::path::PathBuf;
 /// Default limit of a pause, in nanoseconds.
 pub const PAUSE_LIMIT_NS: u64 = 1_000_000_000;
 
+/// Default limit of one checkpoint, in pages: 256 MiB.
+pub const CHECKPOINT_PAGES_MAX: u64 = (256 << 20) / 4096;
+
 /// What the operator allows although it is neither gated nor replicated.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Allowances {
@@ -47,6 +50,8 @@ pub struct AttachOptions {
     pub guardian: GuardianProgram,
     /// How long the guest may be made to wait before this process is killed, in nanoseconds.
     pub pause_limit_ns: u64,
+    /// Pages that one checkpoint may have: they are copied while the guest stands still.
+    pub checkpoint_pages_max: u64,
 }
 
 impl AttachOptions {
@@ -60,6 +65,7 @@ impl AttachOptions {
             fifo_dir: PathBuf::from("/run/romulus"),
             guardian,
             pause_limit_ns: PAUSE_LIMIT_NS,
+            checkpoint_pages_max: CHECKPOINT_PAGES_MAX,
         }
     }
 }

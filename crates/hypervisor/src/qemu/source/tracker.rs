@@ -183,6 +183,26 @@ impl Tracker {
         Ok(self.runs.iter().map(|run| run.count).sum())
     }
 
+    /// Keeps the first `pages_max` of the harvested pages; the others are in the next harvest again.
+    pub(super) fn put_off_beyond(&mut self, pages_max: u64) {
+        let mut room = pages_max;
+        let mut later = Vec::new();
+        self.runs.retain_mut(|run| {
+            let now = run.count.min(room);
+            room -= now;
+            if now < run.count {
+                later.push(Run {
+                    first: run.first + now,
+                    count: run.count - now,
+                    ..*run
+                });
+            }
+            run.count = now;
+            now > 0
+        });
+        self.pending = union(&self.pending, &later);
+    }
+
     /// The harvested pages did not become part of a checkpoint: they are in the next harvest again.
     pub(super) fn give_back(&mut self) {
         self.pending = union(&self.pending, &self.runs);

@@ -121,3 +121,25 @@ fn a_written_twin_is_an_error() {
     one.write(1, 9);
     assert!(matches!(tracker.harvest(), Err(CaptureError::TwinWritten { .. })));
 }
+
+#[test]
+fn what_is_too_much_for_one_go_is_in_the_next_ones() {
+    let (mut first, mut second) = (Memory::new(20), Memory::new(10));
+    let mut tracker = armed(vec![first.placed("first"), second.placed("second")]);
+    for page in [3, 4, 5, 9] {
+        first.write(page, 1);
+    }
+    second.write(2, 1);
+    assert_eq!(tracker.harvest().unwrap(), 5);
+    tracker.put_off_beyond(2);
+    assert_eq!(copied(&mut tracker), [(3, 1), (4, 1)]);
+    tracker.settle();
+    first.write(4, 2);
+    assert_eq!(tracker.harvest().unwrap(), 4);
+    tracker.put_off_beyond(3);
+    assert_eq!(copied(&mut tracker), [(4, 2), (5, 1), (9, 1)]);
+    tracker.settle();
+    assert_eq!(tracker.harvest().unwrap(), 1);
+    tracker.put_off_beyond(3);
+    assert_eq!(copied(&mut tracker), [(22, 1)]);
+}
