@@ -182,6 +182,7 @@ impl Backup {
             heard: false,
             answers: Time::default(),
             standby: StandbyTrial::NotTried,
+            trial_failures: 0,
         });
         self.phase = Phase::Following;
         self.hear(now);

@@ -7,6 +7,9 @@ use crate::api::{BackupCommand, ImageStatus, Notice};
 use crate::message::{BackupMessage, PrimaryMessage};
 use crate::weakness::Weakness;
 
+/// The wait between two trials doubles that often, less one.
+pub(super) const TRIAL_FAILURES_MAX: u32 = 8;
+
 impl Backup {
     /// The primary was heard.
     pub(super) fn hear(&mut self, now: Time) {
@@ -149,7 +152,8 @@ impl Backup {
         };
         let due = match link.standby {
             StandbyTrial::NotTried => true,
-            StandbyTrial::FailedAt(at) => now.since_ns(at) >= retry_ns,
+            // Each trial starts a hypervisor: one that cannot succeed must not cost the host ten a second.
+            StandbyTrial::FailedAt(at) => now.since_ns(at) >= retry_ns << (link.trial_failures.max(1) - 1),
             StandbyTrial::Trying | StandbyTrial::Loaded => false,
         };
         if due {
@@ -171,6 +175,7 @@ impl Backup {
     pub(super) fn on_standby_failed(&mut self, now: Time, session: Session) {
         if let Some(link) = self.link.as_mut().filter(|link| link.session == session) {
             link.standby = StandbyTrial::FailedAt(now);
+            link.trial_failures = (link.trial_failures + 1).min(TRIAL_FAILURES_MAX);
         }
     }
 

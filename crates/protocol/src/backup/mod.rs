@@ -89,6 +89,8 @@ struct Link {
     /// `sent` of the newest heartbeat.
     answers: Time,
     standby: StandbyTrial,
+    /// Trials that failed in this session, counted up to a limit.
+    trial_failures: u32,
 }
 
 /// The backup's machine for one VM. See the module's head.

@@ -21,6 +21,7 @@ impl Backup {
         }
         if let Some(link) = &mut self.link {
             link.answers = base;
+            link.trial_failures = link.trial_failures.min(1);
             if let StandbyTrial::FailedAt(at) = &mut link.standby {
                 back(at);
             }
