@@ -9,7 +9,7 @@
 //! Whatever ends the session ends its task, which says `Disconnected` exactly once.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
@@ -37,8 +37,11 @@ const DATA_WAITING_MAX: usize = 16;
 /// How long a backup may take to answer a `Hello`, and for each further part of what it holds: it may have to make an
 /// image first.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long to wait after a backup could not be reached or refused.
+/// How long to wait after a backup could not be reached or refused. Twice as long after each further refusal: for each
+/// hello the guest stands still to be described.
 const TRY_INTERVAL: Duration = Duration::from_secs(1);
+/// How often that wait is doubled at most.
+const DOUBLINGS_MAX: u32 = 3;
 /// How long the last messages may take to get out at the end.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -73,6 +76,7 @@ pub struct Link {
     events: EventSink,
     status: Arc<Status>,
     running: Option<Running>,
+    refusals: Arc<AtomicU32>,
 }
 
 impl Link {
@@ -91,6 +95,7 @@ impl Link {
             events,
             status,
             running: None,
+            refusals: Arc::default(),
         }
     }
 
@@ -105,7 +110,9 @@ impl Link {
             events: self.events.clone(),
             status: Arc::clone(&self.status),
             session,
+            described: AtomicBool::new(false),
             connected: AtomicBool::new(false),
+            refusals: Arc::clone(&self.refusals),
         };
         let task = tokio::spawn(task.run(term, instance, control_receiver, ended));
         self.running = Some(Running {
@@ -153,8 +160,12 @@ struct SessionTask {
     events: EventSink,
     status: Arc<Status>,
     session: Session,
+    /// The guest stood still for this session.
+    described: AtomicBool,
     /// The backup accepted the session.
     connected: AtomicBool,
+    /// Sessions that were not accepted since the last one that was, although the guest was described for them.
+    refusals: Arc<AtomicU32>,
 }
 
 impl SessionTask {
@@ -177,7 +188,14 @@ impl SessionTask {
                 .add_event("session_ended", &json!({"error": format!("{error:#}")}));
             if !self.connected.load(Ordering::Relaxed) {
                 // A try costs the guest a pause and the operator a line in the log.
-                let _ = tokio::time::timeout(TRY_INTERVAL, ended).await;
+                let refused = self.described.load(Ordering::Relaxed);
+                let before = if refused {
+                    self.refusals.fetch_add(1, Ordering::Relaxed)
+                } else {
+                    0
+                };
+                let wait = TRY_INTERVAL * (1 << before.min(DOUBLINGS_MAX));
+                let _ = tokio::time::timeout(wait, ended).await;
             }
         }
         self.events
@@ -194,6 +212,7 @@ impl SessionTask {
         let mut connection = self.reach_backup().await?;
         // The guest is paused for its description: only for a backup that is there.
         let (machine, page_count) = self.describe().await?;
+        self.described.store(true, Ordering::Relaxed);
         if connection.close_reason().is_some() {
             // A large guest takes its time, and a backup does not wait long for a hello.
             connection = self.reach_backup().await?;
@@ -222,6 +241,7 @@ impl SessionTask {
         self.begin_encoding(held, sink).await?;
         info!(event = "session", session = %self.session);
         self.connected.store(true, Ordering::Relaxed);
+        self.refusals.store(0, Ordering::Relaxed);
         fault::point("replicator.connected");
         self.events
             .send_async(PrimaryEvent::Connected(self.session))
