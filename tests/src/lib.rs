@@ -27,7 +27,7 @@ mod netns;
 mod paths;
 pub mod pinger;
 pub mod probe;
-mod process;
+pub mod process;
 pub mod qmp;
 pub mod report;
 mod resp;

@@ -1,11 +1,13 @@
 //! What somebody else does to the guest while it is protected: pausing, resetting, powering off, crashing, plugging.
 
+use std::process::ExitStatus;
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use romulus_e2e::daemons::ProtectConfig;
 use romulus_e2e::guest::GuestConfig;
+use romulus_e2e::process::Process;
 use romulus_e2e::qmp::Qmp;
 use romulus_e2e::stage::{Stage, StageConfig};
 use romulus_e2e::{GUEST_IP, Host, Paths, Stamp, TEST_LAB, wait_for};
@@ -144,17 +146,34 @@ fn a_guest_that_is_reset_is_protected_anew_and_survives_its_host() -> Result<()>
     survives_its_host(&mut stage)
 }
 
+type PoweredOff = (Stage, Stamp, Process, ExitStatus);
+
+/// A protected guest that was told to power itself off; `None` when it did not.
+fn powered_off(extra: &[String]) -> Result<Option<PoweredOff>> {
+    let mut stage = protected(GuestConfig {
+        extra: extra.to_vec(),
+        ..GuestConfig::default()
+    })?;
+    let at = Stamp::now();
+    trigger(&stage, 'o')?;
+    let mut replicator = stage.replicator.take().ok_or_else(|| anyhow!("no replicator"))?;
+    match replicator.wait(Duration::from_secs(20)) {
+        Ok(ended) => Ok(Some((stage, at, replicator, ended))),
+        Err(error) if Qmp::connect(&stage.lab)?.status()? == "running" => {
+            println!("the guest did not power itself off: {error}");
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
 #[test]
 fn a_guest_that_powers_off_ends_its_protection_and_is_never_taken_over() -> Result<()> {
     for extra in [vec![], vec!["-no-shutdown".to_owned()]] {
-        let mut stage = protected(GuestConfig {
-            extra,
-            ..GuestConfig::default()
-        })?;
-        let at = Stamp::now();
-        trigger(&stage, 'o')?;
-        let mut replicator = stage.replicator.take().ok_or_else(|| anyhow!("no replicator"))?;
-        let ended = replicator.wait(SOON)?;
+        // Debian's kernel sometimes spins in its own power-off under emulation: then there was none, and another guest is tried.
+        let (stage, at, replicator, ended) = (0..3)
+            .find_map(|_| powered_off(&extra).transpose())
+            .ok_or_else(|| anyhow!("no guest powered itself off"))??;
         assert!(ended.success(), "{ended}: {}", replicator.tail());
         sleep(Duration::from_secs(2));
         nobody_took_over(&stage, at);
