@@ -3,7 +3,7 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde_json::Value;
 
 use crate::Paths;
@@ -84,6 +84,27 @@ pub fn kill_once(paths: &Paths, prefix: &str, config: &ScenarioConfig) -> Result
     after_kill(&mut kill, &stage, killed, &client);
     judge(&mut kill, &client, answered.err());
     stage.timeline.add(Stamp::now(), "lab", "verdict", &kill.verdict);
+    Ok(kill)
+}
+
+/// Runs it, and wants a failover in which nothing was lost and something happened.
+///
+/// # Errors
+/// As [`kill_once`], and when the verdict is another, something was lost or came late, or there was too little load to tell.
+pub fn survive(paths: &Paths, prefix: &str, config: &ScenarioConfig) -> Result<Kill> {
+    let kill = kill_once(paths, prefix, config)?;
+    ensure!(kill.verdict == OK, "{kill:#?}");
+    ensure!(
+        (kill.lost_acked_writes, kill.connection_resets, kill.late_frames) == (0, 0, 0),
+        "{kill:#?}"
+    );
+    ensure!(
+        kill.epochs > 10,
+        "only {} epochs in {} s",
+        kill.epochs,
+        kill.protected_s
+    );
+    ensure!(kill.acked_writes > 100, "only {} writes", kill.acked_writes);
     Ok(kill)
 }
 

@@ -3,7 +3,7 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -256,6 +256,23 @@ impl Stage {
             .take()
             .ok_or_else(|| anyhow!("the client has been finished"))?;
         client.finish(&self.lab, DRAIN_AT_MOST)
+    }
+
+    /// Finishes the client. It must have lost nothing: no acknowledged write, no connection.
+    ///
+    /// # Errors
+    /// What it lost, or as [`Stage::finish_client`].
+    pub fn ensure_nothing_lost(&mut self) -> Result<()> {
+        let report = self.finish_client()?;
+        ensure!(
+            (report.lost, report.resets, report.refused) == (0, 0, 0),
+            "{} acknowledged writes lost, {} connections reset, {} refused: {:?}",
+            report.lost,
+            report.resets,
+            report.refused,
+            report.trouble
+        );
+        Ok(())
     }
 
     /// By how much the guest's clock is ahead of this machine's, in microseconds.

@@ -33,17 +33,6 @@ fn protected(guest: GuestConfig) -> Result<Stage> {
     Ok(stage)
 }
 
-fn nothing_lost(stage: &mut Stage) -> Result<()> {
-    let report = stage.finish_client()?;
-    assert_eq!(
-        (report.lost, report.resets, report.refused),
-        (0, 0, 0),
-        "{:?}",
-        report.trouble
-    );
-    Ok(())
-}
-
 fn text<'a>(status: &'a Value, key: &str) -> &'a str {
     status.get(key).and_then(Value::as_str).unwrap_or_default()
 }
@@ -113,7 +102,7 @@ fn a_guest_that_somebody_pauses_is_not_protected_until_it_is_resumed_and_stays_w
     nobody_took_over(&stage, at);
     let killed = stage.kill_primary()?;
     stage.wait_ack_after(killed.plus(Duration::from_millis(20)), SOON)?;
-    nothing_lost(&mut stage)
+    stage.ensure_nothing_lost()
 }
 
 #[test]
@@ -123,7 +112,7 @@ fn a_guest_that_was_paused_when_its_host_died_goes_on_at_the_backup() -> Result<
     wait_not_protected(&stage, "guest not running")?;
     let killed = stage.kill_primary()?;
     stage.wait_ack_after(killed.plus(Duration::from_millis(20)), SOON)?;
-    nothing_lost(&mut stage)
+    stage.ensure_nothing_lost()
 }
 
 #[test]
@@ -194,7 +183,7 @@ fn a_guest_whose_kernel_panics_goes_on_at_the_backup_from_before_the_panic() -> 
     Qmp::connect(&stage.lab)?.execute("inject-nmi")?;
     let activated = stage.timeline.wait("activated", at, SOON)?;
     stage.wait_ack_after(activated.at, SOON)?;
-    nothing_lost(&mut stage)
+    stage.ensure_nothing_lost()
 }
 
 #[test]
@@ -220,5 +209,5 @@ fn a_device_that_is_plugged_in_ends_the_protection_until_it_is_plugged_out() -> 
     nobody_took_over(&stage, at);
     let killed = stage.kill_primary()?;
     stage.wait_ack_after(killed.plus(Duration::from_millis(20)), SOON)?;
-    nothing_lost(&mut stage)
+    stage.ensure_nothing_lost()
 }

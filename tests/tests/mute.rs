@@ -67,14 +67,7 @@ fn nothing_lost(stage: &mut Stage, since: Stamp) -> Result<()> {
         0,
         "the backup spoke for the guest"
     );
-    let report = stage.finish_client()?;
-    assert_eq!(
-        (report.lost, report.resets, report.refused),
-        (0, 0, 0),
-        "{:?}",
-        report.trouble
-    );
-    Ok(())
+    stage.ensure_nothing_lost()
 }
 
 #[test]

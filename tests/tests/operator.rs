@@ -28,17 +28,6 @@ fn stage() -> Result<Stage> {
     )
 }
 
-fn nothing_lost(stage: &mut Stage) -> Result<()> {
-    let report = stage.finish_client()?;
-    assert_eq!(
-        (report.lost, report.resets, report.refused),
-        (0, 0, 0),
-        "{:?}",
-        report.trouble
-    );
-    Ok(())
-}
-
 #[test]
 fn a_planned_failover_moves_the_guest_and_loses_nothing() -> Result<()> {
     let mut stage = stage()?;
@@ -54,7 +43,7 @@ fn a_planned_failover_moves_the_guest_and_loses_nothing() -> Result<()> {
         0,
         "the old primary spoke after the failover"
     );
-    nothing_lost(&mut stage)
+    stage.ensure_nothing_lost()
 }
 
 #[test]
