@@ -15,8 +15,8 @@ use romulus_types::{Digest, PageIndex, Session};
 use crate::error::WireError;
 use crate::frame::{Frame, FrameType, PAYLOAD_BYTES_MAX, encode_frame};
 use crate::message::expect_type;
-use crate::pages::PAGE_INDEX_MAX;
-use crate::varint::{self, VARINT_BYTES_MAX, VarintError};
+use crate::pages::{PAGE_INDEX_MAX, take_index};
+use crate::varint::{self, VARINT_BYTES_MAX};
 
 const WHAT: &str = "held pages frame";
 const HEAD_BYTES: usize = 8;
@@ -148,21 +148,7 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn entry(&mut self) -> Result<(PageIndex, Digest), WireError> {
-        let gap = varint::take(&mut self.rest).map_err(|error| match error {
-            VarintError::Truncated => WireError::Truncated(WHAT),
-            VarintError::Malformed => WireError::Malformed {
-                what: WHAT,
-                problem: "a number is not in its shortest form",
-            },
-        })?;
-        let page = self.next.saturating_add(gap);
-        if page > PAGE_INDEX_MAX {
-            return Err(WireError::TooLarge {
-                what: "a page index",
-                value: page,
-                limit: PAGE_INDEX_MAX,
-            });
-        }
+        let page = take_index(&mut self.rest, self.next, WHAT)?;
         let (hash, rest) = self
             .rest
             .split_first_chunk::<HASH_BYTES>()

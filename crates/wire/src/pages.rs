@@ -231,16 +231,10 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn entry(&mut self) -> Result<PageEntry<'a>, WireError> {
-        let gap = self.varint()?;
-        let page = self.next.checked_add(gap).filter(|page| *page <= PAGE_INDEX_MAX);
-        let page = page.ok_or(WireError::TooLarge {
-            what: "a page index",
-            value: self.next.saturating_add(gap),
-            limit: PAGE_INDEX_MAX,
-        })?;
+        let page = take_index(&mut self.rest, self.next, WHAT)?;
         let (kind, rest) = self.rest.split_first().ok_or(WireError::Truncated(WHAT))?;
         self.rest = rest;
-        let value = self.varint()?;
+        let value = take_number(&mut self.rest, WHAT)?;
         let length = usize::try_from(value).ok().filter(|length| *length <= PAGE_BYTES);
         let length = length.ok_or(WireError::TooLarge {
             what: "the length of an encoded page",
@@ -259,14 +253,28 @@ impl<'a> Reader<'a> {
             payload,
         })
     }
+}
 
-    fn varint(&mut self) -> Result<u64, WireError> {
-        varint::take(&mut self.rest).map_err(|error| match error {
-            VarintError::Truncated => WireError::Truncated(WHAT),
-            VarintError::Malformed => WireError::Malformed {
-                what: WHAT,
-                problem: "a number is not in its shortest form",
-            },
-        })
+/// Takes a number off the front of an entry.
+fn take_number(rest: &mut &[u8], what: &'static str) -> Result<u64, WireError> {
+    varint::take(rest).map_err(|error| match error {
+        VarintError::Truncated => WireError::Truncated(what),
+        VarintError::Malformed => WireError::Malformed {
+            what,
+            problem: "a number is not in its shortest form",
+        },
+    })
+}
+
+/// Takes a gap off the front of an entry: the index of its page, where `next` is the lowest that it can have.
+pub(crate) fn take_index(rest: &mut &[u8], next: u64, what: &'static str) -> Result<u64, WireError> {
+    let page = next.saturating_add(take_number(rest, what)?);
+    if page > PAGE_INDEX_MAX {
+        return Err(WireError::TooLarge {
+            what: "a page index",
+            value: page,
+            limit: PAGE_INDEX_MAX,
+        });
     }
+    Ok(page)
 }
