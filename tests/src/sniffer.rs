@@ -17,6 +17,9 @@ use crate::{Lab, Stamp};
 
 const MAGIC_NANOSECONDS: u32 = 0xa1b2_3c4d;
 const FRAME_BYTES_MAX: usize = 1 << 18;
+const ETHERNET_HEADER_BYTES: u32 = 14;
+/// The shortest frame, without its checksum.
+const ETHERNET_BYTES_MIN: u32 = 60;
 
 /// What a frame is, as far as it matters here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +40,7 @@ pub struct Frame {
     pub bytes: u32,
     /// What it is.
     pub kind: Kind,
-    /// A hash of its length and its first 4096 bytes, to tell frames apart.
+    /// A hash of its length and its first 4096 bytes, both without Ethernet's padding, to tell frames apart.
     pub hash: u64,
 }
 
@@ -189,14 +192,12 @@ fn read_frames(mut input: impl Read, mut each: impl FnMut(Frame)) -> Result<()> 
         if input.read_exact(&mut bytes).is_err() {
             break;
         }
-        let mut hasher = DefaultHasher::new();
-        bytes.hash(&mut hasher);
-        word(&header, 12)?.hash(&mut hasher);
+        let length = word(&header, 12)?;
         each(Frame {
             at: Stamp::from_micros(seconds * 1_000_000 + nanos / 1000),
-            bytes: word(&header, 12)?,
+            bytes: length,
             kind: kind_of(&bytes),
-            hash: hasher.finish(),
+            hash: hash_of(&bytes, length),
         });
     }
     Ok(())
@@ -207,6 +208,27 @@ fn word(bytes: &[u8], at: usize) -> Result<u32> {
         .get(at..at + 4)
         .ok_or_else(|| anyhow!("a truncated pcap header"))?;
     Ok(u32::from_ne_bytes(four.try_into()?))
+}
+
+/// `frame` is the captured part of `length` bytes. A card like the e1000 pads what is short, and a bridge that passes packets
+/// to the firewall takes the padding off again.
+fn hash_of(frame: &[u8], length: u32) -> u64 {
+    let unpadded = unpadded_length(frame).map_or(length, |unpadded| unpadded.min(length));
+    let captured = usize::try_from(unpadded).map_or(frame, |end| &frame[..end.min(frame.len())]);
+    let mut hasher = DefaultHasher::new();
+    captured.hash(&mut hasher);
+    unpadded.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// What an IPv4 packet's header says of its length, if that is shorter than the shortest Ethernet frame: larger packets are
+/// not padded, and those that await their segmentation may say anything.
+fn unpadded_length(frame: &[u8]) -> Option<u32> {
+    let [0x08, 0x00, _, _, high, low, ..] = frame.get(12..)? else {
+        return None;
+    };
+    let length = ETHERNET_HEADER_BYTES + u32::from(u16::from_be_bytes([*high, *low]));
+    (length < ETHERNET_BYTES_MIN).then_some(length)
 }
 
 fn kind_of(frame: &[u8]) -> Kind {
@@ -259,6 +281,23 @@ mod tests {
         assert_eq!(kind_of(&advertisement), Kind::Announcement);
         advertisement[58] = 0x40;
         assert_eq!(kind_of(&advertisement), Kind::Guest);
+    }
+
+    #[test]
+    fn a_frame_is_the_same_with_and_without_its_padding() {
+        let mut short = vec![1; 58];
+        short[12..14].copy_from_slice(&[8, 0]);
+        short[16..18].copy_from_slice(&44_u16.to_be_bytes());
+        let mut padded = short.clone();
+        padded.extend_from_slice(&[0, 0]);
+        assert_eq!(hash_of(&short, 58), hash_of(&padded, 60));
+        let mut other = padded.clone();
+        other[57] = 2;
+        assert_ne!(hash_of(&padded, 60), hash_of(&other, 60));
+        // Of what is longer nothing is cut off.
+        assert_ne!(hash_of(&[1; 80], 80), hash_of(&[1; 80], 81));
+        padded[12..14].copy_from_slice(&[8, 6]);
+        assert_ne!(hash_of(&padded, 60), hash_of(&padded[..58], 58));
     }
 
     #[test]
