@@ -3,7 +3,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use romulus_host_sys::monotonic_ns;
+use romulus_host_sys::{PidFd, SysError, monotonic_ns};
 use romulus_types::{PageIndex, RamLayout};
 
 use super::attach::{QemuSource, list_devices};
@@ -175,6 +175,10 @@ impl QemuSource {
     pub(super) fn ensure_guardian(&mut self) -> Result<(), CaptureError> {
         if self.guardian.is_alive() {
             return Ok(());
+        }
+        // A guardian ends with its QEMU, which may be a moment before the monitor tells us.
+        if has_ended(self.process())? {
+            return Err(CaptureError::Gone);
         }
         tracing::warn!(
             pid = self.process(),
@@ -351,6 +355,13 @@ impl GuestSource for QemuSource {
 
     fn detach(self: Box<Self>) -> Result<(), SourceError> {
         self.leave().map_err(|e| failed("detaching failed", e))
+    }
+}
+
+fn has_ended(pid: u32) -> Result<bool, SysError> {
+    match PidFd::open(pid) {
+        Err(SysError::TargetGone(_)) => Ok(true),
+        opened => opened?.wait_ended(Duration::ZERO),
     }
 }
 

@@ -115,6 +115,8 @@ impl Guardian {
             .stdout(Stdio::from(lock))
             .process_group(0)
             .spawn()?;
+        // With its end of the socket only in its own hands, its end is seen at once.
+        drop(command);
         socket.set_read_timeout(Some(START_LIMIT))?;
         let mut guardian_is = [0];
         socket.read_exact(&mut guardian_is)?;
@@ -329,4 +331,33 @@ fn let_go(
         monitor.execute("cont", Value::Null)?;
     }
     Ok(rescued)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guardian_that_ends_before_it_is_ready_is_noticed_by_its_end() {
+        let program = GuardianProgram {
+            exe: PathBuf::from("true"),
+            args: Vec::new(),
+        };
+        let settings = serde_json::json!({
+            "capabilities": [], "max_bandwidth": 0, "downtime_limit_ms": 0, "tls_creds": "",
+        });
+        let args = GuardianArgs {
+            qmp: PathBuf::new(),
+            fifo: PathBuf::new(),
+            qemu_pid: 0,
+            replicator_pid: 0,
+            limit_ns: 1,
+            settings: serde_json::from_value(settings).unwrap(),
+        };
+        let lock = tempfile::tempfile().unwrap();
+        let error = Guardian::spawn(&program, &args, lock)
+            .err()
+            .expect("it is no guardian");
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{error}");
+    }
 }
