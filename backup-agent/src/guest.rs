@@ -218,6 +218,18 @@ impl Guest {
         }
     }
 
+    /// Whether the guest runs here.
+    pub fn is_active(&mut self) -> bool {
+        self.standby.as_mut().is_some_and(Standby::is_active)
+    }
+
+    /// How the guest that was activated here ended, if it did; its addresses are not announced any more.
+    pub fn end(&mut self) -> Option<String> {
+        let end = self.standby.as_mut()?.guest_end()?;
+        self.announcing.clear();
+        Some(end)
+    }
+
     /// The process that waits or runs.
     pub fn pid(&self) -> Option<u32> {
         self.standby.as_ref().and_then(Standby::pid)

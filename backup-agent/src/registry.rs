@@ -305,6 +305,7 @@ impl Registry {
         let (sender, jobs) = store_channel();
         let store = Store {
             jobs,
+            own_jobs: sender.weak(),
             events: events.clone(),
             image,
             guest,

@@ -132,7 +132,7 @@ impl VmStatus {
         (inner.term, inner.session, inner.committed) = (term, session, committed);
     }
 
-    /// What the standby is doing: "none", "proven", "waiting", "active".
+    /// What the standby is doing: "none", "proven", "waiting", "active", "ended".
     pub fn set_standby(&self, standby: &'static str, pid: Option<u32>) {
         let mut inner = self.lock();
         (inner.standby, inner.standby_pid) = (standby, pid);

@@ -9,11 +9,11 @@
 //! Epoch n+1 is decoded only after n was applied, so deltas always refer to the applied image.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use bytes::Bytes;
-use romulus_host_sys::priority;
+use romulus_host_sys::{PidFd, priority};
 use romulus_hypervisor::fault;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_hypervisor::standby::StandbyError;
@@ -35,6 +35,8 @@ use crate::vm_image::VmImage;
 const FRAMES_WAITING_MAX: usize = 32;
 /// Jobs of the driver that wait besides, at most.
 const JOBS_WAITING_MAX: usize = 64;
+/// One wait for the end of a guest; then it is waited for again.
+const GUEST_LOOK: Duration = Duration::from_secs(3600);
 /// Commits between two looks at the image's size.
 const SIZE_EVERY_COMMITS: u64 = 64;
 
@@ -75,6 +77,8 @@ pub enum StoreJob {
     },
     /// Stop the guest that a forced takeover started, for good.
     StopGuest,
+    /// The process of the guest that was activated has ended.
+    GuestEnded,
 }
 
 /// The sending end.
@@ -107,6 +111,11 @@ impl StoreSender {
             .map_err(|_| anyhow!("the store thread is gone or hangs"))
     }
 
+    /// The end for the store's own watchers.
+    pub fn weak(&self) -> mpsc::WeakSender<StoreJob> {
+        self.jobs.downgrade()
+    }
+
     /// Hands in a frame; waits while too many do. `false` when the store is gone.
     pub async fn frame(&self, session: Session, frame: Frame) -> bool {
         let Ok(permit) = Arc::clone(&self.frames).acquire_owned().await else {
@@ -123,6 +132,8 @@ impl StoreSender {
 pub struct Store {
     /// Jobs.
     pub jobs: mpsc::Receiver<StoreJob>,
+    /// For those who watch the guest; does not keep the store at work.
+    pub own_jobs: mpsc::WeakSender<StoreJob>,
     /// To the driver.
     pub events: EventSink,
     /// The image's place and limits.
@@ -142,6 +153,8 @@ impl Store {
     pub fn run(mut self) {
         // It computes, and the hypervisors that it starts inherit from it.
         priority::lower();
+        // One that an earlier life of the agent started.
+        self.watch_guest();
         while let Some(job) = self.jobs.blocking_recv() {
             self.job(job);
         }
@@ -188,6 +201,7 @@ impl Store {
             StoreJob::TryStandby { session, epoch } => self.try_standby(session, epoch),
             StoreJob::Activate { session, epoch, term } => self.activate(session, epoch, term),
             StoreJob::StopGuest => self.guest.stop(),
+            StoreJob::GuestEnded => self.guest_ended(),
         }
     }
 
@@ -329,6 +343,7 @@ impl Store {
                 self.status.set_activation(detail);
                 self.status.set_standby("active", self.guest.pid());
                 self.events.send(BackupEvent::Activated);
+                self.watch_guest();
             }
             Err(error) => {
                 error!(
@@ -358,6 +373,40 @@ impl Store {
         let report = self.start_guest()?;
         fault::point("agent.activated");
         Ok(report)
+    }
+
+    /// Has the store told when the guest's process ends: powered off, panicked, or killed.
+    fn watch_guest(&mut self) {
+        if !self.guest.is_active() {
+            return;
+        }
+        let Some(process) = self.guest.pid().and_then(|pid| PidFd::open(pid).ok()) else {
+            return self.guest_ended();
+        };
+        let jobs = self.own_jobs.clone();
+        let watch = move || {
+            while let Ok(false) = process.wait_ended(GUEST_LOOK) {}
+            // Without a store nobody wants to know.
+            if let Some(jobs) = jobs.upgrade() {
+                let _ = jobs.blocking_send(StoreJob::GuestEnded);
+            }
+        };
+        let watcher = std::thread::Builder::new().name(format!("guest-{}", self.status.vm()));
+        if let Err(error) = watcher.spawn(watch) {
+            warn!(%error, vm = self.status.vm(), "the end of the guest will not be noticed");
+        }
+    }
+
+    fn guest_ended(&mut self) {
+        let Some(end) = self.guest.end() else {
+            return;
+        };
+        let detail = json!({"how": end});
+        warn!(event = "guest_ended", vm = self.status.vm(), detail = %detail);
+        self.status.event("guest_ended", &detail);
+        self.status
+            .set_detail(format!("the guest that was taken over has ended: {end}"));
+        self.status.set_standby("ended", None);
     }
 
     /// Marks the image as consumed right before a standby may read it, and lets the guest run. A standby that fails before it

@@ -134,6 +134,9 @@ pub trait Standby: Send {
     /// Whether the guest runs here and its process is alive.
     fn is_active(&mut self) -> bool;
 
+    /// How the guest that was activated here ended, in words. `None` while it runs, and when none was.
+    fn guest_end(&mut self) -> Option<String>;
+
     /// The process of the waiting or active machine.
     fn pid(&self) -> Option<u32>;
 

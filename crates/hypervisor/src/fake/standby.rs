@@ -91,6 +91,10 @@ impl Standby for FakeStandby {
         self.active.is_some()
     }
 
+    fn guest_end(&mut self) -> Option<String> {
+        None
+    }
+
     fn pid(&self) -> Option<u32> {
         None
     }

@@ -388,6 +388,13 @@ impl Standby for QemuStandby {
         }
     }
 
+    fn guest_end(&mut self) -> Option<String> {
+        match &mut self.state {
+            State::Active(process) => process.end(),
+            _ => None,
+        }
+    }
+
     fn pid(&self) -> Option<u32> {
         match &self.state {
             State::Idle => None,

@@ -89,6 +89,23 @@ impl Process {
         }
     }
 
+    /// How it ended, in words; `None` while it runs.
+    pub(super) fn end(&mut self) -> Option<String> {
+        let status = match &mut self.hold {
+            Hold::Child(child) => child.try_wait().ok().flatten()?.to_string(),
+            Hold::Adopted { fd, .. } => {
+                fd.wait_ended(Duration::ZERO).ok().filter(|ended| *ended)?;
+                "an earlier agent started it, so its exit status is not known".to_owned()
+            }
+        };
+        let said = self.stderr();
+        Some(if said.is_empty() {
+            status
+        } else {
+            format!("{status}: {said}")
+        })
+    }
+
     pub(super) fn outlive(&mut self) {
         self.outlives = true;
     }
