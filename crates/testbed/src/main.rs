@@ -1,0 +1,2 @@
+//! A small VMM over KVM.
+fn main() {}
