@@ -179,10 +179,15 @@ pub enum AbiError {
 impl fmt::Display for AbiError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            AbiError::Short { want, got } => write!(f, "{got} bytes where {want} are needed: not a guest of this VMM"),
+            AbiError::Short { want, got } => {
+                write!(f, "{got} bytes where {want} are needed: not a guest of this VMM")
+            }
             AbiError::Magic(magic) => write!(f, "the magic number is {magic:#x}: not a guest of this VMM"),
             AbiError::Version(version) => {
-                write!(f, "built for version {version}, this is version {ABI_VERSION}: build guest and VMM together")
+                write!(
+                    f,
+                    "built for version {version}, this is version {ABI_VERSION}: build guest and VMM together"
+                )
             }
             AbiError::Limit { what, got, max } => write!(f, "{got} {what}, at most {max} are possible"),
         }
@@ -345,7 +350,12 @@ impl BootInfo {
             let (virtio_id, vector) = (fields.u32(), fields.u32());
             let (mmio, gsi) = (fields.u64(), fields.u32());
             fields.u32();
-            Device { virtio_id, vector, mmio, gsi }
+            Device {
+                virtio_id,
+                vector,
+                mmio,
+                gsi,
+            }
         });
         let info = BootInfo {
             vcpus,
@@ -366,13 +376,21 @@ impl BootInfo {
         within("devices", self.device_count.into(), DEVICES_MAX as u64)?;
         within("bytes of RAM under the hole", self.ram_low_bytes, RAM_LOW_END)?;
         within("bytes of RAM over 4 GiB", self.ram_high_bytes, RAM_HIGH_BYTES_MAX)?;
-        within("bytes of command line", self.cmdline_bytes.into(), CMDLINE_BYTES_MAX as u64)?;
+        within(
+            "bytes of command line",
+            self.cmdline_bytes.into(),
+            CMDLINE_BYTES_MAX as u64,
+        )?;
         Ok(self)
     }
 }
 
 fn within(what: &'static str, got: u64, max: u64) -> Result<(), AbiError> {
-    if got > max { Err(AbiError::Limit { what, got, max }) } else { Ok(()) }
+    if got > max {
+        Err(AbiError::Limit { what, got, max })
+    } else {
+        Ok(())
+    }
 }
 
 /// Takes little-endian fields from bytes whose number was checked.
@@ -384,12 +402,18 @@ impl<'a> Fields<'a> {
     fn new(bytes: &'a [u8], want: usize) -> Result<Self, AbiError> {
         match bytes.get(..want) {
             Some(bytes) => Ok(Fields { bytes }),
-            None => Err(AbiError::Short { want, got: bytes.len() }),
+            None => Err(AbiError::Short {
+                want,
+                got: bytes.len(),
+            }),
         }
     }
 
     fn take<const N: usize>(&mut self) -> [u8; N] {
-        let (field, rest) = self.bytes.split_first_chunk().expect("the structure's size covers its fields");
+        let (field, rest) = self
+            .bytes
+            .split_first_chunk()
+            .expect("the structure's size covers its fields");
         self.bytes = rest;
         *field
     }
@@ -421,7 +445,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn sample() -> BootInfo {
-        let net = Device { virtio_id: 1, vector: DEVICE_VECTOR.into(), mmio: VIRTIO_MMIO, gsi: 24 };
+        let net = Device {
+            virtio_id: 1,
+            vector: DEVICE_VECTOR.into(),
+            mmio: VIRTIO_MMIO,
+            gsi: 24,
+        };
         BootInfo::new(2, 1 << 30, 0, 2_450_000, 11, &[net]).unwrap()
     }
 
