@@ -43,6 +43,9 @@ pub enum SysError {
     /// The process's code has none of the instructions that a call needs.
     #[error("process {0} has no usable system call instruction in its code")]
     NoGadget(u32),
+    /// A file that is to be mapped could be made shorter under us.
+    #[error("the file can still shrink; it must be a memory fd that is sealed with F_SEAL_SHRINK")]
+    NotSealed,
     /// A length or offset lies outside of the object.
     #[error("{what} at {offset} with {bytes} bytes lies outside of its {limit} bytes")]
     OutOfBounds {

@@ -33,6 +33,7 @@ mod ptrace;
 pub mod random;
 mod rescue_frame;
 mod resident;
+mod shared_words;
 pub mod tap;
 mod userfault;
 mod view;
@@ -49,5 +50,6 @@ pub use pipe::{ReadOutcome, make_fifo, open_fifo_reader, pipe_bytes_waiting, rea
 pub use probe::{KernelFeature, probe_kernel};
 pub use ptrace::{CALL_STAGES, CallStage, call_in_process};
 pub use resident::resident_buffer;
+pub use shared_words::SharedWords;
 pub use userfault::{UserFault, create_here, create_in_process};
 pub use view::SharedView;

@@ -1,0 +1,576 @@
+//! The sidecar's end: one method a request. A failure of the connection breaks the client for good; a refusal does not.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use crate::channel::{Channel, ChannelError};
+use crate::memfd::{self, FileError, Seals};
+use crate::proto::{
+    Activated, Captured, ErrorCode, Event, Halt, Harvested, Hello, MachineInfo, Pause, Paused, Prepare,
+    ProtoError, Refusal, Reply, Request, Restore, Restored, Resumed, VERSION, Versions, Welcome,
+};
+
+/// How long a VMM may take to answer, beyond a pause's limit, when nothing else was set.
+pub const REPLY_LIMIT: Duration = Duration::from_secs(5);
+/// How long a message may take to arrive, once it has begun.
+const MESSAGE_LIMIT: Duration = Duration::from_secs(1);
+/// Most events that wait to be polled.
+const EVENTS_MAX: usize = 256;
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// There is no VMM at the socket.
+    #[error("no VMM can be reached at {path}: is it running, with its attach socket there?")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Another client is attached to the VMM.
+    #[error("the VMM, process {pid}, did not let us in: {text}")]
+    Busy {
+        /// The VMM's process; 0 when it can't be seen from here.
+        pid: u32,
+        /// Who is attached.
+        text: String,
+    },
+    /// The connection failed. The VMM has let the guest run.
+    #[error("the connection to the VMM failed")]
+    Channel(#[from] ChannelError),
+    /// What the VMM sent can't be understood.
+    #[error("the VMM's answer can't be understood")]
+    Proto(#[from] ProtoError),
+    /// A file that the VMM sent can't be used.
+    #[error("a file from the VMM can't be used")]
+    File(#[from] FileError),
+    /// A message came with another number of file descriptors than it says.
+    #[error("the VMM sent {came} file descriptors with its {reply}, where {wanted} belong to it")]
+    Descriptors {
+        /// The message.
+        reply: &'static str,
+        /// What came.
+        came: usize,
+        /// What its payload announces.
+        wanted: usize,
+    },
+    /// The VMM answered something else than what was asked.
+    #[error("the VMM answered {request} with {reply}, or with another number")]
+    Unexpected {
+        /// What was asked.
+        request: &'static str,
+        /// What came.
+        reply: &'static str,
+    },
+    /// It did not answer.
+    #[error("the VMM did not answer {request} within {limit:?}")]
+    NoAnswer {
+        /// What was asked.
+        request: &'static str,
+        /// How long we waited.
+        limit: Duration,
+    },
+    /// The guest was let go before: what was copied since the pause is void.
+    #[error("the guest was let go before the checkpoint was complete: {0}")]
+    PauseExpired(String),
+    /// The machine is not the one of the attachment any more.
+    #[error("the VMM's machine changed: {0}")]
+    MachineChanged(String),
+    /// The VMM refused.
+    #[error("the VMM refused {request} ({code:?}): {text}")]
+    Refused {
+        /// What was asked.
+        request: &'static str,
+        /// Why, as a code.
+        code: ErrorCode,
+        /// Why, in words.
+        text: String,
+    },
+    /// More events than we keep came unasked.
+    #[error("the VMM sent more than {EVENTS_MAX} events at once")]
+    TooManyEvents,
+    /// The connection failed before.
+    #[error("the connection to the VMM has failed before: connect anew")]
+    Broken,
+    /// A state could not be handed over or read.
+    #[error("the state's memory file can't be used")]
+    State(#[source] io::Error),
+}
+
+/// What the VMM handed over with its welcome.
+#[derive(Debug)]
+pub struct Attachment {
+    /// What it says of itself. Its machine was checked.
+    pub welcome: Welcome,
+    /// The regions' files, in the order of `welcome.machine`'s regions: each is at least as long as its region.
+    pub regions: Vec<OwnedFd>,
+    /// The dirty bitmap, sealed against shrinking: `welcome.bitmap_bytes` of 64-bit words, bit 0 the lowest page of the first region. Take
+    /// words by an atomic swap with 0.
+    pub bitmap: Option<OwnedFd>,
+}
+
+/// A connection to a VMM.
+#[derive(Debug)]
+pub struct Client {
+    channel: Channel,
+    state: Option<File>,
+    number: u32,
+    /// The pause whose `Captured` is to come.
+    capture_number: Option<u32>,
+    events: VecDeque<Event>,
+    vmm_pid: u32,
+    reply_limit: Duration,
+    broken: bool,
+}
+
+impl AsFd for Client {
+    /// Readable when there may be an event.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.channel.as_fd()
+    }
+}
+
+impl Client {
+    /// Connects to the VMM that listens at `path` and says hello as `name`; `limit` is for the answer.
+    ///
+    /// # Errors
+    /// [`ClientError::Connect`], [`ClientError::Busy`], [`ClientError::Refused`] with `NoCommonVersion`, or what is wrong with the welcome.
+    pub fn connect(path: &Path, name: &str, limit: Duration) -> Result<(Self, Attachment), ClientError> {
+        let stream = open(path).map_err(|source| ClientError::Connect {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::over(stream, name, limit)
+    }
+
+    /// As `connect`, over a socket that is connected.
+    ///
+    /// # Errors
+    /// As `connect`.
+    pub fn over(stream: UnixStream, name: &str, limit: Duration) -> Result<(Self, Attachment), ClientError> {
+        let vmm_pid = socket_peercred(&stream).map_or(0, |peer| peer.pid.as_raw_nonzero().get());
+        let mut client = Self {
+            channel: Channel::new(stream),
+            state: None,
+            number: 0,
+            capture_number: None,
+            events: VecDeque::new(),
+            vmm_pid: u32::try_from(vmm_pid).unwrap_or(0),
+            reply_limit: limit,
+            broken: false,
+        };
+        let hello = Request::Hello(Hello {
+            versions: Versions {
+                min: VERSION,
+                max: VERSION,
+            },
+            client: name.to_owned(),
+        });
+        let attachment = client.greet(&hello)?;
+        client.reply_limit = REPLY_LIMIT;
+        Ok((client, attachment))
+    }
+
+    fn greet(&mut self, hello: &Request) -> Result<Attachment, ClientError> {
+        // A VMM that has no place for us says so and hangs up, perhaps before it has read this.
+        match self.send(hello, &[]) {
+            Ok(_) | Err(ClientError::Channel(ChannelError::Closed)) => self.broken = false,
+            Err(error) => return Err(error),
+        }
+        let (reply, files) = match self.answer(hello.name(), self.number, self.reply_limit) {
+            Ok(answer) => answer,
+            Err(ClientError::Refused {
+                code: ErrorCode::Busy,
+                text,
+                ..
+            }) => {
+                return Err(ClientError::Busy {
+                    pid: self.vmm_pid,
+                    text,
+                });
+            }
+            Err(error) => return Err(error),
+        };
+        let Reply::Welcome(welcome) = reply else {
+            return Err(self.unexpected(hello.name(), &reply));
+        };
+        self.take_files(welcome, files)
+    }
+
+    fn take_files(&mut self, welcome: Welcome, files: Vec<OwnedFd>) -> Result<Attachment, ClientError> {
+        let mut files = files.into_iter();
+        let no_regions = Vec::new();
+        let regions = welcome
+            .machine
+            .as_ref()
+            .map_or(&no_regions, |machine| &machine.regions);
+        let region_files: Vec<OwnedFd> = files.by_ref().take(regions.len()).collect();
+        for (region, file) in regions.iter().zip(&region_files) {
+            let needed = region.fd_offset.saturating_add(region.bytes);
+            let what = format!("memory region {:?}", region.name);
+            memfd::check(file, &what, needed, Seals::IfPossible)?;
+        }
+        let bitmap = if welcome.bitmap_bytes > 0 {
+            files.next()
+        } else {
+            None
+        };
+        if let Some(file) = &bitmap {
+            memfd::check(file, "the dirty bitmap", welcome.bitmap_bytes, Seals::Needed)?;
+        }
+        let state = files.next().expect("the number of files was checked");
+        memfd::check(&state, "the state", welcome.state_bytes_max, Seals::NotNeeded)?;
+        self.state = Some(state.into());
+        Ok(Attachment {
+            welcome,
+            regions: region_files,
+            bitmap,
+        })
+    }
+
+    /// The VMM's process, as the kernel says; 0 when it can't be seen from here.
+    pub fn vmm_pid(&self) -> u32 {
+        self.vmm_pid
+    }
+
+    /// How long the VMM may take to answer, beyond a pause's limit.
+    pub fn set_reply_limit(&mut self, limit: Duration) {
+        self.reply_limit = limit;
+    }
+
+    /// Starts dirty tracking afresh: from the reply on, every write of the guest and of the VMM comes into the bitmap, which is empty.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn arm(&mut self) -> Result<(), ClientError> {
+        match self.ask(&Request::Arm, &[], Duration::ZERO)? {
+            Reply::Armed => Ok(()),
+            other => Err(self.unexpected("Arm", &other)),
+        }
+    }
+
+    /// Brings what was written into the bitmap, while the guest runs.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn harvest(&mut self) -> Result<Harvested, ClientError> {
+        match self.ask(&Request::Harvest, &[], Duration::ZERO)? {
+            Reply::Harvested(harvested) => Ok(harvested),
+            other => Err(self.unexpected("Harvest", &other)),
+        }
+    }
+
+    /// Stops the guest for at most `limit`. On return it stands still and the bitmap is complete; its state is being saved:
+    /// [`Self::captured`] comes next.
+    ///
+    /// # Errors
+    /// [`ClientError`]; the guest runs.
+    pub fn pause(&mut self, limit: Duration) -> Result<Paused, ClientError> {
+        let limit_ns = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
+        match self.ask(&Request::Pause(Pause { limit_ns }), &[], limit)? {
+            Reply::Paused(paused) => {
+                self.capture_number = Some(self.number);
+                Ok(paused)
+            }
+            other => Err(self.unexpected("Pause", &other)),
+        }
+    }
+
+    /// Waits until the state of the guest that [`Self::pause`] stopped was saved.
+    ///
+    /// # Errors
+    /// [`ClientError`]; the guest runs, and there is nothing to resume.
+    ///
+    /// # Panics
+    /// Without a `pause` before it.
+    pub fn captured(&mut self) -> Result<Captured, ClientError> {
+        let number = self.capture_number.take().expect("captured comes after pause");
+        match self.answer("Pause", number, self.reply_limit)?.0 {
+            Reply::Captured(captured) => Ok(captured),
+            other => Err(self.unexpected("Pause", &other)),
+        }
+    }
+
+    /// Copies the state that was saved.
+    ///
+    /// # Errors
+    /// [`ClientError::State`] when it is not all there.
+    pub fn read_state(&self, captured: &Captured, into: &mut Vec<u8>) -> Result<(), ClientError> {
+        let file = self.state.as_ref().expect("a client that was welcomed has one");
+        let bytes = file.metadata().map_err(ClientError::State)?.len();
+        let announced = captured.state_bytes;
+        let Some(length) = usize::try_from(announced).ok().filter(|_| announced <= bytes) else {
+            let text = format!("a state of {announced} bytes was announced in a file of {bytes}");
+            return Err(ClientError::State(io::Error::new(
+                io::ErrorKind::InvalidData,
+                text,
+            )));
+        };
+        into.resize(length, 0);
+        file.read_exact_at(into, 0).map_err(ClientError::State)
+    }
+
+    /// Ends a pause; after a pause within a halt the guest stays halted. Called before [`Self::captured`], it waits for that first.
+    ///
+    /// # Errors
+    /// [`ClientError::PauseExpired`]: the guest had been let go, and nothing that was copied since `pause` counts. [`ClientError`].
+    pub fn resume(&mut self) -> Result<Resumed, ClientError> {
+        if self.capture_number.is_some() {
+            self.captured()?;
+        }
+        match self.ask(&Request::Resume, &[], Duration::ZERO)? {
+            Reply::Resumed(resumed) => Ok(resumed),
+            other => Err(self.unexpected("Resume", &other)),
+        }
+    }
+
+    /// Stops the guest, also from within a pause, without letting it run in between. `for_good`: whatever becomes of us. Else it
+    /// lasts as long as something is said at least every `Welcome::halt_limit_ns`.
+    ///
+    /// # Errors
+    /// [`ClientError::PauseExpired`] from a pause that is over; the guest runs. [`ClientError`].
+    pub fn halt(&mut self, for_good: bool) -> Result<(), ClientError> {
+        if self.capture_number.is_some() {
+            let captured = self.captured();
+            if !for_good {
+                captured?;
+            }
+        }
+        match self.ask(&Request::Halt(Halt { for_good }), &[], Duration::ZERO)? {
+            Reply::Halted => Ok(()),
+            other => Err(self.unexpected("Halt", &other)),
+        }
+    }
+
+    /// Ends a halt.
+    ///
+    /// # Errors
+    /// [`ClientError::PauseExpired`]: it had run before. [`ClientError`].
+    pub fn go(&mut self) -> Result<(), ClientError> {
+        match self.ask(&Request::Go, &[], Duration::ZERO)? {
+            Reply::Going => Ok(()),
+            other => Err(self.unexpected("Go", &other)),
+        }
+    }
+
+    /// Keeps a halt. Does not wait for an answer: there is none.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn alive(&mut self) -> Result<(), ClientError> {
+        self.send(&Request::Alive, &[])
+    }
+
+    /// Has the VMM build `machine` on the memory in `regions`, one file a region in their order; `private` is for a trial, which
+    /// leaves the files as they are.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn prepare(
+        &mut self,
+        machine: &MachineInfo,
+        regions: &[BorrowedFd<'_>],
+        private: bool,
+    ) -> Result<(), ClientError> {
+        let prepare = Request::Prepare(Prepare {
+            machine: machine.clone(),
+            private,
+        });
+        if regions.len() != prepare.descriptors() || machine.check().is_err() {
+            machine.check().map_err(ProtoError::Machine)?;
+            return Err(ClientError::Descriptors {
+                reply: "Prepare",
+                came: regions.len(),
+                wanted: prepare.descriptors(),
+            });
+        }
+        match self.ask(&prepare, regions, Duration::ZERO)? {
+            Reply::Prepared => Ok(()),
+            other => Err(self.unexpected("Prepare", &other)),
+        }
+    }
+
+    /// Loads a state into the machine that was prepared. The guest does not run yet.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn restore(&mut self, state: &[u8]) -> Result<Restored, ClientError> {
+        let file = memfd::sealed_with("romulus-restore", state).map_err(ClientError::State)?;
+        let restore = Request::Restore(Restore {
+            state_bytes: state.len() as u64,
+        });
+        match self.ask(&restore, &[file.as_fd()], Duration::ZERO)? {
+            Reply::Restored(restored) => Ok(restored),
+            other => Err(self.unexpected("Restore", &other)),
+        }
+    }
+
+    /// Lets the restored guest run.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn activate(&mut self) -> Result<Activated, ClientError> {
+        match self.ask(&Request::Activate, &[], Duration::ZERO)? {
+            Reply::Activated(activated) => Ok(activated),
+            other => Err(self.unexpected("Activate", &other)),
+        }
+    }
+
+    /// Ends the tracking and the connection.
+    ///
+    /// # Errors
+    /// [`ClientError`]; the connection's end does the same.
+    pub fn detach(mut self) -> Result<(), ClientError> {
+        match self.ask(&Request::Detach, &[], Duration::ZERO)? {
+            Reply::Detached => Ok(()),
+            other => Err(self.unexpected("Detach", &other)),
+        }
+    }
+
+    /// What the VMM said unasked, oldest first. Does not wait.
+    ///
+    /// # Errors
+    /// [`ClientError`]; the connection's end is `Channel(Closed)`.
+    pub fn poll_event(&mut self) -> Result<Option<Event>, ClientError> {
+        if let Some(event) = self.events.pop_front() {
+            return Ok(Some(event));
+        }
+        if self.capture_number.is_some() {
+            // What is there may be the answer that `captured` waits for.
+            return Ok(None);
+        }
+        match self.receive("nothing", Duration::ZERO)? {
+            None => Ok(None),
+            Some((_, Reply::Event(event), _)) => Ok(Some(event)),
+            Some((_, other, _)) => Err(self.unexpected("nothing", &other)),
+        }
+    }
+
+    /// Asks, and waits for the one answer.
+    fn ask(
+        &mut self,
+        request: &Request,
+        descriptors: &[BorrowedFd<'_>],
+        more: Duration,
+    ) -> Result<Reply, ClientError> {
+        self.send(request, descriptors)?;
+        Ok(self
+            .answer(request.name(), self.number, self.reply_limit + more)?
+            .0)
+    }
+
+    fn send(&mut self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
+        if self.broken {
+            return Err(ClientError::Broken);
+        }
+        let number = self.number.wrapping_add(1).max(1);
+        let message = request.encode(number)?;
+        if let Err(error) = self.channel.send(&message, descriptors, self.reply_limit) {
+            self.broken = true;
+            return Err(error.into());
+        }
+        self.number = number;
+        Ok(())
+    }
+
+    /// Waits for the answer with this number. Events that come before it are kept.
+    fn answer(
+        &mut self,
+        request: &'static str,
+        number: u32,
+        limit: Duration,
+    ) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
+        let until = std::time::Instant::now() + limit;
+        loop {
+            let left = until.saturating_duration_since(std::time::Instant::now());
+            let Some((came, reply, files)) = self.receive(request, left)? else {
+                self.broken = true;
+                return Err(ClientError::NoAnswer { request, limit });
+            };
+            match reply {
+                Reply::Event(event) => {
+                    if self.events.len() == EVENTS_MAX {
+                        self.broken = true;
+                        return Err(ClientError::TooManyEvents);
+                    }
+                    self.events.push_back(event);
+                }
+                // A refusal of the connection itself has no number.
+                Reply::Error(refusal) if came == number || came == 0 => {
+                    return Err(refused(request, refusal));
+                }
+                reply if came == number => return Ok((reply, files)),
+                reply => return Err(self.unexpected(request, &reply)),
+            }
+        }
+    }
+
+    fn receive(
+        &mut self,
+        request: &'static str,
+        wait: Duration,
+    ) -> Result<Option<(u32, Reply, Vec<OwnedFd>)>, ClientError> {
+        if self.broken {
+            return Err(ClientError::Broken);
+        }
+        let received = self.receive_one(wait);
+        if let Err(error) = &received {
+            tracing::debug!(request, %error, "the connection to the VMM is given up");
+            self.broken = true;
+        }
+        received
+    }
+
+    fn receive_one(&self, wait: Duration) -> Result<Option<(u32, Reply, Vec<OwnedFd>)>, ClientError> {
+        let Some(incoming) = self.channel.receive(wait, MESSAGE_LIMIT)? else {
+            return Ok(None);
+        };
+        let reply = Reply::decode(&incoming.header, &incoming.payload)?;
+        let (came, wanted) = (incoming.descriptors.len(), reply.descriptors());
+        if came != wanted {
+            return Err(ClientError::Descriptors {
+                reply: reply.name(),
+                came,
+                wanted,
+            });
+        }
+        Ok(Some((incoming.header.number, reply, incoming.descriptors)))
+    }
+
+    /// The two sides have lost step.
+    fn unexpected(&mut self, request: &'static str, reply: &Reply) -> ClientError {
+        self.broken = true;
+        ClientError::Unexpected {
+            request,
+            reply: reply.name(),
+        }
+    }
+}
+
+fn refused(request: &'static str, refusal: Refusal) -> ClientError {
+    let Refusal { code, text } = refusal;
+    match code {
+        ErrorCode::PauseExpired => ClientError::PauseExpired(text),
+        ErrorCode::MachineChanged => ClientError::MachineChanged(text),
+        code => ClientError::Refused { request, code, text },
+    }
+}
+
+/// Connects without waiting: a VMM that does not accept has a full queue at some time, and then this fails.
+fn open(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
+}
