@@ -18,6 +18,8 @@ const AGENT_PORT: u16 = 7700;
 const WITNESS_PORT: u16 = 7701;
 /// The exit code of `romulus status` for a VM that is not protected.
 const NOT_PROTECTED: i32 = 3;
+/// Exit codes of `romulus may-run` besides 0: must not run, not known.
+const MAY_NOT_RUN: [i32; 2] = [5, 6];
 
 /// How `replicator protect` is called.
 #[derive(Clone, Debug)]
@@ -271,6 +273,29 @@ impl Lab {
     /// When it fails; the error has what it said.
     pub fn romulus(&self, host: Host, words: &[&str]) -> Result<String> {
         self.output(host, &self.romulus_argv(host, words)?)
+    }
+
+    /// The verdict of `romulus may-run` on a host: `may_run`, `must_not_run` or `unknown`.
+    ///
+    /// # Errors
+    /// When it fails, or prints something else.
+    pub fn may_run(&self, host: Host) -> Result<String> {
+        let mut argv = ["may-run", VM, "--json"].map(str::to_owned).to_vec();
+        argv.insert(0, self.program("romulus")?);
+        push(
+            &mut argv,
+            "--witness",
+            &format!("{}:{WITNESS_PORT}", Host::Witness.ip()),
+        );
+        push(&mut argv, "--pki", &word(&self.pki(host)));
+        push(&mut argv, "--state-dir", &word(&self.run_path("no-state")));
+        push(&mut argv, "--timeout", "2s");
+        let text = self.output_or(host, &argv, &MAY_NOT_RUN)?;
+        let answer: Value = serde_json::from_str(&text).context("`romulus may-run` printed no JSON")?;
+        let verdict = answer.get("verdict").and_then(Value::as_str);
+        verdict
+            .map(str::to_owned)
+            .with_context(|| format!("no verdict in {answer}"))
     }
 
     /// The records that the witness has, as `witness show` prints them.
