@@ -10,6 +10,7 @@
 //!  ourselves:        killtimer, pipe, open_watch, clock, durable (files that survive a crash whole),
 //!                    resident (memory that is there before it is needed)
 //!  the network:      tap, bpf, netns
+//!  a VMM's own:      kvm (feature `kvm`), shared_words (a bitmap that two processes write)
 //!  the kernel:       probe (what it can do, by name)
 //! ```
 
@@ -19,6 +20,8 @@ pub mod durable;
 mod error;
 mod gadget;
 mod killtimer;
+#[cfg(feature = "kvm")]
+pub mod kvm;
 mod maps;
 mod memory;
 pub mod netns;

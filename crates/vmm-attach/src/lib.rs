@@ -17,6 +17,8 @@ pub mod client;
 #[cfg(feature = "server")]
 pub mod kvm;
 pub mod memfd;
+#[cfg(feature = "server")]
+pub mod memory;
 pub mod proto;
 #[cfg(feature = "server")]
 pub mod server;

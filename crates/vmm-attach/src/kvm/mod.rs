@@ -1,1 +1,20 @@
 //! What a VMM built on kvm-ioctls and vm-memory needs to be paused, captured and restored.
+//!
+//! | part | what it does |
+//! |---|---|
+//! | [`Vcpus`] | runs the vCPUs on threads of their own, stops them and lets them go |
+//! | [`StateSaver`], [`blob`] | what the kernel holds of a machine, as bytes |
+//! | [`DirtyTracker`], [`Tracking`] | which pages the vCPUs wrote |
+
+pub mod blob;
+mod clock;
+mod cpuid;
+mod hot;
+mod state;
+mod tracker;
+mod vcpus;
+
+pub use clock::ClockStep;
+pub use state::{StateError, StateSaver};
+pub use tracker::{DirtyTracker, HotPageRule, Moment, TrackError, Tracking};
+pub use vcpus::{Next, VcpuError, Vcpus};

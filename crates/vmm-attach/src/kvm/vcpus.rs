@@ -1,0 +1,389 @@
+//! Run control: the threads that run the vCPUs, and how all of them are stopped and let go.
+//!
+//! ```text
+//!            ┌──────────── stop() ────────────┐
+//!            ▼                                │
+//!   born ► still ──── run() ────► running ────┘──► ended (the handler said so)
+//!          waits on a             KVM_RUN, handler,
+//!          condition variable     KVM_RUN, ...
+//! ```
+//!
+//! Invariants: a still vCPU has completed the input or output that its last exit asked for (a `KVM_RUN` that
+//! does not enter the guest), so its registers are whole; its fd is locked by nobody. A kick cannot be missed:
+//! the flag is set before the signal is sent, and a vCPU clears its flag before it looks whether to stop.
+
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use romulus_host_sys::kvm::{RunPage, allow_kicks, current_thread_id, kick_thread};
+use romulus_host_sys::{SysError, monotonic_ns};
+
+use crate::server::Stopped;
+
+/// Why vCPUs could not be started, stopped or looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// The kernel refused something.
+    #[error("vCPU {vcpu}: {source}")]
+    Kernel {
+        /// The vCPU.
+        vcpu: usize,
+        /// What it said.
+        source: SysError,
+    },
+    /// No thread could be had.
+    #[error("no thread for vCPU {vcpu}: {source}")]
+    Thread {
+        /// The vCPU.
+        vcpu: usize,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A vCPU did not stop in time; all run on. Its handler of exits takes too long, or the host is overloaded.
+    #[error("{running} vCPUs did not stop within {limit_ms} ms; the guest runs on")]
+    Stuck {
+        /// How many were still running.
+        running: usize,
+        /// The limit.
+        limit_ms: u64,
+    },
+    /// The guest is not stopped, or was let go in the meantime.
+    #[error("vCPU {0} runs; it can be read and written while it is stopped")]
+    NotStopped(usize),
+    /// There is no such vCPU.
+    #[error("there is no vCPU {0}")]
+    Unknown(usize),
+    /// No vCPU entered the guest in time.
+    #[error("no vCPU entered the guest within {limit_ms} ms")]
+    NotEntered {
+        /// The limit.
+        limit_ms: u64,
+    },
+}
+
+/// What a vCPU does after its exit was handled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Runs on.
+    Run,
+    /// Never runs again: the guest is off, or cannot go on.
+    End,
+}
+
+/// The vCPUs of a machine with their threads. Born still; ended when dropped.
+#[derive(Debug)]
+pub struct Vcpus {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    vcpus: Vec<Vcpu>,
+    /// What `gate.stop` says, to look at between two entries into the guest.
+    stop: AtomicBool,
+    gate: Mutex<Gate>,
+    /// A vCPU came to stand, or entered.
+    changed: Condvar,
+    /// They may run, or have to end.
+    go: Condvar,
+    ring_full: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
+
+#[derive(Debug)]
+struct Vcpu {
+    fd: Mutex<VcpuFd>,
+    page: RunPage,
+    thread_id: AtomicI32,
+}
+
+#[derive(Debug)]
+struct Gate {
+    stop: bool,
+    /// vCPUs that stand still or have ended.
+    still: usize,
+    shutdown: bool,
+    entered_at_ns: Option<u64>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared")
+            .field("gate", &self.gate)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Vcpus {
+    /// Starts a thread for each vCPU, standing still. `make_handler` is asked once for each, by its index, for
+    /// what handles its exits: every exit of `KVM_RUN` except interruptions and full dirty rings, or the error
+    /// that `KVM_RUN` ended with. A handler runs on the vCPU's thread and must not take long, as a stop waits
+    /// for it.
+    ///
+    /// # Errors
+    /// [`VcpuError::Kernel`], [`VcpuError::Thread`].
+    pub fn spawn<H>(fds: Vec<VcpuFd>, mut make_handler: impl FnMut(usize) -> H) -> Result<Self, VcpuError>
+    where
+        H: FnMut(Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Next + Send + 'static,
+    {
+        let kernel = |vcpu| move |source| VcpuError::Kernel { vcpu, source };
+        allow_kicks().map_err(kernel(0))?;
+        let mut vcpus = Vec::with_capacity(fds.len());
+        for (index, fd) in fds.into_iter().enumerate() {
+            vcpus.push(Vcpu {
+                page: RunPage::map(&fd).map_err(kernel(index))?,
+                fd: Mutex::new(fd),
+                thread_id: AtomicI32::new(0),
+            });
+        }
+        let gate = Gate {
+            stop: true,
+            still: 0,
+            shutdown: false,
+            entered_at_ns: None,
+        };
+        let shared = Arc::new(Shared {
+            vcpus,
+            stop: AtomicBool::new(true),
+            gate: Mutex::new(gate),
+            changed: Condvar::new(),
+            go: Condvar::new(),
+            ring_full: OnceLock::new(),
+        });
+        let mut all = Self {
+            shared,
+            threads: Vec::new(),
+        };
+        for index in 0..all.shared.vcpus.len() {
+            let (shared, handler) = (Arc::clone(&all.shared), make_handler(index));
+            let thread = std::thread::Builder::new().name(format!("vcpu-{index}"));
+            let thread = thread.spawn(move || shared.thread(index, handler));
+            all.threads
+                .push(thread.map_err(|source| VcpuError::Thread { vcpu: index, source })?);
+        }
+        let mut gate = all.shared.lock();
+        while gate.still < all.threads.len() {
+            gate = all
+                .shared
+                .changed
+                .wait(gate)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(gate);
+        Ok(all)
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.shared.vcpus.len()
+    }
+
+    /// Stops all vCPUs; when they stand still already, that is told.
+    ///
+    /// # Errors
+    /// [`VcpuError::Stuck`] when one does not stop within `limit`; then all run on.
+    pub fn stop(&self, limit: Duration) -> Result<Stopped, VcpuError> {
+        let started = monotonic_ns();
+        let shared = &*self.shared;
+        let mut gate = shared.lock();
+        if !gate.stop {
+            gate.stop = true;
+            shared.stop.store(true, Ordering::SeqCst);
+            drop(gate);
+            for vcpu in &shared.vcpus {
+                vcpu.page.set_immediate_exit(true);
+                kick_thread(vcpu.thread_id.load(Ordering::Relaxed));
+            }
+            gate = shared.lock();
+        }
+        let all = shared.vcpus.len();
+        let (gate, _) = shared
+            .changed
+            .wait_timeout_while(gate, limit, |gate| gate.still < all)
+            .unwrap_or_else(PoisonError::into_inner);
+        if gate.still < all {
+            let running = all - gate.still;
+            shared.release(gate);
+            let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+            return Err(VcpuError::Stuck { running, limit_ms });
+        }
+        let stopped_at_ns = monotonic_ns();
+        Ok(Stopped {
+            stopped_at_ns,
+            kick_ns: stopped_at_ns - started,
+        })
+    }
+
+    /// Lets all vCPUs run. Returns the moment, on CLOCK_MONOTONIC, in nanoseconds.
+    pub fn run(&self) -> u64 {
+        self.shared.release(self.shared.lock());
+        monotonic_ns()
+    }
+
+    /// Lets all vCPUs run and waits until the first of them is about to enter the guest. Returns that moment, on
+    /// CLOCK_MONOTONIC, in nanoseconds.
+    ///
+    /// # Errors
+    /// [`VcpuError::NotEntered`].
+    pub fn run_and_wait_entry(&self, limit: Duration) -> Result<u64, VcpuError> {
+        let shared = &*self.shared;
+        let mut gate = shared.lock();
+        gate.entered_at_ns = None;
+        shared.release(gate);
+        let (gate, _) = shared
+            .changed
+            .wait_timeout_while(shared.lock(), limit, |gate| gate.entered_at_ns.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        gate.entered_at_ns.ok_or(VcpuError::NotEntered { limit_ms })
+    }
+
+    /// Whether they were told to stand still.
+    pub fn stopped(&self) -> bool {
+        self.shared.lock().stop
+    }
+
+    /// Gives the fd of a vCPU that stands still.
+    ///
+    /// # Errors
+    /// [`VcpuError::NotStopped`], [`VcpuError::Unknown`].
+    pub fn with<R>(&self, index: usize, use_it: impl FnOnce(&VcpuFd) -> R) -> Result<R, VcpuError> {
+        let vcpu = self.shared.vcpus.get(index).ok_or(VcpuError::Unknown(index))?;
+        if !self.stopped() {
+            return Err(VcpuError::NotStopped(index));
+        }
+        // Never waits: a vCPU that was let go just now holds its lock until the next stop.
+        match vcpu.fd.try_lock() {
+            Ok(fd) => Ok(use_it(&fd)),
+            Err(TryLockError::Poisoned(fd)) => Ok(use_it(&fd.into_inner())),
+            Err(TryLockError::WouldBlock) => Err(VcpuError::NotStopped(index)),
+        }
+    }
+
+    /// Says what harvests the dirty rings when one is full: it runs on that vCPU's thread, and the vCPU goes on after it.
+    /// Without it the handler of exits gets to see `KVM_EXIT_DIRTY_RING_FULL`.
+    ///
+    /// # Panics
+    /// When it was said before.
+    pub fn on_ring_full(&self, harvest: Box<dyn Fn() + Send + Sync>) {
+        let set = self.shared.ring_full.set(harvest);
+        assert!(set.is_ok(), "a machine has one tracker");
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        let shared = &*self.shared;
+        shared.lock().shutdown = true;
+        shared.stop.store(true, Ordering::SeqCst);
+        shared.go.notify_all();
+        for vcpu in &shared.vcpus {
+            vcpu.page.set_immediate_exit(true);
+            kick_thread(vcpu.thread_id.load(Ordering::Relaxed));
+        }
+        for thread in self.threads.drain(..) {
+            // A handler that panicked has said so; there is nothing else to do about it here.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Gate> {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn release(&self, mut gate: MutexGuard<'_, Gate>) {
+        gate.stop = false;
+        self.stop.store(false, Ordering::SeqCst);
+        drop(gate);
+        self.go.notify_all();
+    }
+
+    /// The life of a vCPU's thread.
+    fn thread<H>(&self, index: usize, mut handler: H)
+    where
+        H: FnMut(Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Next,
+    {
+        let vcpu = &self.vcpus[index];
+        vcpu.thread_id.store(current_thread_id(), Ordering::Relaxed);
+        // Counts as still from its end on, however it ends, a panic of the handler included.
+        let _ended = Ended(self);
+        while self.stand() {
+            let mut fd = vcpu.fd.lock().unwrap_or_else(PoisonError::into_inner);
+            if self.run(&mut fd, &vcpu.page, &mut handler) == Next::End {
+                return;
+            }
+        }
+    }
+
+    /// Stands still until it may run; false when it has to end.
+    fn stand(&self) -> bool {
+        let mut gate = self.lock();
+        gate.still += 1;
+        if gate.still == self.vcpus.len() {
+            self.changed.notify_all();
+        }
+        while gate.stop && !gate.shutdown {
+            gate = self.go.wait(gate).unwrap_or_else(PoisonError::into_inner);
+        }
+        gate.still -= 1;
+        if gate.entered_at_ns.is_none() {
+            gate.entered_at_ns = Some(monotonic_ns());
+            self.changed.notify_all();
+        }
+        !gate.shutdown
+    }
+
+    /// Runs until it has to stand still (`Next::Run`) or never runs again.
+    fn run<H>(&self, fd: &mut VcpuFd, page: &RunPage, handler: &mut H) -> Next
+    where
+        H: FnMut(Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Next,
+    {
+        page.set_immediate_exit(false);
+        while !self.stop.load(Ordering::SeqCst) {
+            let next = match fd.run() {
+                Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) if self.ring_full.get().is_some() => {
+                    self.ring_full.get().expect("looked at just now")();
+                    Next::Run
+                }
+                Ok(exit) => handler(Ok(exit)),
+                Err(error) if interrupted(error) => Next::Run,
+                Err(error) => handler(Err(error)),
+            };
+            if next == Next::End {
+                return Next::End;
+            }
+        }
+        page.set_immediate_exit(true);
+        // Completes the input or output of the last exit without entering the guest. One instruction can take
+        // several exits.
+        loop {
+            let next = match fd.run() {
+                Ok(exit) => handler(Ok(exit)),
+                Err(error) if interrupted(error) => return Next::Run,
+                Err(error) => return handler(Err(error)),
+            };
+            if next == Next::End {
+                return Next::End;
+            }
+        }
+    }
+}
+
+/// `KVM_RUN` ended because of a signal, the flag, or because the vCPU waits for a start-up message.
+fn interrupted(error: kvm_ioctls::Error) -> bool {
+    [libc::EINTR, libc::EAGAIN].contains(&error.errno())
+}
+
+struct Ended<'a>(&'a Shared);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.lock().still += 1;
+        self.0.changed.notify_all();
+    }
+}
