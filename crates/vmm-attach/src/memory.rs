@@ -21,20 +21,14 @@ use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::memfd;
-
-/// Bytes of a page, the unit of all dirty tracking.
-pub const PAGE_BYTES: u64 = 4096;
-/// Most regions of guest memory.
-pub const REGIONS_MAX: usize = 16;
-/// Most guest memory, in bytes: the bitmap then takes 32 MiB.
-pub const RAM_BYTES_MAX: u64 = 1 << 40;
+use crate::proto::{MEMORY_BYTES_MAX, PAGE_BYTES, REGIONS_MAX, Region};
 
 /// Why guest memory cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The list of regions is not usable.
     #[error(
-        "a machine has 1 to {REGIONS_MAX} regions of memory with {RAM_BYTES_MAX} bytes at most, not {regions} with {bytes}"
+        "a machine has 1 to {REGIONS_MAX} regions of memory with {MEMORY_BYTES_MAX} bytes at most, not {regions} with {bytes}"
     )]
     Count {
         /// How many there are.
@@ -93,23 +87,10 @@ pub enum MemoryError {
     Bitmap(#[from] SysError),
 }
 
-/// A region of guest memory.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RegionSpec {
-    /// What people call it.
-    pub name: String,
-    /// Its first guest-physical address.
-    pub gpa: u64,
-    /// Its length in bytes.
-    pub bytes: u64,
-    /// Where it begins in its file, in bytes.
-    pub fd_offset: u64,
-}
-
 /// The memory of a guest, and the bitmap of the pages that were written.
 #[derive(Clone, Debug)]
 pub struct GuestRam {
-    specs: Vec<RegionSpec>,
+    specs: Vec<Region>,
     files: Vec<Arc<File>>,
     memory: GuestMemoryMmap<SharedBitmap>,
     bitmap: DirtyBitmap,
@@ -120,7 +101,7 @@ impl GuestRam {
     ///
     /// # Errors
     /// [`MemoryError`].
-    pub fn create(specs: &[RegionSpec]) -> Result<Self, MemoryError> {
+    pub fn create(specs: &[Region]) -> Result<Self, MemoryError> {
         check(specs)?;
         let mut files = Vec::with_capacity(specs.len());
         for spec in specs {
@@ -134,7 +115,7 @@ impl GuestRam {
     ///
     /// # Errors
     /// [`MemoryError`].
-    pub fn map(specs: &[RegionSpec], files: Vec<OwnedFd>, private: bool) -> Result<Self, MemoryError> {
+    pub fn map(specs: &[Region], files: Vec<OwnedFd>, private: bool) -> Result<Self, MemoryError> {
         let pages = check(specs)?;
         if files.len() != specs.len() {
             return Err(MemoryError::Files {
@@ -161,7 +142,7 @@ impl GuestRam {
     }
 
     /// The regions.
-    pub fn regions(&self) -> &[RegionSpec] {
+    pub fn regions(&self) -> &[Region] {
         &self.specs
     }
 
@@ -182,11 +163,11 @@ impl GuestRam {
 }
 
 /// Checks the regions and counts their pages.
-fn check(specs: &[RegionSpec]) -> Result<u64, MemoryError> {
+fn check(specs: &[Region]) -> Result<u64, MemoryError> {
     let bytes = specs
         .iter()
         .fold(0u64, |sum, spec| sum.saturating_add(spec.bytes));
-    if specs.is_empty() || specs.len() > REGIONS_MAX || bytes > RAM_BYTES_MAX {
+    if specs.is_empty() || specs.len() > REGIONS_MAX || bytes > MEMORY_BYTES_MAX {
         return Err(MemoryError::Count {
             regions: specs.len(),
             bytes,
@@ -222,7 +203,7 @@ fn sealed_memory(name: &str, bytes: u64) -> Result<OwnedFd, MemoryError> {
 }
 
 fn map_region(
-    spec: &RegionSpec,
+    spec: &Region,
     file: &Arc<File>,
     bitmap: SharedBitmap,
     private: bool,

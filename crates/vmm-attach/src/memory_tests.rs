@@ -3,8 +3,8 @@ use super::*;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestMemoryBackend};
 
-fn region(name: &str, gpa: u64, pages: u64) -> RegionSpec {
-    RegionSpec {
+fn region(name: &str, gpa: u64, pages: u64) -> Region {
+    Region {
         name: name.into(),
         gpa,
         bytes: pages * PAGE_BYTES,
@@ -71,9 +71,9 @@ fn a_private_mapping_leaves_the_files_as_they_were() {
 
 #[test]
 fn regions_that_make_no_sense_are_refused_by_name() {
-    let refuse = |specs: &[RegionSpec]| GuestRam::create(specs).unwrap_err();
+    let refuse = |specs: &[Region]| GuestRam::create(specs).unwrap_err();
     assert!(matches!(refuse(&[]), MemoryError::Count { .. }));
-    let odd = RegionSpec {
+    let odd = Region {
         gpa: 12,
         ..region("odd", 0, 1)
     };
@@ -82,7 +82,7 @@ fn regions_that_make_no_sense_are_refused_by_name() {
         refuse(&[region("empty", 0, 0)]),
         MemoryError::Alignment { .. }
     ));
-    let huge = RegionSpec {
+    let huge = Region {
         bytes: u64::MAX - 4095,
         ..region("huge", 0, 1)
     };

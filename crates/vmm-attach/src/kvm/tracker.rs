@@ -18,6 +18,7 @@ use romulus_host_sys::kvm::{DirtyRing, KvmSlots};
 
 use super::hot::HotPages;
 use crate::memory::DirtyBitmap;
+use crate::proto;
 
 /// `KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE` and `KVM_DIRTY_LOG_INITIALLY_SET`.
 const MANUAL_FLAGS: u64 = 3;
@@ -239,6 +240,24 @@ impl DirtyTracker {
             self.armed = false;
         }
         Ok(())
+    }
+
+    /// How it tracks, in the protocol's words.
+    pub fn mode(&self) -> proto::Tracking {
+        match self.mode {
+            Mode::Log => proto::Tracking::Log,
+            Mode::Manual { .. } => proto::Tracking::Manual,
+            Mode::Ring(_) => proto::Tracking::Ring,
+        }
+    }
+
+    /// Empties full rings after a harvest that failed, so that the guest runs on; what they told of is lost, and the next
+    /// harvest says so.
+    pub(super) fn drain(&mut self) {
+        self.broken = true;
+        if let Err(error) = self.take_rings() {
+            tracing::warn!(%error, "a dirty ring could not be emptied; the guest runs slowly");
+        }
     }
 
     /// Whether tracking is on.
