@@ -49,7 +49,7 @@ pub enum ChannelError {
         /// How long we waited for the rest.
         limit: Duration,
     },
-    /// File descriptors that were not at the beginning of a message, or more than allowed at once.
+    /// File descriptors that came with a payload instead of a header, or more than allowed at once.
     #[error("file descriptors came in the middle of a message, or more than {DESCRIPTORS_MAX} at once")]
     StrayDescriptors,
     /// The header can't be understood.
@@ -173,7 +173,7 @@ impl Channel {
         }))
     }
 
-    /// Reads until `into` is full. Descriptors may come with its first bytes only.
+    /// Reads until `into` is full, and not a byte more: so descriptors belong to the message that they came with.
     fn fill(
         &self,
         into: &mut [u8],
@@ -188,10 +188,13 @@ impl Channel {
             match self.receive_some(&mut into[got..], &mut came) {
                 Ok((0, _)) => return Err(ChannelError::Closed),
                 Ok((_, true)) => return Err(ChannelError::StrayDescriptors),
-                Ok((_, false)) if got > 0 && !came.is_empty() => return Err(ChannelError::StrayDescriptors),
                 Ok((bytes, false)) => {
                     got += bytes;
                     descriptors.append(&mut came);
+                    // The kernel's room for them is rounded up, so that there may be one too many.
+                    if descriptors.len() > DESCRIPTORS_MAX {
+                        return Err(ChannelError::StrayDescriptors);
+                    }
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {

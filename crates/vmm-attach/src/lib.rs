@@ -15,6 +15,8 @@ pub mod channel;
 #[cfg(feature = "client")]
 pub mod client;
 #[cfg(feature = "server")]
+pub mod fake;
+#[cfg(feature = "server")]
 pub mod kvm;
 pub mod memfd;
 #[cfg(feature = "server")]
