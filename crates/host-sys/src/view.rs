@@ -88,11 +88,17 @@ impl SharedView {
         Ok(())
     }
 
-    /// Brings the whole mapping into our page tables now, so that no later copy takes a fault for it.
-    /// Best effort: on kernels without it the copies fault one by one.
-    pub fn populate(&self) {
-        // SAFETY: the range is exactly our mapping, and populating it for reading changes no content.
-        let _ = unsafe { libc::madvise(self.base.as_ptr(), self.bytes, libc::MADV_POPULATE_READ) };
+    /// Brings a range of the mapping (whole pages) into our page tables now, so that no later copy takes a fault for it. A hole
+    /// of the file is filled by that. What is outside of the mapping is left out. Best effort: on kernels without it the
+    /// copies fault one by one.
+    pub fn populate(&self, offset: u64, bytes: u64) {
+        let within = |value: u64| usize::try_from(value).map_or(self.bytes, |value| value.min(self.bytes));
+        let (start, end) = (within(offset), within(offset.saturating_add(bytes)));
+        // SAFETY: the range is inside of our mapping, and populating it for reading changes no content.
+        let _ = unsafe {
+            let from = self.base.as_ptr().cast::<u8>().add(start);
+            libc::madvise(from.cast(), end - start, libc::MADV_POPULATE_READ)
+        };
     }
 }
 
@@ -115,7 +121,8 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[1; 8192]).unwrap();
         let view = SharedView::map(&file, 4096, 4096).unwrap();
-        view.populate();
+        view.populate(0, view.bytes());
+        view.populate(4000, u64::MAX);
         file.write_all_at(&[9; 10], 4100).unwrap();
         let mut into = [0; 10];
         view.copy_to(4, &mut into).unwrap();

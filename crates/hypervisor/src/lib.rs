@@ -13,6 +13,9 @@
 
 pub mod fake;
 pub mod fault;
+mod host;
+mod memory_check;
+mod process;
 pub mod qemu;
 pub mod source;
 pub mod spec;

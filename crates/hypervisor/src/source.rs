@@ -9,12 +9,34 @@
 //! Nothing dirty is forgotten: a page that was written since `arm` is in the next `precopy` or `capture`, and one that
 //! an aborted `capture` or `precopy` had taken out of the dirty set is in the one after it.
 
+use std::collections::BTreeSet;
 use std::error::Error;
 
 use romulus_host_sys::resident_buffer;
 use romulus_types::{PAGE_BYTES, PageIndex, RamLayout};
 
 use crate::spec::MachineSpec;
+
+/// Default limit of a pause, in nanoseconds.
+pub const PAUSE_LIMIT_NS: u64 = 1_000_000_000;
+
+/// Default limit of one checkpoint, in pages: 256 MiB.
+pub const CHECKPOINT_PAGES_MAX: u64 = (256 << 20) / 4096;
+
+/// What the operator allows although it is neither gated nor replicated.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Allowances {
+    /// Ids of network devices, character devices, drives or devices whose output or contents may differ after a
+    /// takeover: a console that is only looked at, a scratch disk.
+    pub disposable: BTreeSet<String>,
+}
+
+impl Allowances {
+    /// Whether one of the names of a thing was declared disposable.
+    pub fn covers<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> bool {
+        names.into_iter().any(|name| self.disposable.contains(name))
+    }
+}
 
 /// A failure of the hypervisor's side, with what the operator can do.
 #[derive(Debug, thiserror::Error)]

@@ -10,7 +10,7 @@ use common::saved::{Saved, WORK, save, went_on};
 use common::{Guest, linux};
 use romulus_hypervisor::qemu::qmp::{Monitor, Qmp};
 use romulus_hypervisor::qemu::standby::QemuStandby;
-use romulus_hypervisor::spec::MachineSpec;
+use romulus_hypervisor::spec::{MachineSpec, QemuMachine};
 use romulus_hypervisor::standby::Standby;
 use serde_json::Value;
 
@@ -151,12 +151,16 @@ fn a_damaged_checkpoint_or_another_machine_is_refused_in_the_trial() {
     standby.trial_load(&saved.committed()).unwrap();
     // Another device than the primary had.
     let mut other = saved.spec.clone();
-    other
+    own(&mut other)
         .argv
         .extend(["-device".to_owned(), "virtio-balloon-pci".to_owned()]);
     let mut standby = QemuStandby::prepare(&other, saved.options()).unwrap();
     let error = standby.trial_load(&saved.committed()).unwrap_err().to_string();
     assert!(error.contains("virtio-balloon"), "{error}");
+}
+
+fn own(spec: &mut MachineSpec) -> &mut QemuMachine {
+    spec.qemu_mut().unwrap()
 }
 
 #[test]
@@ -170,11 +174,13 @@ fn what_this_host_lacks_is_named_before_anything_starts() {
         change(&mut spec);
         QemuStandby::prepare(&spec, saved.options()).map(drop)
     };
-    let error = prepare(&|spec| spec.files[0].bytes += 1).unwrap_err().to_string();
+    let error = prepare(&|spec| own(spec).files[0].bytes += 1)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("differs from the primary's"), "{error}");
-    let error = prepare(&|spec| spec.files.clear()).unwrap_err().to_string();
+    let error = prepare(&|spec| own(spec).files.clear()).unwrap_err().to_string();
     assert!(error.contains("vmlinuz"), "{error}");
-    let error = prepare(&|spec| spec.argv.push("-frobnicate".into())).unwrap_err();
+    let error = prepare(&|spec| own(spec).argv.push("-frobnicate".into())).unwrap_err();
     assert!(
         std::error::Error::source(&error)
             .unwrap()
@@ -189,7 +195,9 @@ fn what_this_host_lacks_is_named_before_anything_starts() {
         .unwrap_err();
     assert!(error.to_string().contains("same series"), "{error}");
     let mut bad = saved.spec.clone();
-    bad.argv.extend(["-cpu".to_owned(), "no-such-cpu".to_owned()]);
+    own(&mut bad)
+        .argv
+        .extend(["-cpu".to_owned(), "no-such-cpu".to_owned()]);
     let error = QemuStandby::prepare(&bad, saved.options())
         .unwrap()
         .start_waiting(&saved.ram)

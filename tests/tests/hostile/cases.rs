@@ -8,7 +8,7 @@ use romulus_wire::{
 };
 
 use crate::place::STAGING_MIB;
-use crate::primary::{PAGES, Primary, hello, hello_frame, machine, pages_frame};
+use crate::primary::{PAGES, Primary, hello, hello_frame, machine, own, pages_frame};
 use crate::stranger::noise;
 
 /// The VM that liars speak of.
@@ -130,16 +130,16 @@ pub fn bad_hellos() -> Vec<BadHello> {
 /// Descriptions of machines that must be refused, and a word of the reason.
 pub fn bad_machines() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let mut shell = machine();
-    shell.argv[0] = "/bin/sh".into();
+    own(&mut shell).argv[0] = "/bin/sh".into();
     let mut huge = machine();
     let name = huge.main_name().to_owned();
     let bytes = 8 << 40;
     huge.layout = RamLayout::new(vec![RamBlock { name, bytes }]).unwrap();
-    huge.template.blocks[0].bytes = bytes;
+    own(&mut huge).template.blocks[0].bytes = bytes;
     let mut other = machine();
-    other.template.blocks.clear();
+    own(&mut other).template.blocks.clear();
     let mut option = machine();
-    option.argv.push("-no-such-option".into());
+    own(&mut option).argv.push("-no-such-option".into());
     let mut newer = machine();
     newer.format = 99;
     vec![

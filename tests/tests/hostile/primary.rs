@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use romulus_hypervisor::qemu::stream::{StreamBlock, Template};
-use romulus_hypervisor::spec::{Hypervisor, MachineSpec, SPEC_FORMAT};
+use romulus_hypervisor::spec::{Hypervisor, MachineSpec, QemuMachine, SPEC_FORMAT};
 use romulus_page_codec::{ImageDigest, Kind, Page, page_digest};
 use romulus_protocol::{BackupMessage, Hello, PrimaryMessage, ToBackup, ToPrimary};
 use romulus_transport::{CloseCode, Connection, Endpoint, FrameReader, SendStream, TransportError};
@@ -36,32 +36,38 @@ pub fn machine() -> MachineSpec {
     let argv = ["qemu-system-x86_64", "-nodefaults", "-M", "q35", "-m", "64"];
     MachineSpec {
         format: SPEC_FORMAT,
-        hypervisor: Hypervisor::Qemu,
         version: "7.2.22".into(),
-        accelerator: "tcg".into(),
-        cpu_model: "qemu64-x86_64-cpu".into(),
         host_cpu: "any".into(),
         vcpus: 1,
         layout: RamLayout::new(layout).unwrap(),
         main: BlockId(0),
-        argv: argv.map(str::to_owned).to_vec(),
-        cwd: "/".into(),
         nics: vec![],
-        files: vec![],
         disks: vec![],
         disposable: vec![],
-        template: Template {
-            machine: "pc-q35-7.2".into(),
-            subsections: vec![],
-            ram_section: 2,
-            blocks: vec![StreamBlock {
-                name,
-                bytes: RAM_BYTES,
-                gpa: None,
-            }],
-            vmdesc: "{}".into(),
-        },
+        hypervisor: Hypervisor::Qemu(QemuMachine {
+            accelerator: "tcg".into(),
+            cpu_model: "qemu64-x86_64-cpu".into(),
+            argv: argv.map(str::to_owned).to_vec(),
+            cwd: "/".into(),
+            files: vec![],
+            template: Template {
+                machine: "pc-q35-7.2".into(),
+                subsections: vec![],
+                ram_section: 2,
+                blocks: vec![StreamBlock {
+                    name,
+                    bytes: RAM_BYTES,
+                    gpa: None,
+                }],
+                vmdesc: "{}".into(),
+            },
+        }),
     }
+}
+
+/// What is QEMU's of it.
+pub fn own(machine: &mut MachineSpec) -> &mut QemuMachine {
+    machine.qemu_mut().unwrap()
 }
 
 /// A true hello: the VM is registered as running on `host`, unless another host has it.

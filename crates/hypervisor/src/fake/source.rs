@@ -7,7 +7,6 @@ use romulus_types::{BlockId, PAGE_BYTES, PageIndex, RamBlock, RamLayout};
 
 use super::guest::{FakeGuest, Inner};
 use super::source_error;
-use crate::qemu::stream::{StreamBlock, Template};
 use crate::source::{BarrierError, CaptureReport, Checkpoint, GuestEvent, GuestSource, SourceError};
 use crate::spec::{Hypervisor, MachineSpec, SPEC_FORMAT};
 
@@ -67,37 +66,17 @@ fn spec(pages: u64) -> MachineSpec {
         name: name.into(),
         bytes: pages * PAGE_BYTES as u64,
     });
-    let listed = blocks
-        .iter()
-        .map(|b| StreamBlock {
-            name: b.name.clone(),
-            bytes: b.bytes,
-            gpa: None,
-        })
-        .collect();
     MachineSpec {
         format: SPEC_FORMAT,
-        hypervisor: Hypervisor::Fake,
         version: "0".into(),
-        accelerator: "none".into(),
-        cpu_model: "none".into(),
         host_cpu: "none".into(),
         vcpus: 1,
         layout: RamLayout::new(blocks.to_vec()).expect("a fake guest has at least one page"),
         main: BlockId(0),
-        argv: vec![],
-        cwd: "/".into(),
         nics: vec![],
-        files: vec![],
         disks: vec![],
         disposable: vec![],
-        template: Template {
-            machine: "fake".into(),
-            subsections: vec![],
-            ram_section: 0,
-            blocks: listed,
-            vmdesc: "{}".into(),
-        },
+        hypervisor: Hypervisor::Fake,
     }
 }
 

@@ -8,7 +8,7 @@ use romulus_hypervisor::qemu::bootstrap::{Bootstrap, Options, bootstrap};
 use romulus_hypervisor::qemu::cmdline;
 use romulus_hypervisor::qemu::qmp::{Monitor, Qmp};
 use romulus_hypervisor::qemu::standby::StandbyOptions;
-use romulus_hypervisor::spec::{Disk, FileUse, Hypervisor, MachineSpec, SPEC_FORMAT};
+use romulus_hypervisor::spec::{Disk, FileUse, Hypervisor, MachineSpec, QemuMachine, SPEC_FORMAT};
 use romulus_hypervisor::standby::Committed;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -63,21 +63,22 @@ pub(crate) fn describe(guest: &Guest, qmp: &mut Qmp, learnt: &Bootstrap) -> Mach
     });
     let mut spec = MachineSpec {
         format: SPEC_FORMAT,
-        hypervisor: Hypervisor::Qemu,
         version: qmp.version().to_string(),
-        accelerator: "tcg".into(),
-        cpu_model: String::new(),
         host_cpu: String::new(),
         vcpus: 1,
         layout: learnt.layout.clone(),
         main: learnt.main,
-        argv: guest.argv.clone(),
-        cwd: "/".into(),
         nics: vec![],
-        files: vec![],
         disks: disks.collect(),
         disposable: vec!["user".into()],
-        template: learnt.template.clone(),
+        hypervisor: Hypervisor::Qemu(QemuMachine {
+            accelerator: "tcg".into(),
+            cpu_model: String::new(),
+            argv: guest.argv.clone(),
+            cwd: "/".into(),
+            files: vec![],
+            template: learnt.template.clone(),
+        }),
     };
     let files = cmdline::files_needed(&spec).unwrap().into_iter();
     let uses = files.map(|path| FileUse {
@@ -85,7 +86,7 @@ pub(crate) fn describe(guest: &Guest, qmp: &mut Qmp, learnt: &Bootstrap) -> Mach
         path,
         digest: None,
     });
-    spec.files = uses.collect();
+    spec.qemu_mut().unwrap().files = uses.collect();
     // As it travels.
     MachineSpec::from_json(&spec.to_json()).unwrap()
 }

@@ -83,7 +83,7 @@ impl Derivation<'_> {
 
     pub(super) fn cpu(&mut self, given: &Given) -> Result<(), CmdlineError> {
         let model = given.value().split(',').next().unwrap_or_default();
-        let of_the_host = matches!(model, "host" | "max") && self.spec.accelerator == "kvm";
+        let of_the_host = matches!(model, "host" | "max") && self.own.accelerator == "kvm";
         if of_the_host && self.spec.host_cpu != self.plan.host_cpu {
             return Err(given.refuse(format!(
                 "the primary's processor is {:?} and the backup's {:?}; use a named CPU model that both have",
@@ -193,7 +193,7 @@ impl Derivation<'_> {
             if canonical { "on" } else { "off" },
         );
         self.put("object", memory.to_string());
-        self.machine.set("type", &self.spec.template.machine);
+        self.machine.set("type", &self.own.template.machine);
         self.machine.set("memory-backend", id);
         let machine = self.machine.to_string();
         self.put("machine", machine);

@@ -17,7 +17,7 @@ mod storage;
 
 use std::path::PathBuf;
 
-use crate::spec::MachineSpec;
+use crate::spec::{MachineSpec, QemuMachine};
 
 use props::Props;
 use rules::{Fate, find};
@@ -33,6 +33,9 @@ pub const PROGRAMS: &[&str] = &[
 /// Why no standby can be derived.
 #[derive(Debug, thiserror::Error)]
 pub enum CmdlineError {
+    /// The machine is another hypervisor's.
+    #[error("the machine is not QEMU's, so it has no command line of QEMU's")]
+    NotQemu,
     /// The program is none that we know.
     #[error("{0:?} is not a QEMU that a standby can be: {names}", names = PROGRAMS.join(", "))]
     Program(String),
@@ -189,7 +192,7 @@ fn parse(arguments: &[String]) -> Result<Vec<(Given, &'static rules::Rule)>, Cmd
 /// [`CmdlineError`] when the command line cannot be read.
 pub fn taps_needed(spec: &MachineSpec) -> Result<usize, CmdlineError> {
     let mut count = 0;
-    for (given, rule) in parse(spec.argv.get(1..).unwrap_or_default())? {
+    for (given, rule) in parse(own(spec)?.argv.get(1..).unwrap_or_default())? {
         if rule.fate == Fate::Net && net::is_tap(&given)? {
             count += 1;
         }
@@ -213,6 +216,10 @@ pub fn check(spec: &MachineSpec) -> Result<(), CmdlineError> {
     derive(spec, &rehearsal(spec)?).map(drop)
 }
 
+fn own(spec: &MachineSpec) -> Result<&QemuMachine, CmdlineError> {
+    spec.qemu().ok_or(CmdlineError::NotQemu)
+}
+
 fn rehearsal(spec: &MachineSpec) -> Result<Plan, CmdlineError> {
     Ok(Plan {
         name: "rehearsal".into(),
@@ -231,12 +238,13 @@ fn rehearsal(spec: &MachineSpec) -> Result<Plan, CmdlineError> {
 /// # Errors
 /// [`CmdlineError`] names the option that is in the way.
 pub fn derive(spec: &MachineSpec, plan: &Plan) -> Result<Derived, CmdlineError> {
-    let program = spec.argv.first().map(String::as_str).unwrap_or_default();
+    let own = own(spec)?;
+    let program = own.argv.first().map(String::as_str).unwrap_or_default();
     let program = program.rsplit('/').next().unwrap_or_default();
     if !PROGRAMS.contains(&program) {
         return Err(CmdlineError::Program(program.to_owned()));
     }
-    let options = parse(&spec.argv[1..])?;
+    let options = parse(&own.argv[1..])?;
     let needed = taps_needed(spec)?;
     if needed != plan.taps.len() {
         return Err(CmdlineError::Taps {
@@ -244,7 +252,7 @@ pub fn derive(spec: &MachineSpec, plan: &Plan) -> Result<Derived, CmdlineError> 
             given: plan.taps.len(),
         });
     }
-    let mut derivation = Derivation::new(spec, plan, &options)?;
+    let mut derivation = Derivation::new(spec, own, plan, &options)?;
     for (given, rule) in &options {
         derivation.apply(given, rule)?;
     }
@@ -254,6 +262,8 @@ pub fn derive(spec: &MachineSpec, plan: &Plan) -> Result<Derived, CmdlineError> 
 /// A command line in the making.
 struct Derivation<'a> {
     spec: &'a MachineSpec,
+    /// The part of `spec` that is QEMU's.
+    own: &'a QemuMachine,
     plan: &'a Plan,
     out: Vec<String>,
     changes: Vec<String>,
@@ -271,6 +281,7 @@ struct Derivation<'a> {
 impl<'a> Derivation<'a> {
     fn new(
         spec: &'a MachineSpec,
+        own: &'a QemuMachine,
         plan: &'a Plan,
         options: &[(Given, &rules::Rule)],
     ) -> Result<Self, CmdlineError> {
@@ -287,6 +298,7 @@ impl<'a> Derivation<'a> {
         let drives = storage::Drives::new(&machine, blockdevs);
         Ok(Self {
             spec,
+            own,
             plan,
             out: Vec::new(),
             changes: Vec::new(),
@@ -310,7 +322,7 @@ impl<'a> Derivation<'a> {
             Fate::Keep => self.keep(given),
             // A folder: what the machine reads of it is in the guest's memory by now.
             Fate::KeepFile if given.name == "L" => {
-                let path = self.spec.cwd.join(given.value());
+                let path = self.own.cwd.join(given.value());
                 self.put("L", path.display().to_string());
             }
             Fate::KeepFile => {
@@ -354,7 +366,7 @@ impl<'a> Derivation<'a> {
 
     /// Notes a file that must be there and returns its absolute path.
     fn file(&mut self, path: &str) -> String {
-        let path = self.spec.cwd.join(path);
+        let path = self.own.cwd.join(path);
         if !self.files.contains(&path) {
             self.files.push(path.clone());
         }

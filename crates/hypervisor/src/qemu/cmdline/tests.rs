@@ -3,7 +3,7 @@
 use proptest::strategy::Strategy;
 
 use super::*;
-use crate::spec::tests::spec;
+use crate::spec::tests::{own, spec};
 use crate::spec::{Disk, Nic};
 
 const PLAIN: &[(&str, u64)] = &[("pc.ram", 128 << 20), ("pc.bios", 1 << 18)];
@@ -114,7 +114,7 @@ fn a_derived_command_line_derives_to_itself() {
                  -serial mon:stdio -chardev socket,id=c0,path=/x,server=on,wait=off -nographic";
     let once = derive(&machine(first, PLAIN), &plan(&["t0"])).unwrap();
     let mut again = machine("", PLAIN);
-    again.argv = once.argv.clone();
+    own(&mut again).argv = once.argv.clone();
     let twice = derive(&again, &plan(&["t0"])).unwrap();
     let sorted = |argv: &[String]| {
         let mut words: Vec<String> = argv
@@ -268,9 +268,9 @@ fn unknown_refused_and_malformed_options_are_named() {
     assert!(refused("-object filter-mirror,id=f,netdev=n").contains("no rule"));
     assert!(refused("-icount shift=auto,rr=record,rrfile=/x").contains("replay"));
     let mut other = machine("", PLAIN);
-    other.argv[0] = "/tmp/evil".into();
+    own(&mut other).argv[0] = "/tmp/evil".into();
     assert!(matches!(derive(&other, &plan(&[])), Err(CmdlineError::Program(name)) if name == "evil"));
-    other.argv.clear();
+    own(&mut other).argv.clear();
     assert!(derive(&other, &plan(&[])).is_err());
 }
 
@@ -278,7 +278,7 @@ fn unknown_refused_and_malformed_options_are_named() {
 fn the_hosts_processor_must_be_the_same_for_cpu_host_under_kvm() {
     let mut spec = machine("-nodefaults -cpu host,migratable=on", PLAIN);
     derive(&spec, &plan(&[])).unwrap();
-    spec.accelerator = "kvm".into();
+    own(&mut spec).accelerator = "kvm".into();
     derive(&spec, &plan(&[])).unwrap();
     spec.host_cpu = "Xeon".into();
     let error = derive(&spec, &plan(&[])).unwrap_err().to_string();
@@ -442,7 +442,7 @@ proptest::proptest! {
                 .prop_map(str::to_owned),
         ], 0..12)) {
         let mut spec = machine("", PLAIN);
-        spec.argv.extend(arguments);
+        own(&mut spec).argv.extend(arguments);
         let taps = taps_needed(&spec).unwrap_or(0);
         let taps = vec!["t"; taps];
         let _ = derive(&spec, &plan(&taps));

@@ -8,11 +8,12 @@ use serde_json::Value;
 
 use super::error::AttachError;
 use super::refusal::nics;
+use crate::host::processor;
 use crate::qemu::bootstrap::Bootstrap;
 use crate::qemu::cmdline::files_needed;
 use crate::qemu::files::{DIGEST_BYTES_MAX, digest_of, open_regular};
 use crate::qemu::qmp::Monitor;
-use crate::spec::{Disk, FileUse, Hypervisor, MachineSpec, Nic, SPEC_FORMAT};
+use crate::spec::{Disk, FileUse, Hypervisor, MachineSpec, Nic, QemuMachine, SPEC_FORMAT};
 
 /// Describes the machine of process `pid`.
 ///
@@ -42,11 +43,8 @@ pub(super) fn describe(
     let (argv, cwd) = process(pid)?;
     let mut spec = MachineSpec {
         format: SPEC_FORMAT,
-        hypervisor: Hypervisor::Qemu,
         version: monitor.version().to_string(),
-        accelerator: accelerator.to_owned(),
-        cpu_model: cpu_model.to_owned(),
-        host_cpu: host_cpu(),
+        host_cpu: processor(),
         vcpus: u32::try_from(cpus.len()).unwrap_or(u32::MAX),
         layout: learnt.layout.clone(),
         main: learnt.main,
@@ -56,14 +54,19 @@ pub(super) fn describe(
                 mac,
             })
             .collect(),
-        files: Vec::new(),
         disks: disks(&blocks),
-        argv,
-        cwd,
         disposable: disposable.iter().cloned().collect(),
-        template: learnt.template.clone(),
+        hypervisor: Hypervisor::Qemu(QemuMachine {
+            accelerator: accelerator.to_owned(),
+            cpu_model: cpu_model.to_owned(),
+            argv,
+            cwd,
+            files: Vec::new(),
+            template: learnt.template.clone(),
+        }),
     };
-    spec.files = files(pid, &spec)?;
+    let files = files(pid, &spec)?;
+    spec.qemu_mut().expect("made above").files = files;
     Ok(spec)
 }
 
@@ -83,14 +86,6 @@ fn process(pid: u32) -> Result<(Vec<String>, PathBuf), AttachError> {
         return Err(failed(&path)(source));
     }
     Ok((argv, cwd))
-}
-
-fn host_cpu() -> String {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = text
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    model.map_or_else(String::new, |(_, name)| name.trim().to_owned())
 }
 
 /// The files that a standby of this machine needs, as they are in the process's file system.
@@ -142,12 +137,12 @@ mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
-    use crate::spec::tests::spec;
+    use crate::spec::tests::{own, spec};
 
     fn described(folder: &std::path::Path, more: &[&str]) -> Result<Vec<FileUse>, AttachError> {
         let argv = [&["qemu-system-x86_64", "-nodefaults"], more].concat();
         let mut spec = spec(&argv, &[("pc.ram", 1 << 20)]);
-        spec.cwd = folder.to_owned();
+        own(&mut spec).cwd = folder.to_owned();
         files(std::process::id(), &spec)
     }
 

@@ -44,5 +44,5 @@ pub use attach::QemuSource;
 pub use error::{AttachError, CaptureError};
 pub use guardian::{GuardianArgs, GuardianError};
 pub use notes::StoppedBy;
-pub use options::{Allowances, AttachOptions, GuardianProgram, PAUSE_LIMIT_NS};
+pub use options::{AttachOptions, GuardianProgram};
 pub use refusal::Refusal;

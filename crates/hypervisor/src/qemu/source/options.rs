@@ -1,28 +1,8 @@
 //! What an attachment is told.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-/// Default limit of a pause, in nanoseconds.
-pub const PAUSE_LIMIT_NS: u64 = 1_000_000_000;
-
-/// Default limit of one checkpoint, in pages: 256 MiB.
-pub const CHECKPOINT_PAGES_MAX: u64 = (256 << 20) / 4096;
-
-/// What the operator allows although it is neither gated nor replicated.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Allowances {
-    /// Ids of network devices, character devices, drives or devices whose output or contents may differ after a
-    /// takeover: a console that is only looked at, a scratch disk.
-    pub disposable: BTreeSet<String>,
-}
-
-impl Allowances {
-    /// Whether one of the names of a thing was declared disposable.
-    pub fn covers<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> bool {
-        names.into_iter().any(|name| self.disposable.contains(name))
-    }
-}
+use crate::source::{Allowances, CHECKPOINT_PAGES_MAX, PAUSE_LIMIT_NS};
 
 /// How to start the guardian process: a program that calls [`guardian::run`](super::guardian::run) with what follows these arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]

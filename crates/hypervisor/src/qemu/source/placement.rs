@@ -172,7 +172,7 @@ fn map_shared(pid: u32, mapping: &Mapping, start: u64, bytes: u64) -> Result<Sha
         }))
     })?;
     let view = SharedView::map(&file, offset, bytes)?;
-    view.populate();
+    view.populate(0, bytes);
     Ok(view)
 }
 

@@ -8,7 +8,7 @@ use std::fmt;
 use serde_json::Value;
 
 use super::notes::StoppedBy;
-use super::options::Allowances;
+use crate::source::Allowances;
 
 /// One reason, with its remedy.
 #[derive(Clone, Debug, PartialEq, Eq)]

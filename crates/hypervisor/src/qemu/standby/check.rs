@@ -1,16 +1,16 @@
 //! Is this host able to be the machine's standby?
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::qemu::files::{DIGEST_BYTES_MAX, digest_of, open_regular};
 use crate::qemu::qmp::QemuVersion;
-use crate::spec::{FileUse, MachineSpec};
+use crate::spec::{FileUse, MachineSpec, QemuMachine};
 use crate::standby::StandbyError;
 
 /// Each file that the standby reads must be the one that the primary has.
-pub(super) fn files(spec: &MachineSpec, needed: &[PathBuf]) -> Result<(), StandbyError> {
+pub(super) fn files(machine: &QemuMachine, needed: &[PathBuf]) -> Result<(), StandbyError> {
     for path in needed {
-        let described = spec.files.iter().find(|file| file.path == *path);
+        let described = machine.files.iter().find(|file| file.path == *path);
         let described = described.ok_or_else(|| {
             StandbyError::plain(format!(
                 "the primary needs {} and could not read it itself",
@@ -70,7 +70,8 @@ pub(super) fn version(spec: &MachineSpec, here: &QemuVersion) -> Result<(), Stan
 /// A CPU model that this processor cannot be would change under the guest.
 pub(super) fn cpu_features(spec: &MachineSpec, host_cpu: &str, stderr: &str) -> Result<(), StandbyError> {
     let lacks = stderr.contains("doesn't support requested feature");
-    if spec.accelerator != "kvm" || spec.host_cpu == host_cpu || !lacks {
+    let accelerated = spec.qemu().is_some_and(|qemu| qemu.accelerator == "kvm");
+    if !accelerated || spec.host_cpu == host_cpu || !lacks {
         return Ok(());
     }
     Err(StandbyError::plain(format!(
@@ -78,33 +79,25 @@ pub(super) fn cpu_features(spec: &MachineSpec, host_cpu: &str, stderr: &str) -> 
     )))
 }
 
-/// The model name of this host's processor.
-pub(super) fn host_cpu() -> String {
-    let text = std::fs::read_to_string(Path::new("/proc/cpuinfo")).unwrap_or_default();
-    let model = text
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    model.map_or_else(String::new, |(_, name)| name.trim().to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::path::Path;
 
     use romulus_types::Digest;
 
     use super::*;
-    use crate::spec::tests::spec;
+    use crate::spec::tests::{own, spec};
 
     /// What `files` says of one file that the primary described so.
     fn verdict(path: &Path, bytes: u64, digest: Option<Digest>) -> String {
         let mut spec = spec(&["qemu-system-x86_64"], &[("pc.ram", 1 << 20)]);
-        spec.files = vec![FileUse {
+        own(&mut spec).files = vec![FileUse {
             path: path.to_owned(),
             bytes,
             digest,
         }];
-        match files(&spec, &[path.to_owned()]) {
+        match files(own(&mut spec), &[path.to_owned()]) {
             Ok(()) => "same".to_owned(),
             Err(error) => {
                 let cause = std::error::Error::source(&error);

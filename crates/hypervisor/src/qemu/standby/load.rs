@@ -12,10 +12,9 @@ use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use super::Waiting;
-use super::process::error_with_stderr;
 use crate::fault;
 use crate::qemu::qmp::{Monitor, QmpError};
-use crate::qemu::stream::{BlockContent, Section, list_sections, write_activation};
+use crate::qemu::stream::{BlockContent, Section, Template, list_sections, write_activation};
 use crate::spec::MachineSpec;
 use crate::standby::{Committed, StandbyError};
 
@@ -58,9 +57,13 @@ pub(super) struct Stream {
 
 impl Stream {
     /// The whole stream. QEMU reads it by itself: if we die, either it has not begun and still waits, or it needs us no more.
-    pub(super) fn of(spec: &MachineSpec, checkpoint: &Committed<'_>) -> Result<Self, StandbyError> {
+    pub(super) fn of(
+        spec: &MachineSpec,
+        template: &Template,
+        checkpoint: &Committed<'_>,
+    ) -> Result<Self, StandbyError> {
         let begun = Instant::now();
-        let (file, bytes) = stream_file(spec, checkpoint)?;
+        let (file, bytes) = stream_file(spec, template, checkpoint)?;
         Ok(Self { file, bytes, begun })
     }
 
@@ -81,9 +84,8 @@ pub(super) fn load(
     consume: &mut dyn FnMut() -> Result<(), StandbyError>,
 ) -> Result<Loaded, StandbyError> {
     fault::point("standby.before_stream");
-    let refused = |error, machine: &Waiting| {
-        error_with_stderr("the standby does not take a stream", error, &machine.process)
-    };
+    let refused =
+        |error, machine: &Waiting| machine.process.error("the standby does not take a stream", error);
     let sent = machine
         .qmp
         .execute_with_fds("getfd", json!({ "fdname": FD_NAME }), &[stream.file.as_fd()]);
@@ -104,13 +106,17 @@ pub(super) fn load(
     })
 }
 
-fn stream_file(spec: &MachineSpec, checkpoint: &Committed<'_>) -> Result<(File, u64), StandbyError> {
+fn stream_file(
+    spec: &MachineSpec,
+    template: &Template,
+    checkpoint: &Committed<'_>,
+) -> Result<(File, u64), StandbyError> {
     let small = read_small(spec, checkpoint)?;
     let failed = |error| StandbyError::new("the checkpoint cannot be made into a stream", error);
     let file =
         memfd_create("romulus-activation", MemfdFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
     let mut out = BufWriter::with_capacity(256 << 10, File::from(file));
-    write_activation(&spec.template, &small, checkpoint.device_state, &mut out).map_err(failed)?;
+    write_activation(template, &small, checkpoint.device_state, &mut out).map_err(failed)?;
     let mut file = out.into_inner().map_err(|error| failed(error.into_error()))?;
     let bytes = file.stream_position().map_err(failed)?;
     file.rewind().map_err(failed)?;
@@ -178,19 +184,14 @@ pub(super) fn await_goal(machine: &mut Waiting, goal: Goal, deadline: Instant) -
                 }
             },
             Err(QmpError::Closed) => {
-                // QEMU ends when it cannot load; let its last words arrive.
-                std::thread::sleep(Duration::from_millis(50));
-                let said = machine.process.stderr();
+                // QEMU ends when it cannot load.
+                let said = machine.process.last_words();
                 return Err(StandbyError::plain(format!(
                     "QEMU could not load the checkpoint: {said}"
                 )));
             }
             Err(error) => {
-                return Err(error_with_stderr(
-                    "the standby does not answer",
-                    error,
-                    &machine.process,
-                ));
+                return Err(machine.process.error("the standby does not answer", error));
             }
         }
         if Instant::now() >= deadline {
@@ -212,11 +213,9 @@ pub(super) fn compare_devices(
     let arguments = json!({ "filename": scratch.display().to_string(), "live": false });
     let saved = machine.qmp.execute("xen-save-devices-state", arguments);
     saved.map_err(|error| {
-        error_with_stderr(
-            "the trial could not save its state again",
-            error,
-            &machine.process,
-        )
+        machine
+            .process
+            .error("the trial could not save its state again", error)
     })?;
     let saved = std::fs::read(scratch)
         .map_err(|error| StandbyError::new(format!("could not read {}", scratch.display()), error))?;

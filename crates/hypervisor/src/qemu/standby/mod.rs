@@ -13,7 +13,7 @@
 
 mod check;
 mod load;
-mod process;
+mod monitor;
 mod verify;
 
 use std::fs;
@@ -21,12 +21,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::fault;
+use crate::host::processor;
+use crate::process::Process;
 use crate::qemu::cmdline::{Derived, Plan, derive, taps_needed};
 use crate::qemu::qmp::{Monitor, Qmp, QmpError};
-use crate::spec::{Hypervisor, MachineSpec};
+use crate::spec::{MachineSpec, QemuMachine};
 use crate::standby::{ActivationReport, Committed, Standby, StandbyError, TrialReport};
-
-use process::{Process, error_with_stderr};
 
 /// Where and how a standby runs.
 #[derive(Clone, Debug)]
@@ -116,11 +116,11 @@ impl QemuStandby {
     /// # Errors
     /// What is missing or different here.
     pub fn prepare(spec: &MachineSpec, options: StandbyOptions) -> Result<Self, StandbyError> {
-        if spec.hypervisor != Hypervisor::Qemu {
+        let Some(own) = spec.qemu() else {
             return Err(StandbyError::plain(
                 "the primary's machine is not QEMU's, so no QEMU can be its standby",
             ));
-        }
+        };
         let rules =
             |error| StandbyError::new("no standby can be derived from the primary's command line", error);
         let count = taps_needed(spec).map_err(rules)?;
@@ -135,7 +135,7 @@ impl QemuStandby {
             .collect();
         let mut standby = Self {
             spec: spec.clone(),
-            host_cpu: check::host_cpu(),
+            host_cpu: processor(),
             options,
             taps,
             changes: Vec::new(),
@@ -144,7 +144,7 @@ impl QemuStandby {
         };
         // The RAM's place is known later; everything else can be refused now.
         let derived = derive(spec, &standby.plan(Purpose::Wait, Path::new("(the image)"))).map_err(rules)?;
-        check::files(spec, &derived.files)?;
+        check::files(own, &derived.files)?;
         standby.changes = derived.changes;
         standby.take_leftover()?;
         Ok(standby)
@@ -212,11 +212,11 @@ impl QemuStandby {
             let never_ran = state == "inmigrate" || (state != "running" && verify::is_pending(&folder));
             if purpose == Purpose::Wait && !never_ran {
                 verify::settle(&folder);
-                self.state = State::Active(Process::adopt(qmp.peer_pid().map_err(unknown)?)?);
+                self.state = State::Active(Process::adopt("QEMU", qmp.peer_pid().map_err(unknown)?)?);
                 continue;
             }
             // At once, and waited for: one that was about to load must not come to run while we look at its memory.
-            Process::adopt(qmp.peer_pid().map_err(unknown)?)?.kill();
+            Process::adopt("QEMU", qmp.peer_pid().map_err(unknown)?)?.kill();
         }
         Ok(())
     }
@@ -240,12 +240,11 @@ impl QemuStandby {
         if purpose == Purpose::Trial {
             argv.push("-S".into());
         }
-        let mut process = Process::spawn(&self.options.launcher, &argv, &folder)?;
-        let mut qmp = process.connect(&folder.join("qmp"), self.options.start_timeout)?;
+        let mut process = Process::spawn("QEMU", &self.options.launcher, &argv, &folder)?;
+        let mut qmp = monitor::connect(&mut process, &folder.join("qmp"), self.options.start_timeout)?;
         check::version(&self.spec, qmp.version())?;
         check::cpu_features(&self.spec, &self.host_cpu, &process.stderr())?;
-        let state = load::run_state(&mut qmp)
-            .map_err(|error| error_with_stderr("it does not answer", error, &process))?;
+        let state = load::run_state(&mut qmp).map_err(|error| process.error("it does not answer", error))?;
         if state != "inmigrate" {
             return Err(StandbyError::plain(format!(
                 "the standby is {state:?} instead of waiting for a checkpoint"
@@ -264,7 +263,7 @@ impl QemuStandby {
     ) -> Result<load::Loaded, StandbyError> {
         let mut goal = load::Goal::Running;
         let mut may_read = false;
-        let stream = load::Stream::of(&self.spec, checkpoint).map_err(StandbyError::untouched)?;
+        let stream = self.stream(checkpoint).map_err(StandbyError::untouched)?;
         if checkpoint.memory.is_some() {
             verify::hold(machine, &self.folder(Purpose::Wait)).map_err(StandbyError::untouched)?;
             goal = load::Goal::Paused;
@@ -285,6 +284,14 @@ impl QemuStandby {
         })
     }
 
+    fn own(&self) -> &QemuMachine {
+        self.spec.qemu().expect("prepare refuses every other machine")
+    }
+
+    fn stream(&self, checkpoint: &Committed<'_>) -> Result<load::Stream, StandbyError> {
+        load::Stream::of(&self.spec, &self.own().template, checkpoint)
+    }
+
     fn main_ram<'a>(&self, ram: &'a [PathBuf]) -> Result<&'a Path, StandbyError> {
         if ram.len() != self.spec.layout.blocks().len() {
             return Err(StandbyError::plain(
@@ -301,7 +308,7 @@ impl Standby for QemuStandby {
         let mut machine = self.start(Purpose::Trial, self.main_ram(checkpoint.ram)?)?;
         let started = Instant::now();
         let goal = load::Goal::Paused;
-        let stream = load::Stream::of(&self.spec, checkpoint)?;
+        let stream = self.stream(checkpoint)?;
         let timeout = self.options.load_timeout;
         let loaded = load::load(&mut machine, &stream, goal, timeout, &mut || Ok(()));
         self.reads_in_order = loaded.is_ok() && stream.is_read();

@@ -10,27 +10,23 @@
 //! A machine that is found with the marker and does not run has never run: whoever finds it may end it.
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use romulus_host_sys::{Mapping, ProcessMemory, read_maps};
+use romulus_host_sys::{ProcessMemory, read_maps};
 use romulus_page_codec::{ImageDigest, page_digest};
 use romulus_types::{BlockId, Digest, PAGE_BYTES, PageIndex};
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
 use serde_json::Value;
 
 use super::Waiting;
 use super::load::{Goal, await_goal};
+use crate::memory_check::{add_file, judge, shared_mappings, unreadable};
 use crate::qemu::qmp::Monitor;
 use crate::qemu::source::placement::{Wanted, place};
 use crate::spec::MachineSpec;
 use crate::standby::{Committed, StandbyError};
 
 const MARKER: &str = "unverified";
-const PAGE: u64 = PAGE_BYTES as u64;
-const CHUNK_BYTES: u64 = 1 << 20;
 
 fn marker(folder: &Path) -> PathBuf {
     folder.join(MARKER)
@@ -82,7 +78,7 @@ pub(super) fn compare(
     let main = &checkpoint.ram[usize::from(spec.main.0)];
     let main_bytes = spec.layout.blocks()[usize::from(spec.main.0)].bytes;
     check_main_is_the_images(machine, main, main_bytes)?;
-    let first = spec.layout.first_page(spec.main).0;
+    let first = spec.layout.first_page(spec.main);
     add_file(&mut image, main, main_bytes, first).map_err(|error| unreadable(main, error))?;
     for (block, held) in small_blocks(spec, machine, checkpoint)? {
         let pages = held.as_chunks::<PAGE_BYTES>().0;
@@ -90,17 +86,7 @@ pub(super) fn compare(
             image.replace(Digest(0), page_digest(index, page));
         }
     }
-    if image.digest() == expected {
-        return Ok(());
-    }
-    Err(StandbyError::plain(format!(
-        "the standby's memory is not what was committed (its digest is {}, the commit's {expected}): the guest was not started",
-        image.digest()
-    )))
-}
-
-fn unreadable(path: &Path, error: std::io::Error) -> StandbyError {
-    StandbyError::new(format!("could not read {}", path.display()), error)
+    judge(&image, expected)
 }
 
 /// Whether the machine's memory at the guest's address 0 is a shared mapping of the whole of this file.
@@ -111,56 +97,16 @@ fn check_main_is_the_images(machine: &mut Waiting, path: &Path, bytes: u64) -> R
         .trim()
         .rsplit_once(" is 0x")
         .and_then(|(_, hex)| u64::from_str_radix(hex, 16).ok());
-    let file = fs::metadata(path).map_err(|error| unreadable(path, error))?;
-    let device = format!(
-        "{:02x}:{:02x}",
-        rustix::fs::major(file.dev()),
-        rustix::fs::minor(file.dev())
-    );
     let maps = read_maps(machine.process.pid())
         .map_err(|error| StandbyError::new("the standby's mappings cannot be read", error))?;
-    let is_it = |mapping: &Mapping, address: u64| {
-        mapping.shared
-            && mapping.contains(address, bytes)
-            && mapping.start == address
-            && mapping.file_offset == 0
-            && (mapping.inode, mapping.device.as_str()) == (file.ino(), device.as_str())
-    };
-    if address.is_some_and(|address| maps.iter().any(|mapping| is_it(mapping, address))) {
+    let mut shared = shared_mappings(&maps, path, bytes)?;
+    if address.is_some_and(|address| shared.any(|mapping| mapping.start == address)) {
         return Ok(());
     }
     Err(StandbyError::plain(format!(
         "the standby's main memory is not the file {}: the guest was not started",
         path.display()
     )))
-}
-
-/// Adds the pages of a file that are no holes.
-fn add_file(image: &mut ImageDigest, path: &Path, bytes: u64, first: u64) -> std::io::Result<()> {
-    let file = File::open(path)?;
-    let mut chunk = Vec::new();
-    let mut at = 0;
-    while at < bytes {
-        let data = match seek(&file, SeekFrom::Data(at)) {
-            Ok(data) if data < bytes => data / PAGE * PAGE,
-            Ok(_) | Err(Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
-        };
-        let end = seek(&file, SeekFrom::Hole(data.max(at)))?
-            .next_multiple_of(PAGE)
-            .min(bytes)
-            .min(data + CHUNK_BYTES);
-        chunk.resize(usize::try_from(end - data).expect("a chunk"), 0);
-        file.read_exact_at(&mut chunk, data)?;
-        for (index, page) in (first + data / PAGE..)
-            .map(PageIndex)
-            .zip(chunk.as_chunks::<PAGE_BYTES>().0)
-        {
-            image.replace(Digest(0), page_digest(index, page));
-        }
-        at = end;
-    }
-    Ok(())
 }
 
 /// What the machine itself holds in all blocks but the main one.

@@ -2,21 +2,23 @@
 //!
 //! A spec comes from a peer or from a file, so it is decoded with a size limit and checked before anything uses it.
 //! It says what the primary *has*; what the standby is started with follows from it by written rules
-//! (`qemu::cmdline`), never from the peer's words directly.
+//! (`qemu::cmdline`; the agent's settings for a VMM), never from the peer's words directly.
+//!
+//! [`MachineSpec`] holds what every machine has; [`Hypervisor`] what only one kind of hypervisor has.
 
-use std::path::PathBuf;
+mod kvm;
+mod qemu;
 
-use romulus_types::{BlockId, Digest, RamLayout};
+use romulus_types::{BlockId, RamLayout};
 use serde::{Deserialize, Serialize};
 
-use crate::qemu::stream::{MACHINE_NAME_BYTES_MAX, Template};
+pub use kvm::{CONFIG_BYTES_MAX, KvmMachine, NAME_BYTES_MAX};
+pub use qemu::{ARGUMENTS_MAX, FileUse, QemuMachine};
 
 /// Largest encoded spec, in bytes.
 pub const SPEC_BYTES_MAX: usize = 4 << 20;
 /// The version of the encoding; another one is refused.
-pub const SPEC_FORMAT: u32 = 1;
-/// Most arguments of a command line.
-pub const ARGUMENTS_MAX: usize = 4096;
+pub const SPEC_FORMAT: u32 = 2;
 /// Most NICs, files and disks, each.
 pub const ITEMS_MAX: usize = 256;
 
@@ -37,12 +39,14 @@ pub enum SpecError {
     Invalid(&'static str),
 }
 
-/// Who runs the machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Who runs the machine, and what only that hypervisor has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Hypervisor {
     /// Stock QEMU.
-    Qemu,
+    Qemu(QemuMachine),
+    /// A VMM that embeds the attach library.
+    Kvm(KvmMachine),
     /// The fake of `fake`, for tests of what is above.
     Fake,
 }
@@ -54,17 +58,6 @@ pub struct Nic {
     pub name: String,
     /// Its hardware address.
     pub mac: [u8; 6],
-}
-
-/// One file that the command line names and the machine needs: kernel, initrd, firmware, ROM, read-only disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileUse {
-    /// Its path, absolute; the backup looks for it at the same place.
-    pub path: PathBuf,
-    /// Its length in bytes.
-    pub bytes: u64,
-    /// XXH3-128 of its content; `None` for one too large to be read at attach, which is compared by its length only.
-    pub digest: Option<Digest>,
 }
 
 /// One disk.
@@ -81,36 +74,33 @@ pub struct Disk {
 pub struct MachineSpec {
     /// [`SPEC_FORMAT`].
     pub format: u32,
-    /// Who runs it.
-    pub hypervisor: Hypervisor,
     /// The hypervisor's version, such as `7.2.22`.
     pub version: String,
-    /// `kvm` or `tcg`.
-    pub accelerator: String,
-    /// The type of its vCPUs, such as `qemu64-x86_64-cpu`.
-    pub cpu_model: String,
-    /// The model name of the primary's processor, which `-cpu host` shows to the guest.
+    /// The model name of the primary's processor, for guests that see it.
     pub host_cpu: String,
     /// How many vCPUs it has.
     pub vcpus: u32,
-    /// Its memory, in the order of the stream.
+    /// Its memory, in the hypervisor's order.
     pub layout: RamLayout,
-    /// The main block: a standby maps the image's file of it as its RAM. The others go through the stream.
+    /// The main block. A QEMU standby maps the image's file of it as its RAM and gets the others through the stream; a
+    /// VMM's maps them all.
     pub main: BlockId,
-    /// The command line of the primary's process, the program's name first.
-    pub argv: Vec<String>,
-    /// The working directory of that process, to which relative paths refer.
-    pub cwd: PathBuf,
     /// Its network cards.
     pub nics: Vec<Nic>,
-    /// The files that it needs.
-    pub files: Vec<FileUse>,
     /// Its disks.
     pub disks: Vec<Disk>,
     /// Ids of network, character and block backends whose content the operator declared disposable.
     pub disposable: Vec<String>,
-    /// What a stream to a standby holds besides memory and device state.
-    pub template: Template,
+    /// Who runs it, and what is that one's alone.
+    pub hypervisor: Hypervisor,
+}
+
+fn refuse_if(wrong: bool, what: &'static str) -> Result<(), SpecError> {
+    if wrong {
+        Err(SpecError::Invalid(what))
+    } else {
+        Ok(())
+    }
 }
 
 impl MachineSpec {
@@ -154,52 +144,43 @@ impl MachineSpec {
         self.layout.blocks()[usize::from(self.main.0)].bytes
     }
 
+    /// What is QEMU's, of a machine of QEMU's.
+    pub fn qemu(&self) -> Option<&QemuMachine> {
+        match &self.hypervisor {
+            Hypervisor::Qemu(qemu) => Some(qemu),
+            _ => None,
+        }
+    }
+
+    /// The same, to be changed.
+    pub fn qemu_mut(&mut self) -> Option<&mut QemuMachine> {
+        match &mut self.hypervisor {
+            Hypervisor::Qemu(qemu) => Some(qemu),
+            _ => None,
+        }
+    }
+
     /// Checks what the types do not.
     ///
     /// # Errors
     /// [`SpecError::Invalid`] names the contradiction.
     pub fn check(&self) -> Result<(), SpecError> {
-        let invalid = |yes: bool, what| {
-            if yes {
-                Err(SpecError::Invalid(what))
-            } else {
-                Ok(())
-            }
-        };
         let blocks = self.layout.blocks();
-        let same = blocks.len() == self.template.blocks.len()
-            && blocks
-                .iter()
-                .zip(&self.template.blocks)
-                .all(|(a, b)| a.name == b.name && a.bytes == b.bytes);
-        invalid(
+        refuse_if(
             usize::from(self.main.0) >= blocks.len(),
             "the main block is not in the layout",
         )?;
-        invalid(!same, "the stream's blocks are not the layout's")?;
-        let name_bytes = self.template.machine.len();
-        invalid(
-            name_bytes == 0 || name_bytes > MACHINE_NAME_BYTES_MAX,
-            "the machine's name",
-        )?;
-        invalid(self.vcpus == 0, "it has no vCPU")?;
-        invalid(self.argv.len() > ARGUMENTS_MAX, "too many arguments")?;
-        let no_program = self.hypervisor == Hypervisor::Qemu && self.argv.is_empty();
-        invalid(no_program, "it has no command line")?;
-        let many = [
-            self.nics.len(),
-            self.files.len(),
-            self.disks.len(),
-            self.disposable.len(),
-        ];
-        invalid(
+        refuse_if(self.vcpus == 0, "it has no vCPU")?;
+        let many = [self.nics.len(), self.disks.len(), self.disposable.len()];
+        refuse_if(
             many.iter().any(|count| *count > ITEMS_MAX),
-            "too many NICs, files or disks",
+            "too many NICs or disks",
         )?;
-        invalid(
-            self.argv.iter().any(|a| a.contains('\0')),
-            "an argument holds a zero byte",
-        )
+        match &self.hypervisor {
+            Hypervisor::Qemu(qemu) => qemu.check(blocks),
+            Hypervisor::Kvm(kvm) => kvm.check(blocks),
+            Hypervisor::Fake => Ok(()),
+        }
     }
 }
 
@@ -209,7 +190,7 @@ pub(crate) mod tests {
     use romulus_types::RamBlock;
 
     use super::*;
-    use crate::qemu::stream::StreamBlock;
+    use crate::qemu::stream::{StreamBlock, Template};
 
     pub(crate) fn spec(argv: &[&str], blocks: &[(&str, u64)]) -> MachineSpec {
         let layout = blocks
@@ -226,27 +207,55 @@ pub(crate) mod tests {
         };
         MachineSpec {
             format: SPEC_FORMAT,
-            hypervisor: Hypervisor::Qemu,
             version: "7.2.22".into(),
-            accelerator: "tcg".into(),
-            cpu_model: "qemu64-x86_64-cpu".into(),
             host_cpu: "AMD EPYC".into(),
             vcpus: 1,
             layout: RamLayout::new(layout).unwrap(),
             main: BlockId(0),
-            argv: argv.iter().map(|a| (*a).to_owned()).collect(),
-            cwd: "/srv".into(),
             nics: vec![],
-            files: vec![],
             disks: vec![],
             disposable: vec![],
-            template: Template {
-                machine: "pc-q35-7.2".into(),
-                subsections: vec![],
-                ram_section: 2,
-                blocks: blocks.iter().map(listed).collect(),
-                vmdesc: "{}".into(),
-            },
+            hypervisor: Hypervisor::Qemu(QemuMachine {
+                accelerator: "tcg".into(),
+                cpu_model: "qemu64-x86_64-cpu".into(),
+                argv: argv.iter().map(|a| (*a).to_owned()).collect(),
+                cwd: "/srv".into(),
+                files: vec![],
+                template: Template {
+                    machine: "pc-q35-7.2".into(),
+                    subsections: vec![],
+                    ram_section: 2,
+                    blocks: blocks.iter().map(listed).collect(),
+                    vmdesc: "{}".into(),
+                },
+            }),
+        }
+    }
+
+    /// The part of `spec` that is QEMU's, to be changed by a test.
+    pub(crate) fn own(spec: &mut MachineSpec) -> &mut QemuMachine {
+        spec.qemu_mut().expect("the tests' machine is QEMU's")
+    }
+
+    /// A machine of 5 GiB around the hole below 4 GiB.
+    fn kvm() -> MachineSpec {
+        let blocks = [("low", 3 << 30), ("high", 2 << 30)];
+        MachineSpec {
+            version: "0.1.0".into(),
+            hypervisor: Hypervisor::Kvm(KvmMachine {
+                vmm: "testbed".into(),
+                tracking: "manual".into(),
+                gpas: vec![0, 4 << 30],
+                config: vec![1, 2, 255],
+            }),
+            ..spec(&["none"], &blocks)
+        }
+    }
+
+    fn own_kvm(spec: &mut MachineSpec) -> &mut KvmMachine {
+        match &mut spec.hypervisor {
+            Hypervisor::Kvm(own) => own,
+            _ => panic!("it is a VMM's"),
         }
     }
 
@@ -259,18 +268,31 @@ pub(crate) mod tests {
 
     #[test]
     fn a_spec_survives_its_encoding() {
-        assert_eq!(MachineSpec::from_json(&plain().to_json()).unwrap(), plain());
+        for spec in [plain(), kvm()] {
+            assert_eq!(MachineSpec::from_json(&spec.to_json()).unwrap(), spec);
+        }
     }
 
     #[test]
     fn a_spec_that_contradicts_itself_is_refused() {
-        let mut other_main = plain();
-        other_main.main = BlockId(2);
-        let mut other_blocks = plain();
-        other_blocks.template.blocks.pop();
-        let mut no_argv = plain();
-        no_argv.argv.clear();
-        for bad in [other_main, other_blocks, no_argv] {
+        let changed = |spec: MachineSpec, change: &dyn Fn(&mut MachineSpec)| {
+            let mut spec = spec;
+            change(&mut spec);
+            spec
+        };
+        let contradictions = [
+            changed(plain(), &|spec| spec.main = BlockId(2)),
+            changed(plain(), &|spec| drop(own(spec).template.blocks.pop())),
+            changed(plain(), &|spec| own(spec).argv.clear()),
+            changed(kvm(), &|spec| own_kvm(spec).vmm.clear()),
+            changed(kvm(), &|spec| own_kvm(spec).gpas.truncate(1)),
+            changed(kvm(), &|spec| own_kvm(spec).gpas[1] = 2 << 30),
+            changed(kvm(), &|spec| own_kvm(spec).gpas[1] = u64::MAX),
+            changed(kvm(), &|spec| {
+                own_kvm(spec).config = vec![0; CONFIG_BYTES_MAX + 1];
+            }),
+        ];
+        for bad in contradictions {
             assert!(matches!(
                 MachineSpec::from_json(&bad.to_json()),
                 Err(SpecError::Invalid(_))
@@ -281,10 +303,10 @@ pub(crate) mod tests {
     #[test]
     fn another_format_and_too_many_bytes_are_named() {
         let mut newer = plain();
-        newer.format = 2;
+        newer.format = SPEC_FORMAT + 1;
         assert!(matches!(
             MachineSpec::from_json(&newer.to_json()),
-            Err(SpecError::Format(2))
+            Err(SpecError::Format(format)) if format == newer.format
         ));
         assert!(matches!(
             MachineSpec::from_json(&vec![b' '; SPEC_BYTES_MAX + 1]),
@@ -295,8 +317,8 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn damaged_specs_never_panic(at in any::<prop::sample::Index>(), byte: u8) {
-            let mut bytes = plain().to_json();
+        fn damaged_specs_never_panic(of_qemu: bool, at in any::<prop::sample::Index>(), byte: u8) {
+            let mut bytes = if of_qemu { plain() } else { kvm() }.to_json();
             let at = at.index(bytes.len());
             bytes[at] = byte;
             let _ = MachineSpec::from_json(&bytes);

@@ -1,21 +1,21 @@
-//! One QEMU process: started in a session of its own, with the end of what it says on stderr.
+//! The process of a standby: started in a session of its own, with the end of what it says on stderr.
 
 use std::collections::VecDeque;
+use std::error::Error;
 use std::io::Read;
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use romulus_host_sys::PidFd;
 
-use crate::qemu::qmp::{Qmp, QmpError};
 use crate::standby::StandbyError;
 
 /// How much of stderr is kept, in bytes.
 const STDERR_BYTES_MAX: usize = 8 << 10;
-const POLL: Duration = Duration::from_millis(2);
-
+/// What a process said last may still be on its way through the pipe when it has ended.
+const LAST_WORDS: Duration = Duration::from_millis(50);
 /// How long a killed process that is not our child may take to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -30,14 +30,23 @@ enum Hold {
 }
 
 /// A process that is killed when it is dropped, unless it was told to outlive us.
-pub(super) struct Process {
+pub(crate) struct Process {
+    /// What it is, for messages.
+    what: String,
     hold: Hold,
     tail: Tail,
     outlives: bool,
 }
 
 impl Process {
-    pub(super) fn spawn(launcher: &[String], argv: &[String], folder: &Path) -> Result<Self, StandbyError> {
+    /// Starts `argv` behind a launcher that execs it, with `folder` as its working directory and an environment without
+    /// anything of ours. `what` it is stands in messages.
+    pub(crate) fn spawn(
+        what: &str,
+        launcher: &[String],
+        argv: &[String],
+        folder: &Path,
+    ) -> Result<Self, StandbyError> {
         let words: Vec<&String> = launcher.iter().chain(argv).collect();
         let mut child = Command::new(words[0])
             .args(&words[1..])
@@ -49,15 +58,16 @@ impl Process {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(|error| {
-                StandbyError::new(format!("could not run {}: is QEMU installed?", words[0]), error)
+                StandbyError::new(format!("could not run {}: is {what} installed?", words[0]), error)
             })?;
         let tail = Tail::default();
         if let Some(stderr) = child.stderr.take() {
             let tail = Arc::clone(&tail);
-            // Ends with the process. QEMU ignores the broken pipe that it gets when we end before it.
+            // Ends with the process, which must bear the broken pipe that it gets when we end before it.
             std::thread::spawn(move || keep_tail(stderr, &tail));
         }
         Ok(Self {
+            what: what.to_owned(),
             hold: Hold::Child(child),
             tail,
             outlives: false,
@@ -65,24 +75,25 @@ impl Process {
     }
 
     /// Holds on to a process that an earlier agent started. It outlives us, as it did that one.
-    pub(super) fn adopt(pid: u32) -> Result<Self, StandbyError> {
+    pub(crate) fn adopt(what: &str, pid: u32) -> Result<Self, StandbyError> {
         let fd = PidFd::open(pid)
             .map_err(|error| StandbyError::new(format!("could not hold process {pid}"), error))?;
         Ok(Self {
+            what: what.to_owned(),
             hold: Hold::Adopted { pid, fd },
             tail: Tail::default(),
             outlives: true,
         })
     }
 
-    pub(super) fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         match &self.hold {
             Hold::Child(child) => child.id(),
             Hold::Adopted { pid, .. } => *pid,
         }
     }
 
-    pub(super) fn is_alive(&mut self) -> bool {
+    pub(crate) fn is_alive(&mut self) -> bool {
         match &mut self.hold {
             Hold::Child(child) => matches!(child.try_wait(), Ok(None)),
             Hold::Adopted { fd, .. } => matches!(fd.wait_ended(Duration::ZERO), Ok(false)),
@@ -90,7 +101,7 @@ impl Process {
     }
 
     /// How it ended, in words; `None` while it runs.
-    pub(super) fn end(&mut self) -> Option<String> {
+    pub(crate) fn end(&mut self) -> Option<String> {
         let status = match &mut self.hold {
             Hold::Child(child) => child.try_wait().ok().flatten()?.to_string(),
             Hold::Adopted { fd, .. } => {
@@ -106,11 +117,11 @@ impl Process {
         })
     }
 
-    pub(super) fn outlive(&mut self) {
+    pub(crate) fn outlive(&mut self) {
         self.outlives = true;
     }
 
-    pub(super) fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         // These fail only when it is dead already.
         match &mut self.hold {
             Hold::Child(child) => {
@@ -125,38 +136,27 @@ impl Process {
     }
 
     /// The end of what it said.
-    pub(super) fn stderr(&self) -> String {
+    pub(crate) fn stderr(&self) -> String {
         let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes: Vec<u8> = tail.iter().copied().collect();
         String::from_utf8_lossy(&bytes).trim().to_owned()
     }
 
-    /// Waits for its monitor.
-    pub(super) fn connect(&mut self, socket: &Path, timeout: Duration) -> Result<Qmp, StandbyError> {
-        let deadline = Instant::now() + timeout;
-        loop {
-            if !self.is_alive() {
-                // What it said last may still be on its way through the pipe.
-                std::thread::sleep(Duration::from_millis(50));
-                return Err(StandbyError::plain(format!(
-                    "the standby's QEMU ended at once: {}",
-                    self.stderr()
-                )));
-            }
-            let error = match Qmp::connect(socket, deadline) {
-                Ok(qmp) => return Ok(qmp),
-                Err(error) => error,
-            };
-            let not_yet = matches!(error, QmpError::Connect { .. } | QmpError::Closed);
-            if !not_yet || Instant::now() >= deadline {
-                return Err(error_with_stderr(
-                    "the standby's monitor cannot be reached",
-                    error,
-                    self,
-                ));
-            }
-            std::thread::sleep(POLL);
-        }
+    /// The same of a process that has just ended: its last words are waited for.
+    pub(crate) fn last_words(&self) -> String {
+        std::thread::sleep(LAST_WORDS);
+        self.stderr()
+    }
+
+    /// An error with what the process said about it.
+    pub(crate) fn error(&self, what: &str, error: impl Error + Send + Sync + 'static) -> StandbyError {
+        let said = self.stderr();
+        let what = if said.is_empty() {
+            what.to_owned()
+        } else {
+            format!("{what} ({} said: {said})", self.what)
+        };
+        StandbyError::new(what, error)
     }
 }
 
@@ -176,15 +176,4 @@ fn keep_tail(mut stderr: ChildStderr, tail: &Tail) {
         let excess = tail.len().saturating_sub(STDERR_BYTES_MAX);
         tail.drain(..excess);
     }
-}
-
-/// An error with what QEMU said about it.
-pub(super) fn error_with_stderr(what: &str, error: QmpError, process: &Process) -> StandbyError {
-    let said = process.stderr();
-    let what = if said.is_empty() {
-        what.to_owned()
-    } else {
-        format!("{what} (QEMU said: {said})")
-    };
-    StandbyError::new(what, error)
 }
