@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!   0x1000 PML4   0x2000 PDPT   0x3000..0x7000 PDs of 0-4 GiB (2 MiB pages, identity)
-//!   0x8000 GDT    0x9000 IDT    0xc000 interrupt counters, total, fault record
+//!   0x8000 GDT    0x9000 IDT    0xc000 interrupt counters, total, fault record, progress
 //!   0xd000 kvmclock, 64 bytes a vCPU     0xe000 BootInfo     0xf000 command line
 //!   0x10000 TSS of each vCPU, 0x4000 apart     0x60000 ring-0 stacks, 0x1000 each
 //!   0x70000..0x200000 PDs of the RAM over 4 GiB, one a GiB
@@ -64,6 +64,8 @@ pub const IRQ_COUNTERS: u64 = 0xc000;
 pub const IRQ_TOTAL: u64 = 0xc800;
 /// What an exception leaves behind: vector, error code, rip, cr2, rsp of ring 3; each u64.
 pub const FAULT_RECORD: u64 = 0xc900;
+/// Where [`Progress`] is kept.
+pub const PROGRESS: u64 = 0xcb00;
 /// kvmclock areas, one a vCPU.
 pub const KVMCLOCK: u64 = 0xd000;
 /// Distance of two vCPUs' kvmclock areas, in bytes.
@@ -385,6 +387,59 @@ impl BootInfo {
     }
 }
 
+/// What the guest has done so far, at [`PROGRESS`]; written every millisecond when the command line says `progress=on`.
+///
+/// In memory: magic, sequence (odd while it is being written), then these fields in this order, each a u64.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Units of arithmetic that were done because of `work=on`.
+    pub work_units: u64,
+    /// Pages that the dirtier has written.
+    pub pages_written: u64,
+    /// Periods that the dirtier has completed.
+    pub dirty_rounds: u64,
+    /// kvmclock, in nanoseconds.
+    pub kvmclock_ns: u64,
+    /// The time stamp counter at the same moment.
+    pub tsc: u64,
+}
+
+impl Progress {
+    /// First eight bytes, `RMLSPROG` in memory.
+    pub const MAGIC: u64 = u64::from_le_bytes(*b"RMLSPROG");
+    /// Size in memory, in bytes.
+    pub const BYTES: usize = 56;
+
+    /// Reads a copy of the record; `None` when there is none, or it was being written: copy it again.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8; Self::BYTES]) -> Option<Self> {
+        let mut fields = Fields { bytes };
+        let (magic, sequence) = (fields.u64(), fields.u64());
+        if magic != Self::MAGIC || sequence % 2 == 1 {
+            return None;
+        }
+        Some(Progress {
+            work_units: fields.u64(),
+            pages_written: fields.u64(),
+            dirty_rounds: fields.u64(),
+            kvmclock_ns: fields.u64(),
+            tsc: fields.u64(),
+        })
+    }
+
+    /// The fields as they lie in memory.
+    #[must_use]
+    pub fn fields(&self) -> [u64; 5] {
+        [
+            self.work_units,
+            self.pages_written,
+            self.dirty_rounds,
+            self.kvmclock_ns,
+            self.tsc,
+        ]
+    }
+}
+
 fn within(what: &'static str, got: u64, max: u64) -> Result<(), AbiError> {
     if got > max {
         Err(AbiError::Limit { what, got, max })
@@ -440,57 +495,4 @@ impl<'a> Fields<'a> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn sample() -> BootInfo {
-        let net = Device {
-            virtio_id: 1,
-            vector: DEVICE_VECTOR.into(),
-            mmio: VIRTIO_MMIO,
-            gsi: 24,
-        };
-        BootInfo::new(2, 1 << 30, 0, 2_450_000, 11, &[net]).unwrap()
-    }
-
-    #[test]
-    fn boot_information_survives_its_bytes() {
-        let info = sample();
-        assert_eq!(BootInfo::from_bytes(&info.to_bytes()), Ok(info));
-    }
-
-    #[test]
-    fn another_version_is_refused_by_name() {
-        let mut bytes = sample().to_bytes();
-        bytes[8] = 9;
-        assert_eq!(BootInfo::from_bytes(&bytes), Err(AbiError::Version(9)));
-    }
-
-    #[test]
-    fn the_layout_has_no_overlap() {
-        assert!(TSS + u64::from(VCPUS_MAX) * TSS_STRIDE <= KERNEL_STACKS);
-        assert!(kernel_stack_top(VCPUS_MAX - 1) <= HIGH_PDS);
-        assert!(user_stack_top(VCPUS_MAX - 1) < IMAGE);
-        assert!(KVMCLOCK + u64::from(VCPUS_MAX) * KVMCLOCK_STRIDE <= BOOT_INFO);
-        assert!(BOOT_INFO + BootInfo::BYTES as u64 <= CMDLINE);
-        assert_eq!(user_stack_top(0) % 16, 8);
-    }
-
-    proptest! {
-        #[test]
-        fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..4096)) {
-            let _ = BootInfo::from_bytes(&bytes);
-            let _ = ImageHeader::from_bytes(&bytes);
-        }
-
-        #[test]
-        fn no_boot_information_makes_it_panic(tail in proptest::collection::vec(any::<u8>(), BootInfo::BYTES - 12)) {
-            let mut bytes = [BootInfo::MAGIC.to_le_bytes().as_slice(), &ABI_VERSION.to_le_bytes()].concat();
-            bytes.extend(tail);
-            if let Ok(info) = BootInfo::from_bytes(&bytes) {
-                prop_assert!(info.devices().len() <= DEVICES_MAX);
-            }
-        }
-    }
-}
+mod tests;

@@ -1,6 +1,6 @@
 //! The commands of the key-value service: what `redis-cli` and `redis-benchmark` use, and a few of the guest's own.
 //!
-//! The guest's own: `SELFCHECK` (state of the self-checks), `CLOCK` (kvmclock in nanoseconds, time stamp counter),
+//! The guest's own: `SELFCHECK` (whether everything is right; `INFO` tells more), `CLOCK` (kvmclock in nanoseconds, time stamp counter),
 //! `DIRTY [WORD]` (the dirtier's settings, or new ones), `DAMAGE WHAT` (spoils something, so that a test sees the
 //! self-checks find it), `SHUTDOWN`, `REBOOT`, `CRASH` (power off, reset, panic).
 
@@ -15,11 +15,15 @@ use crate::store::Store;
 pub trait Machine {
     /// kvmclock in nanoseconds, and the time stamp counter at the same moment.
     fn clock(&mut self) -> (u64, u64);
-    /// Writes the state of the self-checks: lines of the form `name:value`.
+    /// Says whether everything is right; if not, writes what is wrong into `why`.
+    fn self_check(&mut self, why: &mut dyn Write) -> bool;
+    /// Writes what the machine does: lines of the form `name:value`.
     ///
     /// # Errors
     /// Those of `into`.
-    fn self_check(&mut self, into: &mut dyn Write) -> fmt::Result;
+    fn report(&mut self, into: &mut dyn Write) -> fmt::Result;
+    /// Number of the connection that the command came by: no other ever has it.
+    fn connection(&self) -> u64;
     /// What the dirtier does.
     fn dirtying(&mut self) -> Option<Dirtying>;
     /// Tells the dirtier what to do.
@@ -356,7 +360,10 @@ fn config(call: &mut Call<'_, '_, '_>) -> Then {
 fn client(call: &mut Call<'_, '_, '_>) -> Then {
     match call.args[0] {
         verb if verb.eq_ignore_ascii_case(b"GETNAME") => call.reply.maybe(None),
-        verb if verb.eq_ignore_ascii_case(b"ID") => call.reply.integer(1),
+        verb if verb.eq_ignore_ascii_case(b"ID") => {
+            call.reply
+                .integer(i64::try_from(call.machine.connection()).unwrap_or(i64::MAX));
+        }
         _ => call.reply.simple("OK"),
     }
     Then::Next
@@ -379,11 +386,8 @@ fn info(call: &mut Call<'_, '_, '_>) -> Then {
         text,
         "# Server\r\nredis_version:7.0.0\r\nredis_mode:standalone\r\nromulus_guest:1\r\n"
     );
-    let _ = write!(
-        text,
-        "# Keyspace\r\ndb0:keys={entries},expires=0\r\n# Selfcheck\r\n"
-    );
-    let _ = call.machine.self_check(&mut text);
+    let _ = write!(text, "# Keyspace\r\ndb0:keys={entries},expires=0\r\n# Guest\r\n");
+    let _ = call.machine.report(&mut text);
     call.reply.bulk(text.bytes());
     Then::Next
 }
@@ -394,9 +398,12 @@ fn quit(call: &mut Call<'_, '_, '_>) -> Then {
 }
 
 fn self_check(call: &mut Call<'_, '_, '_>) -> Then {
-    let mut text = Text::<INFO_BYTES>::default();
-    let _ = call.machine.self_check(&mut text);
-    call.reply.bulk(text.bytes());
+    let mut why = Text::<128>::default();
+    if call.machine.self_check(&mut why) {
+        return ok(call);
+    }
+    call.reply
+        .error(format_args!("SELFCHECK {}", Printable(why.bytes())));
     Then::Next
 }
 
@@ -455,13 +462,13 @@ fn crash(call: &mut Call<'_, '_, '_>) -> Then {
     Then::Crash
 }
 
-/// Shows at most the first 64 bytes of a client's word, and only those that print.
+/// Shows at most the first 128 bytes of a text, and only those that print.
 struct Printable<'a>(&'a [u8]);
 
 impl fmt::Display for Printable<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for &byte in self.0.iter().take(64) {
-            let shown = if byte.is_ascii_graphic() {
+        for &byte in self.0.iter().take(128) {
+            let shown = if byte.is_ascii_graphic() || byte == b' ' {
                 char::from(byte)
             } else {
                 '.'

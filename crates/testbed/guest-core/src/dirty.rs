@@ -37,7 +37,7 @@ pub struct Dirtying {
     pub content: Content,
     /// Pages to write in each period.
     pub pages: u32,
-    /// Length of a period, in milliseconds.
+    /// Length of a period, in milliseconds; 0: as fast as possible.
     pub period_ms: u32,
     /// Size of the set, in MiB; all that is free if not given.
     pub set_mib: Option<u32>,
@@ -68,11 +68,12 @@ impl Dirtying {
                 "counter" => Content::Counter,
                 _ => return Err("the content is one of text, random, counter"),
             },
-            pages: number(parts.next(), PAGES_MAX).ok_or("PAGES is a number from 1 to 1048576")?,
-            period_ms: number(parts.next(), PERIOD_MS_MAX).ok_or("PERIOD_MS is a number from 1 to 60000")?,
+            pages: number(parts.next(), 1, PAGES_MAX).ok_or("PAGES is a number from 1 to 1048576")?,
+            period_ms: number(parts.next(), 0, PERIOD_MS_MAX)
+                .ok_or("PERIOD_MS is a number from 0 to 60000")?,
             set_mib: match parts.next() {
                 None => None,
-                mib => Some(number(mib, u32::MAX).ok_or("SET_MIB is a number from 1")?),
+                mib => Some(number(mib, 1, u32::MAX).ok_or("SET_MIB is a number from 1")?),
             },
         };
         match parts.next() {
@@ -82,8 +83,8 @@ impl Dirtying {
     }
 }
 
-fn number(text: Option<&str>, max: u32) -> Option<u32> {
-    text?.parse().ok().filter(|number| (1..=max).contains(number))
+fn number(text: Option<&str>, min: u32, max: u32) -> Option<u32> {
+    text?.parse().ok().filter(|number| (min..=max).contains(number))
 }
 
 impl fmt::Display for Dirtying {
@@ -156,7 +157,7 @@ impl Pacer {
             start_ns: now_ns,
             done: 0,
             pages: u64::from(dirtying.pages).max(1),
-            period_ns: u64::from(dirtying.period_ms).max(1) * 1_000_000,
+            period_ns: u64::from(dirtying.period_ms) * 1_000_000,
             skipped: 0,
         }
     }
@@ -164,6 +165,9 @@ impl Pacer {
     /// How many pages are due at `now_ns`: at most a period's, what is beyond is skipped (after a jump of the clock, or
     /// when the guest is too slow).
     pub fn due(&mut self, now_ns: u64) -> u64 {
+        if self.period_ns == 0 {
+            return self.pages;
+        }
         let elapsed = u128::from(now_ns.saturating_sub(self.start_ns));
         let want =
             u64::try_from(elapsed * u128::from(self.pages) / u128::from(self.period_ns)).unwrap_or(u64::MAX);
@@ -172,6 +176,12 @@ impl Pacer {
         self.skipped += skip;
         self.done += skip;
         due - skip
+    }
+
+    /// Periods whose pages were all written.
+    #[must_use]
+    pub fn rounds(&self) -> u64 {
+        (self.done - self.skipped) / self.pages
     }
 
     /// Notes that `pages` were written.
@@ -251,7 +261,7 @@ mod tests {
 
         #[test]
         fn settings_survive_their_text(
-            content in contents(), pages in 1..=PAGES_MAX, period_ms in 1..=PERIOD_MS_MAX,
+            content in contents(), pages in 1..=PAGES_MAX, period_ms in 0..=PERIOD_MS_MAX,
             set_mib in proptest::option::of(1_u32..), pattern in 0..3_usize,
         ) {
             let pattern = [Pattern::Random, Pattern::Sequential, Pattern::HotCold][pattern];

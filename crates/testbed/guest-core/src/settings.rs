@@ -34,6 +34,10 @@ pub struct Settings {
     pub log: bool,
     /// `check=on|off|busy`.
     pub check: Check,
+    /// `work=on|off`: whether time that is left over is spent on countable arithmetic instead of sleep.
+    pub work: bool,
+    /// `progress=on|off`: whether [`crate::abi::Progress`] is written every millisecond.
+    pub progress: bool,
     /// `keys=MIB`, memory for keys; an eighth of the RAM, at most 64 MiB, if not given.
     pub keys_mib: Option<u32>,
 }
@@ -48,6 +52,8 @@ impl Default for Settings {
             dirty: None,
             log: true,
             check: Check::On,
+            work: false,
+            progress: false,
             keys_mib: None,
         }
     }
@@ -97,13 +103,9 @@ impl Settings {
                     .ok_or("a port from 1 to 65535 is wanted")?;
             }
             "dirty" => self.dirty = Dirtying::parse(value)?,
-            "log" => {
-                self.log = match value {
-                    "on" => true,
-                    "off" => false,
-                    _ => return Err("on or off is wanted"),
-                }
-            }
+            "log" => self.log = switch(value)?,
+            "work" => self.work = switch(value)?,
+            "progress" => self.progress = switch(value)?,
             "check" => {
                 self.check = match value {
                     "on" => Check::On,
@@ -113,9 +115,17 @@ impl Settings {
                 }
             }
             "keys" => self.keys_mib = Some(value.parse().map_err(|_| "a number of MiB is wanted")?),
-            _ => return Err("known are ip, ip6, gw, port, dirty, log, check, keys"),
+            _ => return Err("known are ip, ip6, gw, port, dirty, log, check, work, progress, keys"),
         }
         Ok(())
+    }
+}
+
+fn switch(text: &str) -> Result<bool, &'static str> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("on or off is wanted"),
     }
 }
 
@@ -137,7 +147,7 @@ mod tests {
 
     #[test]
     fn every_word_is_understood() {
-        let line = "ip=10.1.2.3/16 ip6=fd77::2/64 gw=10.1.0.1 port=7 dirty=hotcold/text:10:25:8 log=off check=busy keys=4";
+        let line = "ip=10.1.2.3/16 ip6=fd77::2/64 gw=10.1.0.1 port=7 dirty=hotcold/text:10:25:8 log=off check=busy work=on progress=on keys=4";
         let settings = Settings::parse(line).unwrap();
         assert_eq!(settings.ip, (Ipv4Addr::new(10, 1, 2, 3), 16));
         assert_eq!(settings.ip6, Some(("fd77::2".parse().unwrap(), 64)));
@@ -147,7 +157,10 @@ mod tests {
             (7, false, Check::Busy)
         );
         assert_eq!(settings.dirty.unwrap().to_string(), "hotcold/text:10:25:8");
-        assert_eq!(settings.keys_mib, Some(4));
+        assert_eq!(
+            (settings.work, settings.progress, settings.keys_mib),
+            (true, true, Some(4))
+        );
     }
 
     #[test]
@@ -158,7 +171,7 @@ mod tests {
             "port=0",
             "dirty=random",
             "log=1",
-            "speed=2",
+            "work=2",
             "check",
         ] {
             assert_eq!(Settings::parse(word).unwrap_err().word, word);

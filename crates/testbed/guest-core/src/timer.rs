@@ -47,6 +47,24 @@ impl fmt::Display for TimerError {
     }
 }
 
+/// Tells what is late from what is lost, across jumps of the clock.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Overdue {
+    first_ns: u64,
+    looks: u32,
+}
+
+impl Overdue {
+    /// Looks at something at `now_ns` that was due before; says whether it must be taken for lost.
+    pub fn look(&mut self, now_ns: u64) -> bool {
+        if self.looks == 0 {
+            self.first_ns = now_ns;
+        }
+        self.looks = self.looks.saturating_add(1);
+        self.looks > LOOKS && now_ns > self.first_ns.saturating_add(GRACE_NS)
+    }
+}
+
 /// Watches one vCPU's one-shot timer.
 #[derive(Debug, Clone, Default)]
 pub struct TimerWatch {
@@ -62,7 +80,7 @@ struct Pending {
     deadline_ns: u64,
     /// An earlier timer was still pending when this one was armed, and either of them may be the one that fires.
     replaced: bool,
-    overdue: Option<(u64, u32)>,
+    overdue: Overdue,
 }
 
 impl TimerWatch {
@@ -70,6 +88,12 @@ impl TimerWatch {
     #[must_use]
     pub fn armed(&self) -> u64 {
         self.armed
+    }
+
+    /// When the pending timer will fire, in nanoseconds of kvmclock.
+    #[must_use]
+    pub fn deadline(&self) -> Option<u64> {
+        self.pending.map(|pending| pending.deadline_ns)
     }
 
     /// Notes that the timer is about to be armed at `now_ns` for `deadline_ns`, when `fired` interrupts have come.
@@ -82,7 +106,7 @@ impl TimerWatch {
             armed_at_ns: now_ns,
             deadline_ns,
             replaced,
-            overdue: None,
+            overdue: Overdue::default(),
         });
     }
 
@@ -112,9 +136,7 @@ impl TimerWatch {
         if now_ns < pending.deadline_ns {
             return Ok(());
         }
-        let (first_ns, looks) = pending.overdue.get_or_insert((now_ns, 0));
-        *looks += 1;
-        if *looks > LOOKS && now_ns > *first_ns + GRACE_NS {
+        if pending.overdue.look(now_ns) {
             return Err(TimerError::Lost {
                 overdue_ns: now_ns - pending.deadline_ns,
             });

@@ -10,8 +10,15 @@ impl Machine for Fake {
     fn clock(&mut self) -> (u64, u64) {
         (5, 10)
     }
-    fn self_check(&mut self, into: &mut dyn Write) -> fmt::Result {
-        write!(into, "state:ok\r\n")
+    fn self_check(&mut self, why: &mut dyn Write) -> bool {
+        let _ = why.write_str("vCPU 1 stands still\n");
+        self.dirtying.is_none()
+    }
+    fn report(&mut self, into: &mut dyn Write) -> fmt::Result {
+        write!(into, "rounds:5\r\n")
+    }
+    fn connection(&self) -> u64 {
+        77
     }
     fn dirtying(&mut self) -> Option<Dirtying> {
         self.dirtying
@@ -124,15 +131,17 @@ fn the_clients_of_redis_get_what_they_ask_first() {
         "*2\r\n$4\r\nsave\r\n$0\r\n\r\n*0\r\n+OK\r\n+OK\r\n"
     );
     assert_eq!(talk("PING\nPING x\nECHO y\n"), "+PONG\r\n$1\r\nx\r\n$1\r\ny\r\n");
-    assert!(talk("INFO\n").contains("state:ok"));
+    assert!(talk("INFO\n").contains("rounds:5"));
 }
 
 #[test]
 fn the_guests_own_commands_reach_the_machine() {
     assert_eq!(
         talk("CLOCK\nDAMAGE byte\nSELFCHECK\n"),
-        "*2\r\n:5\r\n:10\r\n+OK\r\n$10\r\nstate:ok\r\n\r\n"
+        "*2\r\n:5\r\n:10\r\n+OK\r\n+OK\r\n"
     );
+    assert!(talk("DIRTY random:1:1\nSELFCHECK\n").ends_with("-SELFCHECK vCPU 1 stands still.\r\n"));
+    assert_eq!(talk("CLIENT ID\n"), ":77\r\n");
     assert!(talk("DAMAGE peace\n").starts_with("-ERR"));
     assert_eq!(
         talk("DIRTY\nDIRTY random/text:10:25\nDIRTY off\n"),
