@@ -28,7 +28,7 @@ mod bridge;
 mod error;
 mod gate;
 mod learn;
-mod netlink;
+pub mod netlink;
 mod plumbing;
 mod programs;
 mod queue;

@@ -20,8 +20,9 @@ const HEADER_BYTES: usize = 16;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 
+/// A socket for questions to, and changes of, the network of one namespace.
 #[derive(Debug)]
-pub(crate) struct Netlink {
+pub struct Netlink {
     socket: OwnedFd,
     sequence: u32,
     answer: Vec<u8>,
@@ -29,7 +30,10 @@ pub(crate) struct Netlink {
 
 impl Netlink {
     /// A socket in the network namespace of the calling thread.
-    pub(crate) fn open() -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// As socket(2) says.
+    pub fn open() -> io::Result<Self> {
         let socket = net::socket_with(
             AddressFamily::NETLINK,
             SocketType::RAW,
@@ -44,13 +48,19 @@ impl Netlink {
         })
     }
 
-    /// Sends a request and waits for its acknowledgement.
-    pub(crate) fn change(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+    /// Sends a request, with `flags` beside those of every request, and waits for its acknowledgement.
+    ///
+    /// # Errors
+    /// The kernel's, or that it did not answer for 5 s.
+    pub fn change(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
         self.ask(message, flags, |_| ())
     }
 
     /// Sends a request and hands the payload of each answer to `each`, until the last one.
-    pub(crate) fn ask(
+    ///
+    /// # Errors
+    /// As [`Netlink::change`].
+    pub fn ask(
         &mut self,
         message: RouteNetlinkMessage,
         flags: u16,

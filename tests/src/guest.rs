@@ -15,6 +15,8 @@ use crate::{Lab, Process};
 
 /// The guest's Ethernet address.
 pub const MAC: &str = "52:54:00:77:00:02";
+/// The same, as it stands in a frame.
+pub(crate) const MAC_BYTES: [u8; 6] = [0x52, 0x54, 0x00, 0x77, 0x00, 0x02];
 /// The port of its redis.
 pub const REDIS_PORT: u16 = 6379;
 

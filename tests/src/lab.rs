@@ -2,13 +2,15 @@
 
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::namespace::visit;
 use crate::netns::{Host, Net};
+use crate::process::command;
 use crate::{Paths, Process};
 
 /// A lab. Everything in it ends when it is dropped; logs stay.
@@ -84,12 +86,12 @@ impl Lab {
     /// # Errors
     /// When it ends otherwise.
     pub fn output_or(&self, host: Host, argv: &[String], codes: &[i32]) -> Result<String> {
-        let out = Command::new("ip")
-            .args(["netns", "exec", &self.net.namespace(host)])
-            .args(argv)
-            .stdin(Stdio::null())
-            .output()
-            .context("cannot start `ip`")?;
+        let mut command = command(argv)?;
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = visit(&self.net.namespace(host), || command.spawn())?;
+        let out = child
+            .and_then(Child::wait_with_output)
+            .with_context(|| format!("cannot run {}", argv[0]))?;
         if !out.status.success() && !out.status.code().is_some_and(|code| codes.contains(&code)) {
             bail!(
                 "`{}` failed ({}): {}",

@@ -23,6 +23,8 @@ pub mod guest;
 mod guest_config;
 mod lab;
 mod ledger;
+mod links;
+mod namespace;
 mod netns;
 mod paths;
 pub mod pinger;

@@ -1,20 +1,22 @@
 //! Hosts made of network namespaces, and the switch between them.
 
 use std::fmt::{Display, Formatter};
-use std::fs::File;
-use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::AsFd as _;
-use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, anyhow, bail};
-use rustix::process::{Pid, Signal, kill_process};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use anyhow::{Context as _, Result};
+use romulus_host_sys::tap::Tap;
+
+use crate::links::Links;
+use crate::namespace::{self, within};
 
 /// The guest's tap on the primary.
 pub const TAP: &str = "tap0";
 /// The bridge of the primary and of the backup.
 pub const BRIDGE: &str = "br0";
+/// The bridge that is the switch.
+const SWITCH: &str = "sw0";
+/// A host's card.
+const CARD: &str = "eth0";
 /// The guest's IPv4 address.
 pub const GUEST_IP: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 /// The guest's IPv6 address.
@@ -64,6 +66,11 @@ impl Host {
         Ipv4Addr::new(10, 77, 0, self.number()).into()
     }
 
+    /// Its IPv6 address.
+    fn ip6(self) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, self.number().into())
+    }
+
     /// Its port on the switch.
     #[must_use]
     pub fn port(self) -> String {
@@ -87,14 +94,14 @@ impl Net {
     /// Builds the lab's network, after removing what an earlier one of this prefix left.
     ///
     /// # Errors
-    /// When `ip` is missing or refuses, most often for want of rights.
+    /// When the kernel refuses, most often for want of rights.
     pub fn build(prefix: &str) -> Result<Net> {
         let net = Net {
             prefix: prefix.to_owned(),
         };
         net.clean();
         for name in net.names() {
-            ip(&["netns", "add", &name])?;
+            namespace::make(&name)?;
         }
         net.wire_switch()?;
         for host in Host::ALL {
@@ -120,7 +127,7 @@ impl Net {
     /// # Errors
     /// When the namespace is gone.
     pub fn enter(&self, host: Host) -> Result<()> {
-        enter(&self.namespace(host))
+        namespace::enter(&self.namespace(host))
     }
 
     /// Cuts a host's cable, or plugs it in again.
@@ -128,8 +135,7 @@ impl Net {
     /// # Errors
     /// When the namespace is gone.
     pub fn set_cable(&self, host: Host, plugged: bool) -> Result<()> {
-        let state = if plugged { "up" } else { "down" };
-        ip(&["-n", &self.switch(), "link", "set", &host.port(), state])
+        within(&self.switch(), || Links::open()?.switch(&host.port(), plugged))
     }
 
     /// Kills what runs in namespaces of this prefix, and removes them.
@@ -147,57 +153,52 @@ impl Net {
 
     fn clean(&self) {
         for name in self.names() {
-            // What is not there needs no removing: failures are the usual case of a first run.
-            for pid in pids(&name) {
-                let _ = kill_process(pid, Signal::KILL);
-            }
-            let _ = Command::new("ip")
-                .args(["netns", "del", &name])
-                .stderr(Stdio::null())
-                .status();
+            namespace::remove(&name);
         }
     }
 
     fn wire_switch(&self) -> Result<()> {
-        batch(
-            &self.switch(),
-            "link set lo up\nlink add sw0 type bridge forward_delay 0 stp_state 0 mcast_snooping 0\nlink set sw0 up\n",
-        )
+        within(&self.switch(), || {
+            let mut links = Links::open()?;
+            links.switch("lo", true)?;
+            links.add_bridge(SWITCH)?;
+            links.switch(SWITCH, true)
+        })
     }
 
     fn wire_host(&self, host: Host) -> Result<()> {
-        let (port, number) = (host.port(), host.number());
-        let namespace = self.namespace(host);
-        batch(
-            &self.switch(),
-            &format!(
-                "link add {port} type veth peer name eth0 netns {namespace}\n\
-                 link set {port} master sw0\nlink set {port} up\n"
-            ),
-        )?;
-        let addresses = |device: &str| {
-            format!(
-                "addr add 10.77.0.{number}/24 dev {device}\naddr add fd77::{number}/64 dev {device} nodad\n"
-            )
-        };
-        let inside = match host {
-            Host::Primary | Host::Backup => format!(
-                "link add {BRIDGE} type bridge forward_delay 0 stp_state 0 mcast_snooping 0\n\
-                 link set eth0 master {BRIDGE}\nlink set eth0 up\nlink set {BRIDGE} up\n{}",
-                addresses(BRIDGE)
-            ),
-            Host::Client | Host::Witness => format!("link set eth0 up\n{}", addresses("eth0")),
-        };
-        batch(&namespace, &format!("link set lo up\n{inside}"))?;
-        if host == Host::Primary {
-            batch(
-                &namespace,
-                &format!(
-                    "tuntap add dev {TAP} mode tap\nlink set {TAP} master {BRIDGE}\nlink set {TAP} up\n"
-                ),
-            )?;
-        }
-        Ok(())
+        let (port, inside) = (host.port(), self.namespace(host));
+        let other_end = namespace::open(&inside)?;
+        within(&self.switch(), || {
+            let mut links = Links::open()?;
+            links.add_cable(&port, CARD, &other_end)?;
+            links.join(&port, SWITCH)?;
+            links.switch(&port, true)
+        })?;
+        within(&inside, || {
+            let mut links = Links::open()?;
+            links.switch("lo", true)?;
+            links.switch(CARD, true)?;
+            let speaks = match host {
+                Host::Primary | Host::Backup => {
+                    links.add_bridge(BRIDGE)?;
+                    links.join(CARD, BRIDGE)?;
+                    links.switch(BRIDGE, true)?;
+                    BRIDGE
+                }
+                Host::Client | Host::Witness => CARD,
+            };
+            links.add_address(speaks, host.ip(), 24)?;
+            links.add_address(speaks, host.ip6().into(), 64)?;
+            if host == Host::Primary {
+                let tap = Tap::create(TAP, false).with_context(|| format!("cannot make the tap {TAP}"))?;
+                tap.persist().context("cannot keep the tap")?;
+                links.join(TAP, BRIDGE)?;
+                links.switch(TAP, true)?;
+            }
+            Ok(())
+        })
+        .with_context(|| format!("cannot wire {host}"))
     }
 }
 
@@ -205,81 +206,4 @@ impl Drop for Net {
     fn drop(&mut self) {
         self.clean();
     }
-}
-
-/// Moves the calling thread to the namespace of this name.
-pub(crate) fn enter(namespace: &str) -> Result<()> {
-    let path = format!("/run/netns/{namespace}");
-    let file = File::open(&path).with_context(|| format!("cannot open {path}"))?;
-    move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
-        .with_context(|| format!("cannot enter {path}"))
-}
-
-fn pids(namespace: &str) -> Vec<Pid> {
-    let Ok(out) = Command::new("ip")
-        .args(["netns", "pids", namespace])
-        .stderr(Stdio::null())
-        .output()
-    else {
-        return Vec::new();
-    };
-    let text = String::from_utf8_lossy(&out.stdout).into_owned();
-    text.split_whitespace()
-        .filter_map(|word| Pid::from_raw(word.parse().ok()?))
-        .collect()
-}
-
-fn ip(words: &[&str]) -> Result<()> {
-    let out = Command::new("ip")
-        .args(words)
-        .output()
-        .context("cannot start `ip`; install iproute2 (`cargo xtask setup` does)")?;
-    if !out.status.success() {
-        bail!(
-            "`ip {}` failed: {}; the lab needs root and network namespaces",
-            words.join(" "),
-            String::from_utf8_lossy(&out.stderr).trim()
-        );
-    }
-    Ok(())
-}
-
-/// Many `ip` commands at once, in one namespace.
-fn batch(namespace: &str, script: &str) -> Result<()> {
-    let mut child = Command::new("ip")
-        .args(["-n", namespace, "-batch", "-"])
-        .stdin(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("cannot start `ip`; install iproute2 (`cargo xtask setup` does)")?;
-    let mut stdin = child
-        .stdin
-        .take()
-        .ok_or_else(|| anyhow!("ip has no standard input"))?;
-    stdin.write_all(script.as_bytes()).context("cannot write to ip")?;
-    drop(stdin);
-    let out = child.wait_with_output().context("cannot wait for ip")?;
-    if !out.status.success() {
-        bail!(
-            "`ip` failed in {namespace}: {}\n{script}",
-            String::from_utf8_lossy(&out.stderr).trim()
-        );
-    }
-    Ok(())
-}
-
-/// Does something on a thread of its own in the namespace; what it opens there stays there.
-///
-/// # Errors
-/// When the namespace is gone, or what `work` says.
-pub(crate) fn within<T: Send>(namespace: &str, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            enter(namespace)?;
-            work()
-        });
-        thread
-            .join()
-            .map_err(|_| anyhow!("a thread in {namespace} panicked"))?
-    })
 }

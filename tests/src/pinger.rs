@@ -11,7 +11,8 @@ use anyhow::{Context as _, Result};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::Lab;
-use crate::netns::{GUEST_IP, Host, within};
+use crate::namespace::within;
+use crate::netns::{GUEST_IP, Host};
 
 /// The running pinger. Dropping it ends it.
 #[derive(Debug)]

@@ -6,7 +6,10 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
+use romulus_host_sys::child::die_with_thread;
 use rustix::process::{Pid, Signal, kill_process};
+
+use crate::namespace::visit;
 
 /// A child process. Dropping it kills it.
 #[derive(Debug)]
@@ -22,18 +25,14 @@ impl Process {
     /// The child dies with the thread that starts it, so that a killed test leaves nothing running.
     ///
     /// # Errors
-    /// When the log cannot be made or `ip` not be started; that the program itself is missing shows in the log.
+    /// When the log cannot be made or the program not be started.
     pub fn spawn(namespace: &str, name: &str, argv: &[String], log: &Path) -> Result<Process> {
         let file = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
         let errors = file.try_clone().context("cannot duplicate a file")?;
-        let child = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", "ip", "netns", "exec", namespace])
-            .args(argv)
-            .stdin(Stdio::null())
-            .stdout(file)
-            .stderr(errors)
-            .spawn()
-            .with_context(|| format!("cannot start {name}; is setpriv (util-linux) installed?"))?;
+        let mut command = command(argv)?;
+        die_with_thread(&mut command).stdout(file).stderr(errors);
+        let child =
+            visit(namespace, || command.spawn())?.with_context(|| format!("cannot start {name} ({})", argv[0]))?;
         Ok(Process {
             name: name.to_owned(),
             child,
@@ -110,6 +109,14 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// A command of these words, with nothing to read.
+pub(crate) fn command(argv: &[String]) -> Result<Command> {
+    let (program, words) = argv.split_first().ok_or_else(|| anyhow!("an empty command line"))?;
+    let mut command = Command::new(program);
+    command.args(words).stdin(Stdio::null());
+    Ok(command)
 }
 
 /// The last lines of a file.

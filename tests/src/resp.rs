@@ -9,7 +9,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::guest::REDIS_PORT;
-use crate::netns::{GUEST_IP, Host, within};
+use crate::namespace::within;
+use crate::netns::{GUEST_IP, Host};
 use crate::{Lab, Stamp};
 
 /// No value that is stored here comes near; a longer one is a broken stream.

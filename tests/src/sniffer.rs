@@ -1,25 +1,30 @@
 //! What the guest says on the wire, seen at the switch's port of a host or at the guest's own tap: every frame with the
 //! guest's source address that comes *in* from there, with the kernel's time.
-//!
-//! tcpdump captures; this reads its output (the pcap format, version 2.4, nanosecond variant).
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-use std::io::{BufReader, Read};
-use std::process::{Child, Command, Stdio};
+use std::io::ErrorKind;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result};
+use romulus_host_sys::packet::{PacketSocket, SeenFrame};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::guest::MAC;
+use crate::guest::MAC_BYTES;
+use crate::links::Links;
+use crate::namespace::within;
 use crate::netns::{Host, TAP};
 use crate::{Lab, Stamp};
 
-const MAGIC_NANOSECONDS: u32 = 0xa1b2_3c4d;
-const FRAME_BYTES_MAX: usize = 1 << 18;
-const ETHERNET_HEADER_BYTES: u32 = 14;
+/// As much of a frame as tells it from others.
+const HELD_BYTES: usize = 4096;
+/// How often the thread looks whether it is to end.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+const ETHERNET_HEADER_BYTES: usize = 14;
 /// The shortest frame, without its checksum.
-const ETHERNET_BYTES_MIN: u32 = 60;
+const ETHERNET_BYTES_MIN: usize = 60;
 
 /// What a frame is, as far as it matters here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +42,7 @@ pub struct Frame {
     /// When.
     pub at: Stamp,
     /// Its length on the wire.
-    pub bytes: u32,
+    pub bytes: usize,
     /// What it is.
     pub kind: Kind,
     /// A hash of its length and its first 4096 bytes, both without Ethernet's padding, to tell frames apart.
@@ -47,16 +52,21 @@ pub struct Frame {
 /// A running capture. Dropping it ends it.
 #[derive(Debug)]
 pub struct Sniffer {
-    child: Child,
-    frames: Arc<Mutex<Vec<Frame>>>,
-    thread: Option<JoinHandle<Result<()>>>,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    frames: Mutex<Vec<Frame>>,
+    stop: AtomicBool,
 }
 
 impl Sniffer {
-    /// Begins to capture at `host`'s port of the switch, and returns once the capture runs.
+    /// Begins to capture at `host`'s port of the switch.
     ///
     /// # Errors
-    /// When tcpdump is missing or refuses.
+    /// When packet sockets are not allowed.
     pub fn start(lab: &Lab, host: Host) -> Result<Sniffer> {
         Sniffer::start_at(&lab.net.switch(), &host.port())
     }
@@ -71,56 +81,26 @@ impl Sniffer {
     }
 
     fn start_at(namespace: &str, device: &str) -> Result<Sniffer> {
-        let mut child = Command::new("setpriv")
-            .args([
-                "--pdeathsig",
-                "KILL",
-                "ip",
-                "netns",
-                "exec",
-                namespace,
-                "tcpdump",
-                "-i",
-                device,
-            ])
-            .args([
-                "-Q",
-                "in",
-                "-n",
-                "-U",
-                "--immediate-mode",
-                "-Z",
-                "root",
-                "-w",
-                "-",
-            ])
-            // A ring of many small slots: with room for the largest frame in each, a busy machine loses some.
-            .args(["-s", "4096", "-B", "32768"])
-            .args(["--time-stamp-precision=nano", "ether", "src", MAC])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("cannot start tcpdump; `cargo xtask setup` installs it")?;
-        let stdout = child
-            .stdout
-            .take()
-            .ok_or_else(|| anyhow!("tcpdump has no output"))?;
-        let mut input = BufReader::new(stdout);
-        // tcpdump writes the header once the capture is open.
-        read_header(&mut input).context("tcpdump did not start to capture")?;
-        let frames = Arc::new(Mutex::new(Vec::new()));
+        let socket = within(namespace, || {
+            let index = Links::open()?.index(device)?;
+            PacketSocket::open(index, MAC_BYTES).context("cannot open a packet socket; be root")
+        })?;
+        let shared = Arc::new(Shared::default());
+        let place = format!("{device} in {namespace}");
         let thread = std::thread::spawn({
-            let frames = Arc::clone(&frames);
+            let shared = Arc::clone(&shared);
             move || {
-                read_frames(input, |frame| {
-                    frames.lock().unwrap_or_else(PoisonError::into_inner).push(frame)
-                })
+                if let Err(error) = shared.capture(&socket) {
+                    eprintln!("the capture at {place} ended: {error:#}");
+                }
+                // Verdicts that are drawn from it are not to be trusted then.
+                if let Ok(lost @ 1..) = socket.lost() {
+                    eprintln!("the capture at {place} lost {lost} frames");
+                }
             }
         });
         Ok(Sniffer {
-            child,
-            frames,
+            shared,
             thread: Some(thread),
         })
     }
@@ -154,80 +134,72 @@ impl Sniffer {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Frame>> {
-        self.frames.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.frames.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Sniffer {
     fn drop(&mut self) {
-        // Gone already is gone.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.shared.stop.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take() {
+            // One that panicked has said so.
             let _ = thread.join();
         }
     }
 }
 
-fn read_header(input: &mut impl Read) -> Result<()> {
-    let mut header = [0_u8; 24];
-    input.read_exact(&mut header).context("no pcap header")?;
-    let magic = word(&header, 0)?;
-    if magic != MAGIC_NANOSECONDS {
-        bail!("tcpdump writes another format ({magic:#x}) than asked for");
+impl Shared {
+    fn capture(&self, socket: &PacketSocket) -> Result<()> {
+        let mut buffer = vec![0; HELD_BYTES];
+        let look_every = Timespec::try_from(LOOK_EVERY).context("a poll that long")?;
+        while !self.stop.load(Ordering::Acquire) {
+            // A signal may cut the wait short.
+            let _ = poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&look_every));
+            loop {
+                let seen = match socket.next(&mut buffer) {
+                    Ok(Some(seen)) => seen,
+                    Ok(None) => break,
+                    // The cable was cut; frames come again once it is plugged in.
+                    Err(error) if error.kind() == ErrorKind::NetworkDown => break,
+                    Err(error) => return Err(error).context("cannot fetch a frame"),
+                };
+                let frame = frame_of(seen, &buffer[..seen.bytes.min(HELD_BYTES)]);
+                self.frames
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push(frame);
+            }
+        }
+        Ok(())
     }
-    Ok(())
 }
 
-fn read_frames(mut input: impl Read, mut each: impl FnMut(Frame)) -> Result<()> {
-    let mut header = [0_u8; 16];
-    // The end of the capture is the end of tcpdump.
-    while input.read_exact(&mut header).is_ok() {
-        let (seconds, nanos) = (u64::from(word(&header, 0)?), u64::from(word(&header, 4)?));
-        let held = usize::try_from(word(&header, 8)?)?;
-        if held > FRAME_BYTES_MAX {
-            bail!("a captured frame of {held} bytes");
-        }
-        let mut bytes = vec![0; held];
-        if input.read_exact(&mut bytes).is_err() {
-            break;
-        }
-        let length = word(&header, 12)?;
-        each(Frame {
-            at: Stamp::from_micros(seconds * 1_000_000 + nanos / 1000),
-            bytes: length,
-            kind: kind_of(&bytes),
-            hash: hash_of(&bytes, length),
-        });
+fn frame_of(seen: SeenFrame, held: &[u8]) -> Frame {
+    Frame {
+        at: Stamp::from_micros(seen.at_ns / 1000),
+        bytes: seen.bytes,
+        kind: kind_of(held),
+        hash: hash_of(held, seen.bytes),
     }
-    Ok(())
-}
-
-fn word(bytes: &[u8], at: usize) -> Result<u32> {
-    let four = bytes
-        .get(at..at + 4)
-        .ok_or_else(|| anyhow!("a truncated pcap header"))?;
-    Ok(u32::from_ne_bytes(four.try_into()?))
 }
 
 /// `frame` is the captured part of `length` bytes. A card like the e1000 pads what is short, and a bridge that passes packets
 /// to the firewall takes the padding off again.
-fn hash_of(frame: &[u8], length: u32) -> u64 {
+fn hash_of(frame: &[u8], length: usize) -> u64 {
     let unpadded = unpadded_length(frame).map_or(length, |unpadded| unpadded.min(length));
-    let captured = usize::try_from(unpadded).map_or(frame, |end| &frame[..end.min(frame.len())]);
     let mut hasher = DefaultHasher::new();
-    captured.hash(&mut hasher);
+    frame[..unpadded.min(frame.len())].hash(&mut hasher);
     unpadded.hash(&mut hasher);
     hasher.finish()
 }
 
 /// What an IPv4 packet's header says of its length, if that is shorter than the shortest Ethernet frame: larger packets are
 /// not padded, and those that await their segmentation may say anything.
-fn unpadded_length(frame: &[u8]) -> Option<u32> {
+fn unpadded_length(frame: &[u8]) -> Option<usize> {
     let [0x08, 0x00, _, _, high, low, ..] = frame.get(12..)? else {
         return None;
     };
-    let length = ETHERNET_HEADER_BYTES + u32::from(u16::from_be_bytes([*high, *low]));
+    let length = ETHERNET_HEADER_BYTES + usize::from(u16::from_be_bytes([*high, *low]));
     (length < ETHERNET_BYTES_MIN).then_some(length)
 }
 
@@ -301,16 +273,13 @@ mod tests {
     }
 
     #[test]
-    fn frames_are_read_until_the_stream_is_cut() {
-        let mut stream = Vec::new();
-        for number in [2_u32, 500_000, 60, 60] {
-            stream.extend_from_slice(&number.to_ne_bytes());
-        }
-        stream.extend_from_slice(&[7; 60]);
-        stream.extend_from_slice(&[1, 2, 3]);
-        let mut found = Vec::new();
-        read_frames(&stream[..], |frame| found.push(frame)).unwrap();
-        assert_eq!(found.len(), 1);
-        assert_eq!((found[0].at.micros(), found[0].bytes), (2_000_500, 60));
+    fn a_frame_keeps_its_time_and_its_length_on_the_wire() {
+        let seen = SeenFrame {
+            at_ns: 2_000_500_999,
+            bytes: 9000,
+        };
+        let frame = frame_of(seen, &[7; HELD_BYTES]);
+        assert_eq!((frame.at.micros(), frame.bytes), (2_000_500, 9000));
+        assert_ne!(frame.hash, frame_of(SeenFrame { bytes: 9001, ..seen }, &[7; HELD_BYTES]).hash);
     }
 }

@@ -5,6 +5,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use romulus_host_sys::child::die_with_thread;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -69,12 +70,10 @@ impl Load {
     fn start(count: usize) -> Result<Load> {
         let mut load = Load(Vec::new());
         for _ in 0..count {
-            let child = Command::new("setpriv")
-                .args(["--pdeathsig", "KILL", "sh", "-c", "while :; do :; done"])
-                .stdin(Stdio::null())
-                .spawn()
-                .context("cannot start a busy process")?;
-            load.0.push(child);
+            let mut command = Command::new("sh");
+            command.args(["-c", "while :; do :; done"]).stdin(Stdio::null());
+            let child = die_with_thread(&mut command).spawn();
+            load.0.push(child.context("cannot start a busy process")?);
         }
         Ok(load)
     }

@@ -69,7 +69,9 @@ fn make_macvtap(lab: &Lab) -> Result<PathBuf> {
         "ip link add link {BRIDGE} name mv0 type macvtap mode bridge"
     ))?;
     run("ip link set mv0 up")?;
-    let numbers = run("sh -c cat$IFS/sys/class/net/mv0/tap*/dev")?;
+    // `ip netns exec` mounts a /sys that shows the namespace's interfaces.
+    let namespace = lab.net.namespace(Host::Primary);
+    let numbers = run(&format!("ip netns exec {namespace} sh -c cat$IFS/sys/class/net/mv0/tap*/dev"))?;
     let (major, minor) = numbers
         .trim()
         .split_once(':')

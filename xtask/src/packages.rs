@@ -14,7 +14,6 @@ const NEEDED: &[(&str, &str)] = &[
     // Holds the server's binary under another name, and unlike redis-server starts no service here.
     ("redis-tools", "/usr/bin/redis-check-rdb"),
     ("iproute2", "ip"),
-    ("tcpdump", "tcpdump"),
     ("util-linux", "setpriv"),
     ("ovmf", "/usr/share/OVMF/OVMF_CODE_4M.fd"),
     ("xz-utils", "xz"),

@@ -8,13 +8,14 @@
 //!  another process:  maps ─► ptrace (one system call in it) ─► pidfd (take the fd) ─► userfaultfd ─► pagemap
 //!                    memory (read scattered ranges, map a shared one)
 //!  ourselves:        killtimer, pipe, open_watch, clock, durable (files that survive a crash whole),
-//!                    resident (memory that is there before it is needed)
-//!  the network:      tap, bpf, netns
+//!                    resident (memory that is there before it is needed), child
+//!  the network:      tap, bpf, netns, packet
 //!  a VMM's own:      kvm (feature `kvm`), shared_words (a bitmap that two processes write)
 //!  the kernel:       probe (what it can do, by name)
 //! ```
 
 pub mod bpf;
+pub mod child;
 mod clock;
 pub mod durable;
 mod error;
@@ -26,6 +27,7 @@ mod maps;
 mod memory;
 pub mod netns;
 mod open_watch;
+pub mod packet;
 mod pagemap;
 mod pidfd;
 mod pipe;

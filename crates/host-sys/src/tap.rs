@@ -18,6 +18,7 @@ const OFFLOADS_BASIC: libc::c_ulong = 0x01 | 0x02 | 0x04 | 0x08;
 /// `TUN_F_USO4 | TUN_F_USO6`: Linux 6.2 and later.
 const OFFLOADS_UDP: libc::c_ulong = 0x20 | 0x40;
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const IFF_TAP: libc::c_short = 0x0002;
 const IFF_NO_PI: libc::c_short = 0x1000;
@@ -100,6 +101,19 @@ impl Tap {
             }
         }
         Err(io::Error::last_os_error())
+    }
+
+    /// Leaves the interface there when this value is dropped, for somebody else to attach to.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_NET_ADMIN`.
+    pub fn persist(self) -> io::Result<()> {
+        let on: libc::c_ulong = 1;
+        // SAFETY: TUNSETPERSIST takes a plain number.
+        if unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETPERSIST, on) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
     }
 
     /// The interface's name, with a `%d` replaced.

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use romulus_e2e::Paths;
+use romulus_host_sys::child::die_with_thread;
 use romulus_protocol::{Answer, Ask, Record, WitnessRequest};
 use romulus_transport::{Endpoint, Identity, Network, PeerAddress, Service, WitnessClient};
 use romulus_types::{HostId, Nonce, VmId};
@@ -37,15 +38,10 @@ impl Daemon {
     fn start(dir: &Path, name: &str, arguments: &[&str]) -> Daemon {
         let log = dir.join(format!("{name}.log"));
         let out = File::create(&log).unwrap();
-        let child = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL"])
-            .arg(Paths::here().binary(name).unwrap())
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(out.try_clone().unwrap())
-            .stderr(out)
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(Paths::here().binary(name).unwrap());
+        command.args(arguments).stdin(Stdio::null());
+        command.stdout(out.try_clone().unwrap()).stderr(out);
+        let child = die_with_thread(&mut command).spawn().unwrap();
         Daemon {
             child,
             log,
