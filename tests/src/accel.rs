@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::guest::{Guest, GuestConfig};
+use crate::guest::{Guest, QemuConfig};
 use crate::{Lab, Paths};
 
 /// How long a boot under KVM may take before it is taken as impossible. A working one takes two seconds.
@@ -29,12 +29,12 @@ pub fn choose(paths: &Paths, prefix: &str) -> Result<Accel> {
         return Ok(tcg("there is no /dev/kvm on this machine"));
     }
     let lab = Lab::new(paths.clone(), prefix)?;
-    let config = GuestConfig {
+    let config = QemuConfig {
         accel: "kvm".to_owned(),
         workload: "idle".to_owned(),
-        ..GuestConfig::default()
+        ..QemuConfig::default()
     };
-    let booted = Guest::start(&lab, &config)?.wait_ready(BOOT_AT_MOST);
+    let booted = Guest::start(&lab, &config.into())?.wait_ready(BOOT_AT_MOST);
     Ok(match booted {
         Ok(()) => Accel {
             name: "kvm".to_owned(),

@@ -6,10 +6,10 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use crate::guest::qmp;
+use crate::guest::{attach, qmp};
 use crate::lab::word;
 use crate::netns::{BRIDGE, Host, TAP};
-use crate::{Lab, Process, wait_for};
+use crate::{Lab, Process, Vmm, wait_for};
 
 /// The VM's name.
 pub const VM: &str = "demo";
@@ -26,8 +26,8 @@ const MAY_NOT_RUN: [i32; 2] = [5, 6];
 pub struct ProtectConfig {
     /// Whether the VM is new to the witness.
     pub register: bool,
-    /// Devices whose output need not survive. The lab's guest writes its console to a file, for whoever looks for an error.
-    pub disposable: Vec<String>,
+    /// Devices whose output need not survive; by default the console, which goes to a file for whoever looks for an error.
+    pub disposable: Option<Vec<String>>,
     /// A fault point to arm.
     pub fault: Option<Fault>,
     /// Further arguments.
@@ -38,7 +38,7 @@ impl Default for ProtectConfig {
     fn default() -> ProtectConfig {
         ProtectConfig {
             register: true,
-            disposable: vec!["console".to_owned()],
+            disposable: None,
             fault: None,
             extra: Vec::new(),
         }
@@ -176,7 +176,7 @@ impl Lab {
         push(&mut argv, "--bridge", BRIDGE);
         push(&mut argv, "--admin", &word(&self.admin(Host::Backup)));
         push(&mut argv, "--log-format", "json");
-        self.push_settings(&mut argv, &config.extra)?;
+        self.push_settings(Host::Backup, &mut argv, &config.extra)?;
         self.start_daemon(Host::Backup, "backup-agent", &argv)
     }
 
@@ -189,7 +189,13 @@ impl Lab {
         argv.extend([self.program("replicator")?, "protect".into()]);
         push(&mut argv, "--vm", VM);
         push(&mut argv, "--host", Host::Primary.name());
-        push(&mut argv, "--qmp", &word(&qmp(self)));
+        match self.vmm {
+            Vmm::Qemu => {
+                push(&mut argv, "--qmp", &word(&qmp(self)));
+                push(&mut argv, "--fifo-dir", &word(&self.run));
+            }
+            Vmm::Testbed => push(&mut argv, "--attach", &word(&attach(self))),
+        }
         push(
             &mut argv,
             "--backup",
@@ -208,15 +214,18 @@ impl Lab {
             "--state-dir",
             &word(&self.run_path("replicator-state")),
         );
-        push(&mut argv, "--fifo-dir", &word(&self.run));
         if config.register {
             argv.push("--register".into());
         }
-        for id in &config.disposable {
+        let console = match self.vmm {
+            Vmm::Qemu => "console",
+            Vmm::Testbed => "serial",
+        };
+        for id in config.disposable.as_deref().unwrap_or(&[console.to_owned()]) {
             push(&mut argv, "--disposable", id);
         }
         push(&mut argv, "--log-format", "json");
-        self.push_settings(&mut argv, &config.extra)?;
+        self.push_settings(Host::Primary, &mut argv, &config.extra)?;
         Ok(argv)
     }
 
@@ -228,12 +237,17 @@ impl Lab {
         self.spawn(Host::Primary, "replicator", &self.protect_argv(config)?)
     }
 
-    /// Adds further arguments and, unless they name a settings file, one that has every epoch logged.
-    fn push_settings(&self, argv: &mut Vec<String>, extra: &[String]) -> Result<()> {
+    /// Adds further arguments and, unless they name a settings file, one that has every epoch logged, and that tells the agent
+    /// how a standby of the testbed is started.
+    fn push_settings(&self, host: Host, argv: &mut Vec<String>, extra: &[String]) -> Result<()> {
         if !extra.iter().any(|word| word == "--config") {
-            let path = self.run_path("daemons.toml");
-            std::fs::write(&path, "[log]\nlevel = \"info,epochs=debug\"\n")
-                .with_context(|| format!("cannot write {}", path.display()))?;
+            let path = self.run_path(&format!("{host}.settings.toml"));
+            let mut settings = "[log]\nlevel = \"info,epochs=debug\"\n".to_owned();
+            if host == Host::Backup && self.vmm == Vmm::Testbed {
+                let standby = [self.program("testbed")?, "standby".to_owned()];
+                settings.push_str(&format!("\n[[vmm]]\nname = \"testbed\"\nstandby = {standby:?}\n"));
+            }
+            std::fs::write(&path, settings).with_context(|| format!("cannot write {}", path.display()))?;
             push(argv, "--config", &word(&path));
         }
         argv.extend(extra.iter().cloned());

@@ -11,13 +11,15 @@ use anyhow::{Context as _, Result, bail};
 use crate::namespace::visit;
 use crate::netns::{Host, Net};
 use crate::process::command;
-use crate::{Paths, Process};
+use crate::{Paths, Process, Vmm};
 
 /// A lab. Everything in it ends when it is dropped; logs stay.
 #[derive(Debug)]
 pub struct Lab {
     /// The network; dropped first, which kills all processes in it.
     pub net: Net,
+    /// What runs the guest, and so what the daemons are told.
+    pub vmm: Vmm,
     /// Where the checkout keeps things.
     pub paths: Paths,
     /// Sockets and state: a short path, since the names of Unix sockets are limited to 107 bytes.
@@ -31,7 +33,7 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Builds a lab whose namespaces, folders and sockets carry `prefix`.
+    /// Builds a lab for guests in QEMU whose namespaces, folders and sockets carry `prefix`.
     ///
     /// # Errors
     /// When rights or programs are missing.
@@ -49,6 +51,7 @@ impl Lab {
         }
         Ok(Lab {
             net,
+            vmm: Vmm::default(),
             paths,
             run,
             logs,

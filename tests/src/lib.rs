@@ -1,5 +1,5 @@
-//! The lab for end-to-end tests and for `cargo xtask demo`: hosts as network namespaces around a switch, a stock
-//! QEMU guest, the real daemons as child processes, and instruments that know nothing of either.
+//! The lab for end-to-end tests and for `cargo xtask demo`: hosts as network namespaces around a switch, a guest in a stock
+//! QEMU or in our own test VMM, the real daemons as child processes, and instruments that know nothing of either.
 //!
 //! ```text
 //!   client 10.77.0.1        primary 10.77.0.11       backup 10.77.0.12       witness 10.77.0.13
@@ -20,7 +20,6 @@ pub mod campaign;
 pub mod client;
 pub mod daemons;
 pub mod guest;
-mod guest_config;
 mod lab;
 mod ledger;
 mod links;
@@ -40,6 +39,7 @@ pub mod stage;
 mod stamp;
 pub mod timeline;
 
+pub use guest::Vmm;
 pub use lab::{Lab, wait_for};
 pub use netns::{BRIDGE, GUEST_IP, GUEST_IP6, Host, Net, TAP};
 pub use paths::{Kernel, Paths};

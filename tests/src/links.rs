@@ -89,7 +89,10 @@ impl Links {
             // Otherwise the kernel first asks the others for a second whether somebody has it.
             message.header.flags = AddressHeaderFlags::Nodad;
         }
-        message.attributes = vec![AddressAttribute::Local(address), AddressAttribute::Address(address)];
+        message.attributes = vec![
+            AddressAttribute::Local(address),
+            AddressAttribute::Address(address),
+        ];
         self.netlink
             .change(Route::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL)
             .with_context(|| format!("cannot give {name} the address {address}"))

@@ -21,7 +21,8 @@ const OF_THREAD: &str = "/proc/thread-self/ns/net";
 pub(crate) fn make(name: &str) -> Result<()> {
     let path = path_of(name);
     fs::create_dir_all(FOLDER).with_context(|| format!("cannot create {FOLDER}; the lab needs root"))?;
-    File::create_new(&path).with_context(|| format!("cannot create {}; the lab needs root", path.display()))?;
+    File::create_new(&path)
+        .with_context(|| format!("cannot create {}; the lab needs root", path.display()))?;
     // On a thread of its own, which ends there.
     on_thread(name, || {
         enter_new().context("cannot make a network namespace; the lab needs root")?;

@@ -31,8 +31,8 @@ impl Process {
         let errors = file.try_clone().context("cannot duplicate a file")?;
         let mut command = command(argv)?;
         die_with_thread(&mut command).stdout(file).stderr(errors);
-        let child =
-            visit(namespace, || command.spawn())?.with_context(|| format!("cannot start {name} ({})", argv[0]))?;
+        let child = visit(namespace, || command.spawn())?
+            .with_context(|| format!("cannot start {name} ({})", argv[0]))?;
         Ok(Process {
             name: name.to_owned(),
             child,
@@ -113,7 +113,9 @@ impl Drop for Process {
 
 /// A command of these words, with nothing to read.
 pub(crate) fn command(argv: &[String]) -> Result<Command> {
-    let (program, words) = argv.split_first().ok_or_else(|| anyhow!("an empty command line"))?;
+    let (program, words) = argv
+        .split_first()
+        .ok_or_else(|| anyhow!("an empty command line"))?;
     let mut command = Command::new(program);
     command.args(words).stdin(Stdio::null());
     Ok(command)

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use crate::guest::REDIS_PORT;
 use crate::namespace::within;
 use crate::netns::{GUEST_IP, Host};
-use crate::{Lab, Stamp};
+use crate::{Lab, Stamp, Vmm};
 
 /// No value that is stored here comes near; a longer one is a broken stream.
 const BULK_BYTES_MAX: usize = 1 << 16;
@@ -136,26 +136,52 @@ impl Redis {
         }
     }
 
-    /// By how much the guest's clock is ahead of ours, in microseconds, the least of several tries.
+    /// What the testbed's guest has found in itself.
+    pub(crate) fn self_check(&mut self) -> Result<()> {
+        match self.ask(&[b"SELFCHECK"])? {
+            Reply::Simple(ok) if ok == "OK" => Ok(()),
+            other => bail!("the guest's check of itself says {other:?}"),
+        }
+    }
+
+    /// By how much the guest's clock is ahead of ours, in microseconds, the least of several tries. Only differences say
+    /// something: the testbed's guest counts from its own beginning.
     ///
     /// What makes a try bad is the way of the request to the guest. The reply's way, which a gate makes long, does not count.
-    pub(crate) fn clock_ahead_us(&mut self) -> Result<i64> {
+    pub(crate) fn clock_ahead_us(&mut self, vmm: Vmm) -> Result<i64> {
         let mut least = i64::MAX;
         for _ in 0..20 {
             let sent = Stamp::now();
-            let Reply::Array(parts) = self.ask(&[b"TIME"])? else {
-                bail!("redis did not tell its time")
-            };
-            let part = |at: usize| -> Result<i64> {
-                let Some(Reply::Bulk(Some(bytes))) = parts.get(at) else {
-                    bail!("redis did not tell its time")
-                };
-                Ok(std::str::from_utf8(bytes)?.parse()?)
-            };
-            let guest = part(0)?.saturating_mul(1_000_000).saturating_add(part(1)?);
+            let guest = self.clock_us(vmm)?;
             least = least.min(guest - i64::try_from(sent.micros())?);
         }
         Ok(least)
+    }
+
+    /// What the guest's clock says.
+    fn clock_us(&mut self, vmm: Vmm) -> Result<i64> {
+        let asked: &[u8] = match vmm {
+            Vmm::Qemu => b"TIME",
+            Vmm::Testbed => b"CLOCK",
+        };
+        let Reply::Array(parts) = self.ask(&[asked])? else {
+            bail!("the guest did not tell its time")
+        };
+        let numbers: Vec<i64> = parts.iter().map(number).collect::<Result<_>>()?;
+        match (vmm, &numbers[..]) {
+            (Vmm::Qemu, [seconds, micros]) => Ok(seconds.saturating_mul(1_000_000).saturating_add(*micros)),
+            // kvmclock in nanoseconds, then the processor's counter.
+            (Vmm::Testbed, [nanos, _]) => Ok(nanos / 1000),
+            _ => bail!("the guest told its time as {numbers:?}"),
+        }
+    }
+}
+
+fn number(reply: &Reply) -> Result<i64> {
+    match reply {
+        Reply::Number(number) => Ok(*number),
+        Reply::Bulk(Some(bytes)) => Ok(std::str::from_utf8(bytes)?.parse()?),
+        other => bail!("redis sent {other:?} in the place of a number"),
     }
 }
 

@@ -6,13 +6,12 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
-use crate::Paths;
-use crate::Stamp;
 use crate::client::ClientReport;
 use crate::daemons::ProtectConfig;
 use crate::probe::{Quantiles, Random};
 use crate::report::{Kill, OK};
 use crate::stage::{Stage, StageConfig};
+use crate::{Paths, Stamp, Vmm};
 
 /// The client's retransmissions double, so an answer may come late although the guest is there.
 const REPLY_AT_MOST: Duration = Duration::from_secs(60);
@@ -70,6 +69,10 @@ pub fn kill_once(paths: &Paths, prefix: &str, config: &ScenarioConfig) -> Result
         .quantiles(protected_from, killed.minus(Duration::from_millis(200)));
     let answered = stage.wait_ack_after(killed.plus(Duration::from_millis(20)), REPLY_AT_MOST);
     sleep(config.after);
+    let whole = match stage.lab.vmm {
+        Vmm::Qemu => Ok(()),
+        Vmm::Testbed => stage.ensure_guest_is_whole(),
+    };
     let client = stage.finish_client()?;
 
     let mut kill = from_status(status);
@@ -82,7 +85,7 @@ pub fn kill_once(paths: &Paths, prefix: &str, config: &ScenarioConfig) -> Result
     kill.protected_s = killed.ms_since(protected_from) / 1e3;
     kill.clock_slip_ratio = slip_ratio(ahead_before, ahead_after, clock_s);
     after_kill(&mut kill, &stage, killed, &client);
-    judge(&mut kill, &client, answered.err());
+    judge(&mut kill, &client, answered.err().or(whole.err()));
     stage.timeline.add(Stamp::now(), "lab", "verdict", &kill.verdict);
     Ok(kill)
 }

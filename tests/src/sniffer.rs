@@ -280,6 +280,9 @@ mod tests {
         };
         let frame = frame_of(seen, &[7; HELD_BYTES]);
         assert_eq!((frame.at.micros(), frame.bytes), (2_000_500, 9000));
-        assert_ne!(frame.hash, frame_of(SeenFrame { bytes: 9001, ..seen }, &[7; HELD_BYTES]).hash);
+        assert_ne!(
+            frame.hash,
+            frame_of(SeenFrame { bytes: 9001, ..seen }, &[7; HELD_BYTES]).hash
+        );
     }
 }

@@ -16,7 +16,7 @@ use crate::probe::Probe;
 use crate::resp::Redis;
 use crate::sniffer::Sniffer;
 use crate::timeline::Timeline;
-use crate::{Host, Lab, Paths, Process, Stamp, wait_for};
+use crate::{Host, Lab, Paths, Process, Stamp, Vmm, wait_for};
 
 /// A guest boots in three seconds; a busy machine takes its time.
 /// Events of every epoch: too many to be shown.
@@ -94,7 +94,8 @@ impl Stage {
     /// # Errors
     /// When any of that fails; the error has the end of the log.
     pub fn raise(paths: &Paths, prefix: &str, config: &StageConfig) -> Result<Stage> {
-        let lab = Lab::new(paths.clone(), prefix)?;
+        let mut lab = Lab::new(paths.clone(), prefix)?;
+        lab.vmm = config.guest.vmm();
         let mut timeline = Timeline::new(config.print, EVERY_EPOCH);
         let note =
             |timeline: &Timeline, name: &str, detail: &str| timeline.add(Stamp::now(), "lab", name, detail);
@@ -117,7 +118,10 @@ impl Stage {
         note(
             &timeline,
             "guest_serves",
-            "redis answers on 10.77.0.2:6379; nothing of ours is attached yet",
+            match lab.vmm {
+                Vmm::Qemu => "redis answers on 10.77.0.2:6379; nothing of ours is attached yet",
+                Vmm::Testbed => "its key-value service answers on 10.77.0.2:6379; nobody is attached yet",
+            },
         );
         let from_guest = Sniffer::start_at_tap(&lab)?;
         let from_primary = Sniffer::start(&lab, Host::Primary)?;
@@ -170,7 +174,7 @@ impl Stage {
         Ok(status)
     }
 
-    /// Kills QEMU and the replicator at once, as if their host had died, and returns when.
+    /// Kills the VMM and the replicator at once, as if their host had died, and returns when.
     ///
     /// # Errors
     /// When one of them has ended before.
@@ -182,12 +186,12 @@ impl Stage {
         let at = Stamp::now();
         self.guest
             .kill_now()
-            .context("QEMU is gone before it was killed")?;
+            .context("the VMM is gone before it was killed")?;
         replicator
             .signal(Signal::KILL)
             .context("the replicator is gone before it was killed")?;
-        self.timeline
-            .add(at, "lab", "kill", "SIGKILL to QEMU and the replicator");
+        let victims = format!("SIGKILL to {} and the replicator", self.lab.vmm.name());
+        self.timeline.add(at, "lab", "kill", &victims);
         // Reaped, so that they do not stay as zombies that signals still reach.
         replicator.kill();
         self.guest.process_mut().kill();
@@ -275,12 +279,20 @@ impl Stage {
         Ok(())
     }
 
+    /// The testbed's guest must have found nothing wrong in itself: no byte, no register, no interrupt, no step of its clock.
+    ///
+    /// # Errors
+    /// What it found, or that it does not answer.
+    pub fn ensure_guest_is_whole(&self) -> Result<()> {
+        Redis::connect(&self.lab, Duration::from_secs(5))?.self_check()
+    }
+
     /// By how much the guest's clock is ahead of this machine's, in microseconds.
     ///
     /// # Errors
     /// When redis does not answer.
     pub fn clock_ahead_us(&self) -> Result<i64> {
-        Redis::connect(&self.lab, Duration::from_secs(5))?.clock_ahead_us()
+        Redis::connect(&self.lab, Duration::from_secs(5))?.clock_ahead_us(self.lab.vmm)
     }
 }
 

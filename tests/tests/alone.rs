@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use romulus_e2e::daemons::{AgentConfig, ProtectConfig};
-use romulus_e2e::guest::GuestConfig;
+use romulus_e2e::guest::QemuConfig;
 use romulus_e2e::qmp::Qmp;
 use romulus_e2e::stage::{Stage, StageConfig};
 use romulus_e2e::timeline::Event;
@@ -16,16 +16,16 @@ use serde_json::Value;
 const SOON: Duration = Duration::from_secs(60);
 
 fn protected_stage() -> Result<Stage> {
-    let guest = GuestConfig {
+    let guest = QemuConfig {
         workload: "redis,dirty:300:25".to_owned(),
         second_monitor: true,
-        ..GuestConfig::default()
+        ..QemuConfig::default()
     };
     let mut stage = Stage::raise(
         &Paths::here(),
         TEST_LAB,
         &StageConfig {
-            guest,
+            guest: guest.into(),
             ..StageConfig::default()
         },
     )?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use romulus_e2e::daemons::ProtectConfig;
-use romulus_e2e::guest::GuestConfig;
+use romulus_e2e::guest::QemuConfig;
 use romulus_e2e::process::Process;
 use romulus_e2e::qmp::Qmp;
 use romulus_e2e::stage::{Stage, StageConfig};
@@ -17,14 +17,14 @@ const SOON: Duration = Duration::from_secs(60);
 /// Where the guest's kernel takes orders.
 const TRIGGER_PORT: u16 = 9;
 
-fn protected(guest: GuestConfig) -> Result<Stage> {
-    let guest = GuestConfig {
+fn protected(guest: QemuConfig) -> Result<Stage> {
+    let guest = QemuConfig {
         workload: format!("redis,dirty:200:25,trigger:{TRIGGER_PORT}"),
         second_monitor: true,
         ..guest
     };
     let config = StageConfig {
-        guest,
+        guest: guest.into(),
         ..StageConfig::default()
     };
     let mut stage = Stage::raise(&Paths::here(), TEST_LAB, &config)?;
@@ -83,7 +83,7 @@ fn survives_its_host(stage: &mut Stage) -> Result<()> {
 
 #[test]
 fn a_guest_that_somebody_pauses_is_not_protected_until_it_is_resumed_and_stays_where_it_is() -> Result<()> {
-    let mut stage = protected(GuestConfig::default())?;
+    let mut stage = protected(QemuConfig::default())?;
     let at = Stamp::now();
     let mut monitor = Qmp::connect(&stage.lab)?;
     monitor.execute("stop")?;
@@ -107,7 +107,7 @@ fn a_guest_that_somebody_pauses_is_not_protected_until_it_is_resumed_and_stays_w
 
 #[test]
 fn a_guest_that_was_paused_when_its_host_died_goes_on_at_the_backup() -> Result<()> {
-    let mut stage = protected(GuestConfig::default())?;
+    let mut stage = protected(QemuConfig::default())?;
     Qmp::connect(&stage.lab)?.execute("stop")?;
     wait_not_protected(&stage, "guest not running")?;
     let killed = stage.kill_primary()?;
@@ -117,7 +117,7 @@ fn a_guest_that_was_paused_when_its_host_died_goes_on_at_the_backup() -> Result<
 
 #[test]
 fn a_guest_that_is_reset_is_protected_anew_and_survives_its_host() -> Result<()> {
-    let mut stage = protected(GuestConfig::default())?;
+    let mut stage = protected(QemuConfig::default())?;
     let before = wait_protected(&stage)?;
     let at = Stamp::now();
     Qmp::connect(&stage.lab)?.execute("system_reset")?;
@@ -139,9 +139,9 @@ type PoweredOff = (Stage, Stamp, Process, ExitStatus);
 
 /// A protected guest that was told to power itself off; `None` when it did not.
 fn powered_off(extra: &[String]) -> Result<Option<PoweredOff>> {
-    let mut stage = protected(GuestConfig {
+    let mut stage = protected(QemuConfig {
         extra: extra.to_vec(),
-        ..GuestConfig::default()
+        ..QemuConfig::default()
     })?;
     let at = Stamp::now();
     trigger(&stage, 'o')?;
@@ -182,11 +182,11 @@ fn at_backup(stage: &Stage) -> Result<Value> {
 /// A guest whose kernel panicked on the primary and which answers at the backup; `None` when the panic had begun before the
 /// last checkpoint, and came back with it.
 fn panicked() -> Result<Option<Stage>> {
-    let stage = protected(GuestConfig {
+    let stage = protected(QemuConfig {
         extra: ["-device", "pvpanic"].map(str::to_owned).to_vec(),
         // Without a word to the slow console, the panic is over in a part of an epoch.
         kernel_args: " unknown_nmi_panic loglevel=0".to_owned(),
-        ..GuestConfig::default()
+        ..QemuConfig::default()
     })?;
     let at = Stamp::now();
     Qmp::connect(&stage.lab)?.execute("inject-nmi")?;
@@ -221,9 +221,9 @@ fn a_guest_whose_kernel_panics_goes_on_at_the_backup_from_before_the_panic() -> 
 #[test]
 fn a_device_that_is_plugged_in_ends_the_protection_until_it_is_plugged_out() -> Result<()> {
     // The i440fx has slots for hot-plugging on its first bus.
-    let mut stage = protected(GuestConfig {
+    let mut stage = protected(QemuConfig {
         machine: "pc".to_owned(),
-        ..GuestConfig::default()
+        ..QemuConfig::default()
     })?;
     let at = Stamp::now();
     let mut monitor = Qmp::connect(&stage.lab)?;

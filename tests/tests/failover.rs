@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use romulus_e2e::daemons::{AgentConfig, Fault, ProtectConfig};
-use romulus_e2e::guest::GuestConfig;
+use romulus_e2e::guest::QemuConfig;
 use romulus_e2e::scenario::{ScenarioConfig, survive};
 use romulus_e2e::stage::{Stage, StageConfig};
 use romulus_e2e::{Host, Paths, TEST_LAB, wait_for};
@@ -12,10 +12,10 @@ use rustix::process::{Pid, Signal, kill_process};
 
 const SOON: Duration = Duration::from_secs(60);
 
-fn loaded() -> GuestConfig {
-    GuestConfig {
+fn loaded() -> QemuConfig {
+    QemuConfig {
         workload: "redis,dirty:400:25".to_owned(),
-        ..GuestConfig::default()
+        ..QemuConfig::default()
     }
 }
 
@@ -23,7 +23,7 @@ fn loaded() -> GuestConfig {
 fn a_host_dies_and_its_clients_lose_nothing() -> Result<()> {
     let config = ScenarioConfig {
         stage: StageConfig {
-            guest: loaded(),
+            guest: loaded().into(),
             ..StageConfig::default()
         },
         before: Duration::from_secs(1),
@@ -40,7 +40,7 @@ fn a_standby_that_dies_at_the_moment_of_its_activation_is_replaced() -> Result<(
         &Paths::here(),
         TEST_LAB,
         &StageConfig {
-            guest: loaded(),
+            guest: loaded().into(),
             without_daemons: true,
             ..StageConfig::default()
         },

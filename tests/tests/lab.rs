@@ -5,18 +5,22 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use romulus_e2e::client::ClientConfig;
-use romulus_e2e::guest::GuestConfig;
+use romulus_e2e::guest::QemuConfig;
 use romulus_e2e::qmp::Qmp;
 use romulus_e2e::scenario::slip_ratio;
 use romulus_e2e::stage::{Stage, StageConfig};
 use romulus_e2e::{GUEST_IP, Host, Paths, Stamp, TEST_LAB};
 
+fn guest() -> QemuConfig {
+    QemuConfig {
+        workload: "redis,dirty:300:25".to_owned(),
+        ..QemuConfig::default()
+    }
+}
+
 fn config() -> StageConfig {
     StageConfig {
-        guest: GuestConfig {
-            workload: "redis,dirty:300:25".to_owned(),
-            ..GuestConfig::default()
-        },
+        guest: guest().into(),
         without_daemons: true,
         ..StageConfig::default()
     }
@@ -130,9 +134,15 @@ fn a_connection_that_is_closed_is_counted_although_nothing_is_lost() -> Result<(
 #[test]
 fn a_guest_that_steers_by_its_rtc_keeps_time_although_it_is_paused_forty_times_a_second() -> Result<()> {
     let slip = |clock_remedy: bool| -> Result<f64> {
-        let mut config = config();
-        config.guest.clock_remedy = clock_remedy;
-        config.guest.second_monitor = true;
+        let guest = QemuConfig {
+            clock_remedy,
+            second_monitor: true,
+            ..guest()
+        };
+        let config = StageConfig {
+            guest: guest.into(),
+            ..config()
+        };
         let stage = Stage::raise(&Paths::here(), TEST_LAB, &config)?;
         let mut monitor = Qmp::connect(&stage.lab)?;
         let mut pause_for = |seconds: u64| -> Result<()> {

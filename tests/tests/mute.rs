@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
 use romulus_e2e::daemons::ProtectConfig;
-use romulus_e2e::guest::GuestConfig;
+use romulus_e2e::guest::QemuConfig;
 use romulus_e2e::qmp::Qmp;
 use romulus_e2e::stage::{Stage, StageConfig};
 use romulus_e2e::{Host, Paths, Stamp, TEST_LAB, wait_for};
@@ -17,13 +17,13 @@ const SOON: Duration = Duration::from_secs(60);
 
 /// A protected guest whose replicator suspends it after two seconds of silence.
 fn protected() -> Result<(Stage, ProtectConfig)> {
-    let guest = GuestConfig {
+    let guest = QemuConfig {
         workload: "redis,dirty:200:25".to_owned(),
         second_monitor: true,
-        ..GuestConfig::default()
+        ..QemuConfig::default()
     };
     let config = StageConfig {
-        guest,
+        guest: guest.into(),
         ..StageConfig::default()
     };
     let mut stage = Stage::raise(&Paths::here(), TEST_LAB, &config)?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use romulus_e2e::daemons::ProtectConfig;
-use romulus_e2e::guest::{Guest, GuestConfig};
+use romulus_e2e::guest::{Guest, QemuConfig};
 use romulus_e2e::qmp::Qmp;
 use romulus_e2e::stage::{Stage, StageConfig};
 use romulus_e2e::{Host, Paths, Stamp, TEST_LAB, wait_for};
@@ -14,15 +14,15 @@ use serde_json::Value;
 const SOON: Duration = Duration::from_secs(60);
 
 fn stage() -> Result<Stage> {
-    let guest = GuestConfig {
+    let guest = QemuConfig {
         workload: "redis,dirty:300:25".to_owned(),
-        ..GuestConfig::default()
+        ..QemuConfig::default()
     };
     Stage::raise(
         &Paths::here(),
         TEST_LAB,
         &StageConfig {
-            guest,
+            guest: guest.into(),
             ..StageConfig::default()
         },
     )
@@ -106,10 +106,11 @@ fn a_vm_that_another_host_protects_is_refused() -> Result<()> {
     // The dead host comes back, boots the guest from its disk, and is told that it must not.
     let mut guest = Guest::start(
         &stage.lab,
-        &GuestConfig {
+        &QemuConfig {
             second_monitor: true,
-            ..GuestConfig::default()
-        },
+            ..QemuConfig::default()
+        }
+        .into(),
     )?;
     guest.wait_ready(SOON)?;
     let mut replicator = stage.lab.start_replicator(&ProtectConfig::default())?;

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, anyhow};
 use romulus_e2e::daemons::{AgentConfig, ProtectConfig};
-use romulus_e2e::guest::{Guest, GuestConfig};
+use romulus_e2e::guest::{Guest, QemuConfig};
 use romulus_e2e::qmp::Qmp;
 use romulus_e2e::{BRIDGE, Host, Lab, Paths, Process, TEST_LAB, wait_for};
 use romulus_transport::pki::{HostNames, Validity, issue};
@@ -25,8 +25,8 @@ struct Place {
     lab: Lab,
 }
 
-fn place(lab: Lab, config: &GuestConfig) -> Result<Place> {
-    let mut guest = Guest::start(&lab, config)?;
+fn place(lab: Lab, config: &QemuConfig) -> Result<Place> {
+    let mut guest = Guest::start(&lab, &config.clone().into())?;
     lab.init_pki()?;
     let witness = lab.start_witness()?;
     guest.wait_redis(&lab, SOON)?;
@@ -71,7 +71,9 @@ fn make_macvtap(lab: &Lab) -> Result<PathBuf> {
     run("ip link set mv0 up")?;
     // `ip netns exec` mounts a /sys that shows the namespace's interfaces.
     let namespace = lab.net.namespace(Host::Primary);
-    let numbers = run(&format!("ip netns exec {namespace} sh -c cat$IFS/sys/class/net/mv0/tap*/dev"))?;
+    let numbers = run(&format!(
+        "ip netns exec {namespace} sh -c cat$IFS/sys/class/net/mv0/tap*/dev"
+    ))?;
     let (major, minor) = numbers
         .trim()
         .split_once(':')
@@ -103,14 +105,14 @@ fn everything_that_is_neither_gated_nor_replicated_is_refused_at_once_by_name() 
         "-device",
         "virtio-9p-pci,fsdev=share0,mount_tag=doc,id=nine0",
     ]);
-    let config = GuestConfig {
+    let config = QemuConfig {
         extra,
         descriptor: Some(macvtap),
-        ..GuestConfig::default()
+        ..QemuConfig::default()
     };
     let mut place = place(lab, &config)?;
     let protect = ProtectConfig {
-        disposable: Vec::new(),
+        disposable: Some(Vec::new()),
         extra: argv(&["--tap", "nosuch0"]),
         ..ProtectConfig::default()
     };
@@ -137,7 +139,7 @@ fn everything_that_is_neither_gated_nor_replicated_is_refused_at_once_by_name() 
 #[test]
 fn a_guest_that_is_busy_or_not_ours_is_refused_until_it_is_not() -> Result<()> {
     let lab = Lab::new(Paths::here(), TEST_LAB)?;
-    let config = GuestConfig {
+    let config = QemuConfig {
         extra: argv(&[
             "-drive",
             "driver=null-co,size=1G,if=none,id=disk0",
@@ -146,12 +148,12 @@ fn a_guest_that_is_busy_or_not_ours_is_refused_until_it_is_not() -> Result<()> {
         ]),
         user: Some("nobody".to_owned()),
         second_monitor: true,
-        ..GuestConfig::default()
+        ..QemuConfig::default()
     };
     let mut place = place(lab, &config)?;
     let _agent = place.lab.start_agent()?;
     let protect = ProtectConfig {
-        disposable: argv(&["console", "disk0"]),
+        disposable: Some(argv(&["console", "disk0"])),
         ..ProtectConfig::default()
     };
     let mut monitor = Qmp::connect(&place.lab)?;
@@ -239,7 +241,7 @@ fn wait_said(lab: &Lab, host: Host, words: &[&str]) -> Result<()> {
 
 #[test]
 fn a_backup_that_cannot_be_one_is_named_with_the_reason_until_it_can() -> Result<()> {
-    let place = place(Lab::new(Paths::here(), TEST_LAB)?, &GuestConfig::default())?;
+    let place = place(Lab::new(Paths::here(), TEST_LAB)?, &QemuConfig::default())?;
     let lab = &place.lab;
     let mut replicator = lab.start_replicator(&ProtectConfig::default())?;
 
@@ -307,7 +309,7 @@ fn issued(lab: &Lab, name: &str, from: SystemTime, until: SystemTime) -> Result<
 
 #[test]
 fn wrong_and_expired_certificates_are_named_and_the_guest_is_not_hurt() -> Result<()> {
-    let mut place = place(Lab::new(Paths::here(), TEST_LAB)?, &GuestConfig::default())?;
+    let mut place = place(Lab::new(Paths::here(), TEST_LAB)?, &QemuConfig::default())?;
     let _agent = place.lab.start_agent()?;
     let (now, day) = (SystemTime::now(), Duration::from_secs(86_400));
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
 use romulus_e2e::daemons::ProtectConfig;
-use romulus_e2e::guest::{GuestConfig, Memory};
+use romulus_e2e::guest::{Memory, QemuConfig};
 use romulus_e2e::qmp::Qmp;
 use romulus_e2e::stage::{Stage, StageConfig};
 use romulus_e2e::{Host, Paths, Stamp, TAP, TEST_LAB, wait_for};
@@ -152,14 +152,14 @@ fn assert_no_trace(stage: &Stage, monitor: &mut Qmp, before: &Traces) -> Result<
 }
 
 fn raise(memory: Memory) -> Result<Stage> {
-    let guest = GuestConfig {
+    let guest = QemuConfig {
         workload: "redis,dirty:200:25".to_owned(),
         memory,
         second_monitor: true,
-        ..GuestConfig::default()
+        ..QemuConfig::default()
     };
     let config = StageConfig {
-        guest,
+        guest: guest.into(),
         ..StageConfig::default()
     };
     Stage::raise(&Paths::here(), TEST_LAB, &config)

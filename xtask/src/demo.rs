@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use romulus_e2e::accel::{self, Accel};
+use romulus_e2e::guest::QemuConfig;
 use romulus_e2e::report::{Kill, Report};
 use romulus_e2e::scenario::{ScenarioConfig, kill_once};
 use romulus_e2e::{Net, Paths, Stamp};
 
-use crate::{setup, sh};
+use crate::{kvm, setup, sh};
 
 /// The names of the demo's namespaces, folders and sockets begin with this.
 pub(crate) const PREFIX: &str = "rom";
@@ -34,11 +35,14 @@ pub(crate) struct Args {
     /// Pages that the guest dirties every 25 ms beside what redis does
     #[arg(long, default_value_t = 600, value_name = "N")]
     dirty_pages: u32,
-    /// tcg or kvm; found out by trying when not given
-    #[arg(long, value_name = "NAME", value_parser = ["tcg", "kvm"])]
+    /// Run the guest in the test VMM of this checkout, over KVM: needs no package, and no emulation makes it slow
+    #[arg(long)]
+    kvm: bool,
+    /// QEMU's accelerator, tcg or kvm; found out by trying when not given
+    #[arg(long, value_name = "NAME", value_parser = ["tcg", "kvm"], conflicts_with = "kvm")]
     accel: Option<String>,
     /// Let the guest steer its clock by the emulated RTC, the remedy for the clock's slip
-    #[arg(long)]
+    #[arg(long, conflicts_with = "kvm")]
     clock_remedy: bool,
     /// What the names of the lab's namespaces, folders and sockets begin with
     #[arg(long, value_name = "NAME", default_value = PREFIX)]
@@ -51,11 +55,13 @@ pub(crate) struct Args {
 /// Runs the task.
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     setup::need_lab_rights()?;
-    let paths = setup::prepare()?;
+    let paths = prepare(args.kvm)?;
     clean_up_on_signals(&args.lab);
-    sh::step("building the daemons (release)");
-    build_daemons()?;
-    let accelerator = choose_accel(args, &paths)?;
+    let accelerator = if args.kvm {
+        kvm::accel()
+    } else {
+        choose_accel(args, &paths)?
+    };
     sh::step(&format!(
         "accelerator: {} ({})",
         accelerator.name, accelerator.why
@@ -83,8 +89,21 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     finish(args, &paths, &report)
 }
 
+/// Installs and builds what the lab needs: with the test VMM nothing but what cargo builds.
+pub(crate) fn prepare(over_kvm: bool) -> Result<Paths> {
+    let paths = if over_kvm {
+        kvm::need()?;
+        kvm::paths()
+    } else {
+        setup::prepare()?
+    };
+    build_daemons()?;
+    Ok(paths)
+}
+
 /// The release binaries that the lab starts.
 pub(crate) fn build_daemons() -> Result<()> {
+    sh::step("building the daemons (release)");
     sh::run(&mut sh::cargo(&[
         "build",
         "--quiet",
@@ -98,6 +117,8 @@ pub(crate) fn build_daemons() -> Result<()> {
         "witness",
         "--package",
         "romulus",
+        "--package",
+        "romulus-testbed",
     ]))
 }
 
@@ -121,12 +142,16 @@ fn scenario(args: &Args, accelerator: &Accel, seed: u64) -> ScenarioConfig {
     };
     config.stage.seed = seed;
     config.stage.print = true;
-    config.stage.guest.accel = accelerator.name.clone();
-    config.stage.guest.workload = match args.dirty_pages {
-        0 => "redis".to_owned(),
-        pages => format!("redis,dirty:{pages}:25"),
+    config.stage.guest = if args.kvm {
+        kvm::guest(args.dirty_pages)
+    } else {
+        let guest = QemuConfig {
+            accel: accelerator.name.clone(),
+            clock_remedy: args.clock_remedy,
+            ..QemuConfig::default()
+        };
+        guest.dirty_pages(args.dirty_pages).into()
     };
-    config.stage.guest.clock_remedy = args.clock_remedy;
     config.protect.extra.clone_from(&args.protect_args);
     config
 }

@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use romulus_e2e::campaign::{Campaign, Outcome, Trial, all, patience, print_table};
+use romulus_e2e::guest::QemuConfig;
 use romulus_e2e::report::Kill;
 use romulus_e2e::scenario::{ScenarioConfig, kill_once};
 use romulus_e2e::{Paths, Stamp};
 use serde_json::json;
 
-use crate::{demo, setup, sh};
+use crate::{demo, kvm, setup, sh};
 
 /// What the campaign can be told.
 #[derive(clap::Args, Debug)]
@@ -38,8 +39,11 @@ pub(crate) struct Args {
     /// Write what was found to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// tcg or kvm
-    #[arg(long, default_value = "tcg", value_name = "NAME", value_parser = ["tcg", "kvm"])]
+    /// Run the guest in the test VMM of this checkout, over KVM
+    #[arg(long)]
+    kvm: bool,
+    /// QEMU's accelerator, tcg or kvm
+    #[arg(long, default_value = "tcg", value_name = "NAME", value_parser = ["tcg", "kvm"], conflicts_with = "kvm")]
     accel: String,
     /// What the names of the lab's namespaces, folders and sockets begin with
     #[arg(long, value_name = "NAME", default_value = "romk")]
@@ -59,7 +63,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let paths = prepare(args)?;
     demo::clean_up_on_signals(&args.lab);
     let mut outcomes = Vec::new();
-    let mut campaign = Campaign::new(&paths, &args.lab, &args.accel);
+    let mut campaign = if args.kvm {
+        Campaign::with(&paths, &args.lab, kvm::guest(200))
+    } else {
+        Campaign::new(&paths, &args.lab, &args.accel)
+    };
     for (number, trial) in trials.iter().enumerate() {
         let outcome = campaign.run(*trial);
         println!(
@@ -105,10 +113,7 @@ fn prepare(args: &Args) -> Result<Paths> {
     if args.no_build {
         return Ok(Paths::of_checkout(&sh::root()));
     }
-    let paths = setup::prepare()?;
-    sh::step("building the daemons (release)");
-    demo::build_daemons()?;
-    Ok(paths)
+    demo::prepare(args.kvm)
 }
 
 fn chosen(args: &Args) -> Result<Vec<Trial>> {
@@ -152,8 +157,15 @@ fn scenario(args: &Args, seed: u64) -> ScenarioConfig {
         ..ScenarioConfig::default()
     };
     config.stage.seed = seed;
-    config.stage.guest.accel.clone_from(&args.accel);
-    config.stage.guest.workload = "redis,dirty:600:25".to_owned();
+    config.stage.guest = if args.kvm {
+        kvm::guest(600)
+    } else {
+        let guest = QemuConfig {
+            accel: args.accel.clone(),
+            ..QemuConfig::default()
+        };
+        guest.dirty_pages(600).into()
+    };
     config.stage.agent.verify_activation = true;
     config.stage.agent.extra = patience();
     config.protect.extra = patience();

@@ -8,6 +8,7 @@ mod demo;
 mod initramfs;
 mod kernel;
 mod kills;
+mod kvm;
 mod packages;
 mod setup;
 mod sh;

@@ -8,10 +8,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use romulus_e2e::Paths;
 use romulus_e2e::daemons::ProtectConfig;
+use romulus_e2e::guest::QemuConfig;
 use romulus_e2e::soak::{SoakConfig, SoakReport, soak};
 use romulus_e2e::stage::StageConfig;
 
-use crate::{demo, setup, sh};
+use crate::{demo, kvm, setup, sh};
 
 /// What the soak can be told.
 #[derive(clap::Args, Debug)]
@@ -25,6 +26,9 @@ pub(crate) struct Args {
     /// Pages that the guest dirties every 25 ms beside what redis does
     #[arg(long, default_value_t = 600, value_name = "N")]
     dirty_pages: u32,
+    /// Run the guest in the test VMM of this checkout, over KVM
+    #[arg(long)]
+    kvm: bool,
     /// Use guest and daemons as an earlier run or `cargo build --release` left them
     #[arg(long)]
     no_build: bool,
@@ -45,10 +49,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let paths = if args.no_build {
         Paths::of_checkout(&sh::root())
     } else {
-        let paths = setup::prepare()?;
-        sh::step("building the daemons (release)");
-        demo::build_daemons()?;
-        paths
+        demo::prepare(args.kvm)?
     };
     demo::clean_up_on_signals(&args.lab);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -59,9 +60,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         busy_processes: if args.load { cores } else { 0 },
     };
     config.protect.extra.clone_from(&args.protect_args);
-    config.stage.guest.workload = match args.dirty_pages {
-        0 => "redis".to_owned(),
-        pages => format!("redis,dirty:{pages}:25"),
+    config.stage.guest = if args.kvm {
+        kvm::guest(args.dirty_pages)
+    } else {
+        QemuConfig::default().dirty_pages(args.dirty_pages).into()
     };
     sh::step(&format!(
         "soak: {} minutes, {} busy processes on {cores} cores",

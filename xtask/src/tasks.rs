@@ -53,7 +53,6 @@ pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
     }
     if !args.no_e2e {
         demo::clean_up_on_signals(romulus_e2e::TEST_LAB);
-        sh::step("building the daemons (release)");
         demo::build_daemons()?;
         sh::step("end-to-end tests, one at a time");
         ran += run_tests(

@@ -8,12 +8,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// Socket memory for frames that nobody has fetched yet, in bytes.
 const BUFFER_BYTES: libc::c_int = 64 << 20;
-/// All protocols, in network order.
-const PROTOCOL_ALL: u16 = (libc::ETH_P_ALL as u16).to_be();
+/// All protocols (`ETH_P_ALL`), in network order.
+const PROTOCOL_ALL: u16 = 3_u16.to_be();
 /// `SKF_AD_OFF + SKF_AD_PKTTYPE` (linux/filter.h): where a filter finds which way a frame goes.
 const FRAME_DIRECTION: u32 = 0xffff_f004;
 /// What stands there for a frame that goes out (`PACKET_OUTGOING`).
 const OUTGOING: u32 = 4;
+/// Instructions of the filter.
+const FILTER_STEPS: u16 = 8;
 /// Room for the one control message that is asked for.
 const CONTROL_BYTES: usize = 64;
 
@@ -51,14 +53,14 @@ impl PacketSocket {
         opened.set(libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, &1_i32)?;
         let mut program = incoming_from(sender);
         let filter = libc::sock_fprog {
-            len: program.len() as libc::c_ushort,
+            len: FILTER_STEPS,
             filter: program.as_mut_ptr(),
         };
         // The kernel copies the program during the call.
         opened.set(libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &filter)?;
         // SAFETY: `sockaddr_ll` is plain data for which all zeros is a valid value.
         let mut address: libc::sockaddr_ll = unsafe { zeroed() };
-        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_family = u16::try_from(libc::AF_PACKET).expect("families are small numbers");
         address.sll_protocol = PROTOCOL_ALL;
         address.sll_ifindex = i32::try_from(interface)
             .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "not an interface's index"))?;
@@ -67,7 +69,7 @@ impl PacketSocket {
             libc::bind(
                 opened.socket.as_raw_fd(),
                 (&raw const address).cast(),
-                size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+                length_of::<libc::sockaddr_ll>(),
             )
         };
         if bound < 0 {
@@ -114,7 +116,7 @@ impl PacketSocket {
     pub fn lost(&self) -> io::Result<u32> {
         // SAFETY: `tpacket_stats` is plain data for which all zeros is a valid value.
         let mut counted: libc::tpacket_stats = unsafe { zeroed() };
-        let mut bytes = size_of::<libc::tpacket_stats>() as libc::socklen_t;
+        let mut bytes = length_of::<libc::tpacket_stats>();
         // SAFETY: the kernel writes at most `bytes` bytes into `counted`, which is as large.
         let got = unsafe {
             libc::getsockopt(
@@ -139,7 +141,7 @@ impl PacketSocket {
                 level,
                 option,
                 std::ptr::from_ref(value).cast(),
-                size_of::<T>() as libc::socklen_t,
+                length_of::<T>(),
             )
         };
         if set < 0 {
@@ -156,6 +158,11 @@ impl AsFd for PacketSocket {
     }
 }
 
+/// The length of a `T`, as socket calls take it.
+fn length_of<T>() -> libc::socklen_t {
+    libc::socklen_t::try_from(size_of::<T>()).expect("socket options and addresses are small")
+}
+
 /// The time in the control messages that came with a frame.
 fn timestamp_ns(message: &libc::msghdr) -> Option<u64> {
     // SAFETY: the kernel has filled the control buffer of this message, and the macro stays within its length.
@@ -166,16 +173,19 @@ fn timestamp_ns(message: &libc::msghdr) -> Option<u64> {
     // SAFETY: a message of this type holds one `timespec`, perhaps not aligned.
     let time: libc::timespec = unsafe { libc::CMSG_DATA(first).cast::<libc::timespec>().read_unaligned() };
     let seconds = u64::try_from(time.tv_sec).ok()?;
-    seconds.checked_mul(1_000_000_000)?.checked_add(u64::try_from(time.tv_nsec).ok()?)
+    seconds
+        .checked_mul(1_000_000_000)?
+        .checked_add(u64::try_from(time.tv_nsec).ok()?)
 }
 
 /// Everything that does not go out and whose source address, the bytes 6 to 11, is `sender`.
-fn incoming_from(sender: [u8; 6]) -> [libc::sock_filter; 8] {
-    const LOAD_BYTE: u16 = (libc::BPF_LD | libc::BPF_B | libc::BPF_ABS) as u16;
-    const LOAD_HALF: u16 = (libc::BPF_LD | libc::BPF_H | libc::BPF_ABS) as u16;
-    const LOAD_WORD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
-    const IF_EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
-    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+fn incoming_from(sender: [u8; 6]) -> [libc::sock_filter; FILTER_STEPS as usize] {
+    // BPF_LD | BPF_ABS with BPF_B, BPF_H, BPF_W; BPF_JMP | BPF_JEQ | BPF_K; BPF_RET | BPF_K.
+    const LOAD_BYTE: u16 = 0x30;
+    const LOAD_HALF: u16 = 0x28;
+    const LOAD_WORD: u16 = 0x20;
+    const IF_EQUAL: u16 = 0x15;
+    const RETURN: u16 = 0x06;
     let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
     let [a, b, c, d, e, f] = sender;
     [
@@ -202,8 +212,16 @@ mod tests {
             at += 1;
             let from = usize::try_from(step.k).unwrap();
             match step.code {
-                0x30 => accumulator = if step.k == FRAME_DIRECTION { direction } else { u32::from(frame[from]) },
-                0x28 => accumulator = u32::from(u16::from_be_bytes(frame[from..from + 2].try_into().unwrap())),
+                0x30 => {
+                    accumulator = if step.k == FRAME_DIRECTION {
+                        direction
+                    } else {
+                        u32::from(frame[from])
+                    }
+                }
+                0x28 => {
+                    accumulator = u32::from(u16::from_be_bytes(frame[from..from + 2].try_into().unwrap()))
+                }
                 0x20 => accumulator = u32::from_be_bytes(frame[from..from + 4].try_into().unwrap()),
                 0x15 => at += usize::from(if accumulator == step.k { step.jt } else { step.jf }),
                 0x06 => return step.k > 0,

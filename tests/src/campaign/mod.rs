@@ -26,7 +26,7 @@ use serde::Serialize;
 
 use crate::client::ClientConfig;
 use crate::daemons::AgentConfig;
-use crate::guest::GuestConfig;
+use crate::guest::{GuestConfig, QemuConfig};
 use crate::report::OK;
 use crate::stage::{Stage, StageConfig};
 use crate::{Paths, Stamp};
@@ -106,17 +106,24 @@ pub struct Campaign {
 }
 
 impl Campaign {
-    /// A campaign; `accel` is `tcg` or `kvm`.
+    /// A campaign with a Linux in QEMU; `accel` is `tcg` or `kvm`.
     #[must_use]
     pub fn new(paths: &Paths, prefix: &str, accel: &str) -> Campaign {
+        let guest = QemuConfig {
+            accel: accel.to_owned(),
+            memory_mib: 160,
+            workload: "redis,dirty:200:25".to_owned(),
+            second_monitor: true,
+            ..QemuConfig::default()
+        };
+        Campaign::with(paths, prefix, guest.into())
+    }
+
+    /// A campaign with this guest; one in QEMU needs a second monitor.
+    #[must_use]
+    pub fn with(paths: &Paths, prefix: &str, guest: GuestConfig) -> Campaign {
         let config = StageConfig {
-            guest: GuestConfig {
-                accel: accel.to_owned(),
-                memory_mib: 160,
-                workload: "redis,dirty:200:25".to_owned(),
-                second_monitor: true,
-                ..GuestConfig::default()
-            },
+            guest,
             client: ClientConfig {
                 keys: 1000,
                 ..ClientConfig::default()

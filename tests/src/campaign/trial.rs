@@ -9,7 +9,6 @@ use serde_json::Value;
 use super::watch::{go_on, kill_with, wait_fails, wait_struck};
 use super::{Blow, Outcome, Part, Trial, When};
 use crate::daemons::{AgentConfig, Fault, ProtectConfig};
-use crate::qmp::Qmp;
 use crate::stage::{Stage, StageConfig};
 use crate::{Host, Process, Stamp, wait_for};
 
@@ -209,12 +208,8 @@ fn went_to_backup(stage: &mut Stage, trial: Trial, struck: Stamp, outcome: &mut 
                 .context("the old primary did not end when another host spoke for its VM")?;
             ensure!(fails, "the old primary was killed");
         }
-        let mut monitor = Qmp::connect(&stage.lab)?;
-        let status = monitor.status()?;
-        ensure!(
-            status == "paused",
-            "the old guest was not stopped, it is {status}"
-        );
+        let runs = stage.guest.runs(&stage.lab)?;
+        ensure!(!runs, "the old guest was not stopped");
     }
     sleep(Duration::from_millis(500));
     let speaks = stage
@@ -291,15 +286,10 @@ fn leave(stage: &mut Stage) -> Result<()> {
 }
 
 fn wait_runs(stage: &Stage) -> Result<()> {
-    let mut last = String::new();
     // A checkpoint may be under way, and QEMU's monitor busy with it; one that nobody ends must not stay.
     wait_for("the guest to run", FREED_AT_MOST, || {
-        last = Qmp::connect(&stage.lab)
-            .and_then(|mut monitor| monitor.status())
-            .ok()?;
-        (last == "running").then_some(())
+        stage.guest.runs(&stage.lab).is_ok_and(|runs| runs).then_some(())
     })
-    .with_context(|| format!("it is {last:?}"))
 }
 
 fn wait_protected(stage: &mut Stage) -> Result<()> {

@@ -1,11 +1,11 @@
-//! What guests the lab can start: the command line of a stock QEMU for each.
+//! Guests in a stock QEMU, started as any operator would, with nothing of ours on the command line.
 
 use std::fs;
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
-use crate::guest::{MAC, console, qmp, second_qmp};
+use super::{MAC, console, qmp, second_qmp};
 use crate::lab::word;
 use crate::netns::{GUEST_IP, GUEST_IP6, TAP};
 use crate::{Kernel, Lab};
@@ -43,7 +43,7 @@ pub enum Firmware {
 
 /// What to start.
 #[derive(Clone, Debug)]
-pub struct GuestConfig {
+pub struct QemuConfig {
     /// `tcg` or `kvm`.
     pub accel: String,
     /// The machine type; empty for QEMU's own default.
@@ -78,9 +78,9 @@ pub struct GuestConfig {
     pub extra: Vec<String>,
 }
 
-impl Default for GuestConfig {
-    fn default() -> GuestConfig {
-        GuestConfig {
+impl Default for QemuConfig {
+    fn default() -> QemuConfig {
+        QemuConfig {
             accel: "tcg".to_owned(),
             machine: "q35".to_owned(),
             memory_mib: 256,
@@ -101,10 +101,21 @@ impl Default for GuestConfig {
     }
 }
 
-impl GuestConfig {
-    /// QEMU's command line, for a guest on the primary.
+impl QemuConfig {
+    /// Has the guest write so many pages every 25 ms beside its redis.
     #[must_use]
-    pub fn argv(&self, lab: &Lab) -> Vec<String> {
+    pub fn dirty_pages(self, pages: u32) -> QemuConfig {
+        QemuConfig {
+            workload: match pages {
+                0 => "redis".to_owned(),
+                pages => format!("redis,dirty:{pages}:25"),
+            },
+            ..self
+        }
+    }
+
+    /// QEMU's command line, for a guest on the primary.
+    pub(super) fn argv(&self, lab: &Lab) -> Vec<String> {
         let mut argv = Vec::new();
         if let Some(file) = &self.descriptor {
             argv.extend(["bash", "-c", "exec \"$@\" 3<>\"$0\""].map(str::to_owned));
@@ -192,8 +203,13 @@ impl GuestConfig {
     /// Makes what the command line names and is not there yet.
     ///
     /// # Errors
-    /// When a file cannot be made.
-    pub(crate) fn prepare(&self, lab: &Lab) -> Result<()> {
+    /// When the guest has not been built, or a file cannot be made.
+    pub(super) fn prepare(&self, lab: &Lab) -> Result<()> {
+        for needed in [lab.paths.kernel(self.kernel), lab.paths.initramfs(self.kernel)] {
+            if !needed.exists() {
+                bail!("{} is missing: run `cargo xtask setup`", needed.display());
+            }
+        }
         if self.firmware == Firmware::Ovmf {
             fs::copy(OVMF_VARS, variables(lab))
                 .with_context(|| format!("cannot copy {OVMF_VARS}; is the package ovmf installed?"))?;

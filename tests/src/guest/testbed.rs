@@ -1,0 +1,158 @@
+//! Guests in our own test VMM over KVM (`crates/testbed`), which has its guest built in.
+
+use std::fs;
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use rustix::process::Pid;
+
+use super::{MAC, attach, console};
+use crate::Lab;
+use crate::daemons::VM;
+use crate::lab::word;
+use crate::netns::{GUEST_IP, GUEST_IP6, Host, TAP};
+
+/// The system call and the request by which a virtual processor runs (`ioctl`, `KVM_RUN`), as /proc shows them.
+const IOCTL: &str = "16";
+const KVM_RUN: &str = "0xae80";
+const LOOKS: u32 = 30;
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+
+/// What to start.
+#[derive(Clone, Debug)]
+pub struct TestbedConfig {
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Virtual processors, 1 to 4.
+    pub vcpus: u32,
+    /// How writes are seen: `manual`, `log` or `ring`; the testbed's own default when empty.
+    pub tracking: String,
+    /// What the guest writes beside its service: `PATTERN:PAGES:PERIOD_MS`; nothing when empty.
+    pub dirty: String,
+    /// Whether the guest looks for wrong bytes, registers and lost interrupts all the time.
+    pub check: bool,
+    /// Further words for the guest.
+    pub words: String,
+}
+
+impl Default for TestbedConfig {
+    fn default() -> TestbedConfig {
+        TestbedConfig {
+            memory_mib: 256,
+            vcpus: 1,
+            tracking: String::new(),
+            dirty: String::new(),
+            check: true,
+            words: String::new(),
+        }
+    }
+}
+
+impl TestbedConfig {
+    /// Has the guest write so many pages, at random places, every 25 ms.
+    #[must_use]
+    pub fn dirty_pages(self, pages: u32) -> TestbedConfig {
+        TestbedConfig {
+            dirty: match pages {
+                0 => String::new(),
+                pages => format!("random/counter:{pages}:25"),
+            },
+            ..self
+        }
+    }
+
+    /// The testbed's command line, for a guest on the primary.
+    pub(super) fn argv(&self, lab: &Lab) -> Result<Vec<String>> {
+        let mut argv = vec![word(&lab.paths.binary("testbed")?), "run".to_owned()];
+        let mut add = |option: &str, value: &str| argv.extend([option.to_owned(), value.to_owned()]);
+        add("--name", VM);
+        add("--memory", &self.memory_mib.to_string());
+        add("--vcpus", &self.vcpus.to_string());
+        add("--tap", TAP);
+        add("--mac", MAC);
+        add("--attach", &word(&attach(lab)));
+        add("--serial", &word(&console(lab)));
+        if !self.tracking.is_empty() {
+            add("--tracking", &self.tracking);
+        }
+        add("--cmdline", &self.guest_words());
+        Ok(argv)
+    }
+
+    /// The command line of the guest itself.
+    fn guest_words(&self) -> String {
+        let mut words = format!(
+            "ip={GUEST_IP}/24 ip6={GUEST_IP6}/64 gw={} port=6379",
+            Host::Client.ip()
+        );
+        if !self.dirty.is_empty() {
+            words.push_str(&format!(" dirty={}", self.dirty));
+        }
+        if self.check {
+            words.push_str(" check=on");
+        }
+        if !self.words.is_empty() {
+            words.push_str(&format!(" {}", self.words));
+        }
+        words
+    }
+}
+
+/// Whether a VMM's virtual processors run: whether the kernel says of any of its threads that it is in `KVM_RUN`, at one of
+/// many looks, since it may leave that for a moment.
+pub(super) fn runs(vmm: Pid) -> Result<bool> {
+    for _ in 0..LOOKS {
+        if in_guest(vmm)? {
+            return Ok(true);
+        }
+        sleep(LOOK_EVERY);
+    }
+    Ok(false)
+}
+
+fn in_guest(vmm: Pid) -> Result<bool> {
+    let folder = format!("/proc/{}/task", vmm.as_raw_nonzero());
+    let threads = fs::read_dir(&folder).with_context(|| format!("cannot list {folder}"))?;
+    // A thread that has just ended runs nothing.
+    let calls = threads
+        .flatten()
+        .filter_map(|thread| fs::read_to_string(thread.path().join("syscall")).ok());
+    Ok(calls.into_iter().any(|call| runs_guest(&call)))
+}
+
+/// `NUMBER ARGUMENT…` of a thread that waits in a system call. One that is on a processor right now shows `running`.
+fn runs_guest(call: &str) -> bool {
+    let mut words = call.split_whitespace();
+    words.next() == Some(IOCTL) && words.nth(1) == Some(KVM_RUN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_processor_that_waits_for_the_guest_is_told_from_one_that_is_held() {
+        assert!(runs_guest("16 0xb 0xae80 0x0 0x0 0x0 0x0 0x7ffc 0x7f\n"));
+        for other in [
+            "202 0x7f 0x80 0x0 0x0 0x0 0x0 0x7ffc 0x7f",
+            "16 0xb 0xae81 0x0 0x0 0x0 0x0 0x7ffc 0x7f",
+            "running",
+            "",
+        ] {
+            assert!(!runs_guest(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn a_guest_that_is_to_write_nothing_is_told_nothing_of_it() {
+        let quiet = TestbedConfig::default().dirty_pages(0);
+        assert!(!quiet.guest_words().contains("dirty="));
+        assert!(
+            quiet
+                .dirty_pages(600)
+                .guest_words()
+                .contains(" dirty=random/counter:600:25")
+        );
+    }
+}

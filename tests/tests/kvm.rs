@@ -1,0 +1,162 @@
+//! Our own test VMM over KVM: the same promises as for QEMU, and the guest's own check of itself besides.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Result, anyhow};
+use romulus_e2e::daemons::{AgentConfig, ProtectConfig};
+use romulus_e2e::guest::TestbedConfig;
+use romulus_e2e::scenario::{ScenarioConfig, survive};
+use romulus_e2e::stage::{Stage, StageConfig};
+use romulus_e2e::{Host, Paths, Stamp, TEST_LAB, wait_for};
+use rustix::process::Signal;
+use serde_json::Value;
+
+const SOON: Duration = Duration::from_secs(60);
+
+fn stage_config(vcpus: u32, tracking: &str) -> StageConfig {
+    let guest = TestbedConfig {
+        vcpus,
+        tracking: tracking.to_owned(),
+        ..TestbedConfig::default().dirty_pages(400)
+    };
+    StageConfig {
+        guest: guest.into(),
+        agent: AgentConfig {
+            verify_activation: true,
+            ..AgentConfig::default()
+        },
+        ..StageConfig::default()
+    }
+}
+
+fn survives_its_host(vcpus: u32, tracking: &str) -> Result<()> {
+    let config = ScenarioConfig {
+        stage: stage_config(vcpus, tracking),
+        before: Duration::from_secs(1),
+        protected: Duration::from_secs(3),
+        after: Duration::from_secs(2),
+        ..ScenarioConfig::default()
+    };
+    let kill = survive(&Paths::here(), TEST_LAB, &config)?;
+    println!(
+        "survived: {} epochs, pause {:?}, outage {:?} ms, {} writes",
+        kill.epochs, kill.pause_ms, kill.outage_ms, kill.acked_writes
+    );
+    Ok(())
+}
+
+#[test]
+fn a_host_dies_and_the_clients_of_its_kvm_guest_lose_nothing() -> Result<()> {
+    survives_its_host(1, "")
+}
+
+#[test]
+fn a_guest_with_two_processors_survives_its_host() -> Result<()> {
+    survives_its_host(2, "")
+}
+
+#[test]
+fn a_guest_whose_writes_the_plain_log_tells_survives_its_host() -> Result<()> {
+    survives_its_host(1, "log")
+}
+
+#[test]
+fn a_guest_whose_writes_a_ring_tells_survives_its_host() -> Result<()> {
+    survives_its_host(1, "ring")
+}
+
+fn protected() -> Result<Stage> {
+    let mut stage = Stage::raise(&Paths::here(), TEST_LAB, &stage_config(1, ""))?;
+    stage.protect(&ProtectConfig::default())?;
+    sleep(Duration::from_secs(1));
+    Ok(stage)
+}
+
+fn wait_state(stage: &Stage, state: &str) -> Result<()> {
+    wait_for(&format!("the state {state}"), SOON, || {
+        let status = stage.lab.status(Host::Primary).ok()?;
+        (status.get("state").and_then(Value::as_str) == Some(state)).then_some(())
+    })
+}
+
+/// Whatever happened, nothing that was acknowledged is lost, the connection lives, and the guest finds nothing wrong in itself.
+fn all_is_well(stage: &mut Stage) -> Result<()> {
+    stage.ensure_guest_is_whole()?;
+    stage.ensure_nothing_lost()?;
+    let audit = stage.audit();
+    assert_eq!(audit.uncommitted_frames, 0, "{audit:?}");
+    assert!(
+        audit.gated_frames > 0,
+        "nothing was seen to leave through the gate"
+    );
+    Ok(())
+}
+
+fn replicator_gone(signal: Signal) -> Result<()> {
+    let mut stage = protected()?;
+    let at = Stamp::now();
+    replicator_of(&stage)?.signal(signal)?;
+    let activated = stage.timeline.wait("activated", at, SOON)?;
+    assert!(stage.guest.runs(&stage.lab)?, "the old guest is left paused");
+    stage.wait_ack_after(activated.at, SOON)?;
+    if signal == Signal::STOP {
+        // It wakes up in a world that has moved on, and must not speak.
+        replicator_of(&stage)?.signal(Signal::CONT).ok();
+    }
+    sleep(Duration::from_secs(3));
+    assert_eq!(
+        stage.from_primary.count_after(activated.at),
+        0,
+        "the old primary spoke after the takeover"
+    );
+    all_is_well(&mut stage)
+}
+
+fn replicator_of(stage: &Stage) -> Result<&romulus_e2e::Process> {
+    stage.replicator.as_ref().ok_or_else(|| anyhow!("no replicator"))
+}
+
+#[test]
+fn when_the_replicator_dies_the_old_kvm_guest_is_mute_but_not_paused() -> Result<()> {
+    replicator_gone(Signal::KILL)
+}
+
+#[test]
+fn when_the_replicator_is_stopped_the_old_kvm_guest_is_mute_but_not_paused() -> Result<()> {
+    replicator_gone(Signal::STOP)
+}
+
+#[test]
+fn when_the_agent_dies_the_kvm_guest_stays_and_is_protected_again_once_there_is_an_agent() -> Result<()> {
+    let mut stage = protected()?;
+    let at = Stamp::now();
+    stage.agent.take().ok_or_else(|| anyhow!("no agent"))?.kill();
+    wait_state(&stage, "not_protected")?;
+    stage.wait_ack_after(Stamp::now(), SOON)?;
+    assert!(stage.guest.runs(&stage.lab)?, "the guest is left paused");
+    stage.start_agent(&AgentConfig::default())?;
+    wait_state(&stage, "protected")?;
+    assert_eq!(
+        stage.from_backup.count_after(at),
+        0,
+        "a dead agent's host spoke for the guest"
+    );
+    all_is_well(&mut stage)
+}
+
+#[test]
+fn a_planned_failover_moves_the_kvm_guest_and_loses_nothing() -> Result<()> {
+    let mut stage = protected()?;
+    let at = Stamp::now();
+    stage.lab.romulus(Host::Primary, &["failover"])?;
+    let activated = stage.timeline.wait("activated", at, SOON)?;
+    stage.wait_ack_after(activated.at, SOON)?;
+    sleep(Duration::from_secs(2));
+    assert_eq!(
+        stage.from_primary.count_after(activated.at),
+        0,
+        "the old primary spoke after the failover"
+    );
+    all_is_well(&mut stage)
+}
