@@ -1,0 +1,86 @@
+//! What can be measured: one file a family.
+
+mod codec;
+mod digest;
+mod memory;
+mod transport;
+mod wire;
+
+use serde::de::DeserializeOwned;
+
+use crate::run::{Run, Unable};
+
+/// Something that can be measured, with its settings from a plan.
+pub(crate) trait Measure {
+    /// Measures, and reports each value with [`Run::found`].
+    ///
+    /// # Errors
+    /// [`Unable`] when this machine cannot do it or it goes wrong; what was found before stays.
+    fn run(&self, run: &mut Run) -> Result<(), Unable>;
+
+    /// What is wrong with its settings, in words.
+    fn problem(&self) -> Option<String> {
+        None
+    }
+}
+
+type Parsed = Result<Box<dyn Measure>, toml::de::Error>;
+
+/// A kind of measure.
+pub(crate) struct Kind {
+    /// As a plan has it.
+    pub(crate) name: &'static str,
+    /// One line for `bench list`.
+    pub(crate) about: &'static str,
+    /// Reads its settings.
+    pub(crate) parse: fn(toml::Table) -> Parsed,
+}
+
+/// Every kind.
+pub(crate) const ALL: &[Kind] = &[
+    Kind {
+        name: "memory.copy",
+        about: "copying scattered dirty pages, against one copy of as many bytes",
+        parse: parse::<memory::Copy>,
+    },
+    Kind {
+        name: "codec.page",
+        about: "encoding and decoding a page against its previous version, against memcpy",
+        parse: parse::<codec::PageCodec>,
+    },
+    Kind {
+        name: "codec.session",
+        about: "the whole encoding step of a session, against memcpy",
+        parse: parse::<codec::Session>,
+    },
+    Kind {
+        name: "digest",
+        about: "digests of pages, against memcpy",
+        parse: parse::<digest::Digests>,
+    },
+    Kind {
+        name: "wire.frames",
+        about: "putting pages into frames and taking them out again, against memcpy",
+        parse: parse::<wire::Frames>,
+    },
+    Kind {
+        name: "transport",
+        about: "our QUIC transport on loopback, against bare TCP",
+        parse: parse::<transport::Loopback>,
+    },
+];
+
+fn parse<T: Measure + DeserializeOwned + 'static>(settings: toml::Table) -> Parsed {
+    Ok(Box::new(settings.try_into::<T>()?))
+}
+
+/// All names, for a message.
+pub(crate) fn names() -> String {
+    ALL.iter().map(|kind| kind.name).collect::<Vec<_>>().join(", ")
+}
+
+/// What is wrong with a setting that must be within limits.
+fn outside(key: &str, value: u64, least: u64, most: u64) -> Option<String> {
+    let wrong = !(least..=most).contains(&value);
+    wrong.then(|| format!("{key} = {value}: it must be {least} to {most}"))
+}
