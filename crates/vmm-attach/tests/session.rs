@@ -465,6 +465,18 @@ fn a_server_that_ends_lets_the_guest_run() {
 }
 
 #[test]
+fn what_was_posted_before_the_server_ends_is_told() {
+    for _ in 0..20 {
+        let vmm = running(|_| {});
+        let (mut client, _) = vmm.client();
+        vmm.events.post(Event::PoweredOff);
+        drop(vmm.server);
+        assert_eq!(client.poll_event().unwrap(), Some(Event::PoweredOff));
+        assert!(client.poll_event().is_err());
+    }
+}
+
+#[test]
 fn a_socket_is_taken_over_from_a_vmm_that_ended_and_from_no_other() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");

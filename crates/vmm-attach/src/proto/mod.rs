@@ -14,6 +14,8 @@ mod codec;
 mod header;
 mod machine;
 mod message;
+#[cfg(test)]
+mod tests;
 
 pub use codec::ProtoError;
 pub use header::{HEADER_BYTES, Header, MAGIC, PAYLOAD_BYTES_MAX};

@@ -38,7 +38,8 @@ use desk::Desk;
 use phase::Phase;
 use watch::Shared;
 
-/// A server that runs. It ends, and lets the guest run, when this is dropped.
+/// A server that runs. When this is dropped it ends: events that were posted before are sent, for which a client has
+/// [`ServeOptions::write_limit`], and a guest that the client held runs. So a VMM that ends because its guest did posts that and drops this.
 #[derive(Debug)]
 pub struct ServerHandle {
     shared: Arc<Shared>,

@@ -120,3 +120,87 @@ pub(crate) fn expired() -> Refusal {
         "the guest was let go before, because its stop had lasted to its limit: what was copied since is void",
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::{MachineInfo, Pause, Prepare, Restore};
+
+    /// Each request, and a letter for it.
+    fn requests() -> [(char, Request); 12] {
+        let prepare = Prepare {
+            machine: MachineInfo::default(),
+            private: false,
+        };
+        [
+            ('a', Request::Arm),
+            ('h', Request::Harvest),
+            ('p', Request::Pause(Pause { limit_ns: 1 })),
+            ('r', Request::Resume),
+            ('t', Request::Halt(Halt { for_good: false })),
+            ('T', Request::Halt(Halt { for_good: true })),
+            ('g', Request::Go),
+            ('l', Request::Alive),
+            ('b', Request::Prepare(prepare)),
+            ('R', Request::Restore(Restore { state_bytes: 1 })),
+            ('A', Request::Activate),
+            ('d', Request::Detach),
+        ]
+    }
+
+    #[test]
+    fn each_phase_admits_exactly_these_requests() {
+        let until_ns = 1;
+        let halted = |capturing| Phase::Halted { until_ns, capturing };
+        let table = [
+            (Phase::Empty, "lbd"),
+            (Phase::Prepared { trial: false }, "lRd"),
+            (Phase::Prepared { trial: true }, "lRd"),
+            (Phase::Restored { trial: false }, "lRAd"),
+            (Phase::Restored { trial: true }, "lRd"),
+            (Phase::Running, "ahptTld"),
+            (Phase::Paused { until_ns }, "rtTld"),
+            (Phase::Expired, "Tld"),
+            (halted(false), "ptTgld"),
+            (halted(true), "rtTld"),
+            (Phase::HaltedForGood, "tTld"),
+        ];
+        for (phase, expected) in table {
+            let admitted = requests()
+                .into_iter()
+                .filter(|(_, request)| phase.admit(request).is_ok());
+            let admitted: String = admitted.map(|(letter, _)| letter).collect();
+            assert_eq!(admitted, expected, "{phase:?}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_says_why_and_what_to_do() {
+        let code = |phase: Phase, request| phase.admit(&request).unwrap_err().code;
+        assert_eq!(
+            code(Phase::Restored { trial: true }, Request::Activate),
+            ErrorCode::TrialOnly
+        );
+        assert_eq!(code(Phase::Expired, Request::Resume), ErrorCode::PauseExpired);
+        assert_eq!(code(Phase::HaltedForGood, Request::Go), ErrorCode::HaltedForGood);
+        let refusal = Phase::Paused { until_ns: 1 }.admit(&Request::Arm).unwrap_err();
+        assert_eq!(refusal.code, ErrorCode::WrongOrder);
+        assert_eq!(
+            refusal.text,
+            "Arm does not belong here: the guest is paused, and waits for Resume or Halt"
+        );
+    }
+
+    #[test]
+    fn only_a_stop_has_a_deadline_and_a_stop_for_good_has_none() {
+        assert_eq!(Phase::Paused { until_ns: 5 }.deadline_ns(), Some(5));
+        let halted = Phase::Halted {
+            until_ns: 6,
+            capturing: true,
+        };
+        assert_eq!(halted.deadline_ns(), Some(6));
+        for phase in [Phase::Running, Phase::Expired, Phase::HaltedForGood, Phase::Empty] {
+            assert_eq!(phase.deadline_ns(), None);
+        }
+    }
+}

@@ -85,6 +85,11 @@ pub(crate) fn run(listener: &UnixListener, shared: &Shared, options: &ServeOptio
             visitor = None;
         }
     }
+    if let Some(guest) = &visitor {
+        // What was posted before the end is told.
+        let told = guest.tell_events();
+        tracing::info!(client = guest.name, pid = guest.pid, ?told, "the server ends");
+    }
 }
 
 /// What happened.
