@@ -41,7 +41,8 @@ impl Tap {
     /// `InvalidInput` when the name is empty or too long, `EBUSY` or `EEXIST` when it exists, `EPERM` without
     /// `CAP_NET_ADMIN`, `ENOENT` without `/dev/net/tun`.
     pub fn create(name: &str, vnet_header: bool) -> io::Result<Self> {
-        Self::open(name, vnet_header, IFF_TUN_EXCL)
+        let tap = Self::open(name, vnet_header, IFF_TUN_EXCL)?;
+        tap.accept_offloads(vnet_header)
     }
 
     /// Like [`Tap::create`], but takes over a persistent tap of that name when there is one.
@@ -49,7 +50,20 @@ impl Tap {
     /// # Errors
     /// As [`Tap::create`]; `EBUSY` when somebody else holds the tap.
     pub fn create_or_attach(name: &str, vnet_header: bool) -> io::Result<Self> {
-        Self::open(name, vnet_header, 0)
+        let tap = Self::open(name, vnet_header, 0)?;
+        tap.accept_offloads(vnet_header)
+    }
+
+    /// Like [`Tap::create_or_attach`] with the header, but for a reader that takes only frames as they are on a wire:
+    /// not longer than the MTU allows, with their checksums. Every header read is all zeros.
+    ///
+    /// # Errors
+    /// As [`Tap::create_or_attach`].
+    pub fn create_or_attach_without_offloads(name: &str) -> io::Result<Self> {
+        let tap = Self::open(name, true, 0)?;
+        // A persistent tap remembers what its last reader was able to take.
+        tap.set_offloads(0)?;
+        Ok(tap)
     }
 
     fn open(name: &str, vnet_header: bool, exclusive: libc::c_short) -> io::Result<Self> {
@@ -82,25 +96,28 @@ impl Tap {
             .take_while(|c| **c != 0)
             .map(|c| c.cast_unsigned())
             .collect();
-        let tap = Self {
+        Ok(Self {
             file,
             name: String::from_utf8_lossy(&name).into_owned(),
-        };
-        if vnet_header {
-            tap.accept_offloads()?;
-        }
-        Ok(tap)
+        })
     }
 
-    /// Tells the kernel that this end takes unsegmented frames, so that it does not cut them up for us.
-    fn accept_offloads(&self) -> io::Result<()> {
-        for offloads in [OFFLOADS_BASIC | OFFLOADS_UDP, OFFLOADS_BASIC] {
-            // SAFETY: TUNSETOFFLOAD takes a plain number.
-            if unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, offloads) } == 0 {
-                return Ok(());
-            }
+    /// Tells the kernel that this end takes unsegmented frames, so that it does not cut them up for us. Without the
+    /// header there is no way to say what a frame is, and nothing to tell.
+    fn accept_offloads(self, vnet_header: bool) -> io::Result<Self> {
+        if vnet_header {
+            let all = self.set_offloads(OFFLOADS_BASIC | OFFLOADS_UDP);
+            all.or_else(|_| self.set_offloads(OFFLOADS_BASIC))?;
         }
-        Err(io::Error::last_os_error())
+        Ok(self)
+    }
+
+    fn set_offloads(&self, offloads: libc::c_ulong) -> io::Result<()> {
+        // SAFETY: TUNSETOFFLOAD takes a plain number.
+        match unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, offloads) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Leaves the interface there when this value is dropped, for somebody else to attach to.
