@@ -45,8 +45,6 @@ use crate::worker::{Parts, Worker};
 
 /// Pages that each vCPU's self-check fills and checks again and again.
 const BLOCKS: usize = 64;
-/// Most memory for keys when the command line does not say, in bytes.
-const KEYS_BYTES_MAX: u64 = 64 << 20;
 /// How often the progress record is written, in nanoseconds.
 const PROGRESS_NS: u64 = 500_000;
 
@@ -126,15 +124,10 @@ fn devices(
     memory: &mut Memory,
 ) -> (Option<Service>, Option<BlockLog>) {
     let (mut service, mut log) = (None, None);
-    let keys_bytes = match settings.keys_mib {
-        Some(mib) => u64::from(mib.max(1)) << 20,
-        None => ((info.ram_low_bytes + info.ram_high_bytes) / 8).min(KEYS_BYTES_MAX),
-    };
     for device in info.devices() {
         let started = match device.virtio_id {
             net::VIRTIO_ID if service.is_none() => Nic::start(device, memory).map(|nic| {
-                let keys_bytes = usize::try_from(keys_bytes).unwrap_or(usize::MAX);
-                service = Some(Service::new(nic, clock, info.vcpus, settings, keys_bytes, memory));
+                service = Some(Service::new(nic, clock, info, settings, memory));
             }),
             blk::VIRTIO_ID if log.is_none() && settings.log => Blk::start(device, memory).map(|disk| {
                 log = BlockLog::new(disk, mix(clock.moment().tsc));

@@ -3,7 +3,7 @@
 use core::fmt::{self, Write};
 use core::sync::atomic::Ordering;
 
-use romulus_guest_core::abi::{End, VCPUS_MAX};
+use romulus_guest_core::abi::{BootInfo, End, VCPUS_MAX};
 use romulus_guest_core::command::{Machine, Then};
 use romulus_guest_core::dirty::Dirtying;
 use romulus_guest_core::frames::{Frames, Seen};
@@ -22,8 +22,12 @@ use crate::shared::{DIRTYING, DIRTYING_CHANGES, FIGURES, Figures};
 use crate::virtio::net::Nic;
 use crate::worker::Damage;
 
-/// Clients that may be connected at once.
-const CONNECTIONS: usize = 64;
+/// Most clients that are served at once, those included whose connections are just being closed.
+const CONNECTIONS: usize = 128;
+/// RAM of which one connection's place may take its buffers: no more than half of it goes to all of them.
+const RAM_BYTES_A_CONNECTION: u64 = 512 << 10;
+/// Most memory for keys when the command line does not say, in bytes.
+const KEYS_BYTES_MAX: u64 = 64 << 20;
 const DATAGRAMS: usize = 64;
 const DATAGRAM_BYTES_MAX: usize = 1472;
 /// How long the last reply may take before the machine ends, in nanoseconds.
@@ -64,16 +68,21 @@ impl Service {
     pub fn new(
         mut nic: Nic,
         clock: Clock,
-        vcpus: u32,
+        info: &BootInfo,
         settings: &Settings,
-        keys_bytes: usize,
         memory: &mut Memory,
     ) -> Self {
+        let ram_bytes = info.ram_low_bytes + info.ram_high_bytes;
+        let keys_bytes = match settings.keys_mib {
+            Some(mib) => u64::from(mib.max(1)) << 20,
+            None => (ram_bytes / 8).min(KEYS_BYTES_MAX),
+        };
+        let places = usize::try_from(ram_bytes / RAM_BYTES_A_CONNECTION).unwrap_or(CONNECTIONS);
         let interface = interface(&mut nic, clock, settings);
         let storage = memory.place([const { SocketStorage::EMPTY }; CONNECTIONS + 1]);
         let mut sockets = SocketSet::new(&mut storage[..]);
         let connections = memory.place([const { None }; CONNECTIONS]);
-        for place in connections.iter_mut() {
+        for place in connections.iter_mut().take(places) {
             let handle = sockets.add(socket(memory));
             *place = Some(Connection::new(handle, memory));
         }
@@ -88,7 +97,7 @@ impl Service {
             late: None,
             records: (0, 0),
             frames: (0, 0),
-            vcpus,
+            vcpus: info.vcpus,
         };
         Service {
             nic,
@@ -96,7 +105,7 @@ impl Service {
             sockets,
             connections,
             echo,
-            store: Store::new(memory.take_bytes(keys_bytes)),
+            store: Store::new(memory.take_bytes(usize::try_from(keys_bytes).unwrap_or(usize::MAX))),
             frames: Frames::default(),
             port: settings.port,
             numbers: 0,
