@@ -119,13 +119,18 @@ impl Redis {
 
     /// Asks and waits for the reply.
     pub(crate) fn ask(&mut self, words: &[&[u8]]) -> Result<Reply> {
+        self.tell(words)?;
+        read_reply(&mut self.stream)
+    }
+
+    /// Sends a command.
+    pub(crate) fn tell(&mut self, words: &[&[u8]]) -> Result<()> {
         let mut out = Vec::new();
         push_command(&mut out, words);
         self.stream
             .get_mut()
             .write_all(&out)
-            .context("cannot write to redis")?;
-        read_reply(&mut self.stream)
+            .context("cannot write to redis")
     }
 
     /// Whether it answers.

@@ -287,6 +287,15 @@ impl Stage {
         Redis::connect(&self.lab, Duration::from_secs(5))?.self_check()
     }
 
+    /// Sends the testbed's guest a command and does not wait for an answer: it may be its end.
+    ///
+    /// # Errors
+    /// When its service cannot be reached.
+    pub fn tell_guest(&self, words: &[&str]) -> Result<()> {
+        let words: Vec<&[u8]> = words.iter().map(|word| word.as_bytes()).collect();
+        Redis::connect(&self.lab, Duration::from_secs(5))?.tell(&words)
+    }
+
     /// By how much the guest's clock is ahead of this machine's, in microseconds.
     ///
     /// # Errors

@@ -13,6 +13,8 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(60);
+/// How the testbed ends when its guest has found something wrong in itself.
+const SELF_CHECK_FAILED: i32 = 10;
 
 fn stage_config(vcpus: u32, tracking: &str) -> StageConfig {
     let guest = TestbedConfig {
@@ -28,6 +30,22 @@ fn stage_config(vcpus: u32, tracking: &str) -> StageConfig {
         },
         ..StageConfig::default()
     }
+}
+
+#[test]
+fn what_is_spoilt_in_the_guest_is_found_by_its_own_check() -> Result<()> {
+    for what in ["byte", "register", "timer", "clock"] {
+        let config = StageConfig {
+            without_daemons: true,
+            ..stage_config(1, "")
+        };
+        let mut stage = Stage::raise(&Paths::here(), TEST_LAB, &config)?;
+        stage.ensure_guest_is_whole()?;
+        stage.tell_guest(&["DAMAGE", what])?;
+        let ended = stage.guest.process_mut().wait(SOON)?;
+        assert_eq!(ended.code(), Some(SELF_CHECK_FAILED), "{what}: {ended}");
+    }
+    Ok(())
 }
 
 fn survives_its_host(vcpus: u32, tracking: &str) -> Result<()> {

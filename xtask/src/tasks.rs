@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{demo, setup, sh};
+use crate::{demo, kvm, setup, sh};
 
 /// What `cargo xtask test` can be told.
 #[derive(clap::Args, Debug)]
@@ -54,9 +54,11 @@ pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
     if !args.no_e2e {
         demo::clean_up_on_signals(romulus_e2e::TEST_LAB);
         demo::build_daemons()?;
+        let over_kvm = kvm::need().inspect_err(|error| println!("LEAVING OUT the tests over KVM: {error:#}"));
+        let over_kvm = over_kvm.is_ok();
         sh::step("end-to-end tests, one at a time");
         ran += run_tests(
-            || end_to_end(every_shape),
+            || end_to_end(every_shape, over_kvm),
             &["--test-threads=1", "--nocapture"],
             name,
         )?;
@@ -89,7 +91,7 @@ fn run_tests(tests: impl Fn() -> Result<Command>, flags: &[&str], name: Option<&
 }
 
 /// Each file of `tests/tests` by name: cargo then fails when one of them is not built, instead of leaving it out.
-fn end_to_end(every_shape: bool) -> Result<Command> {
+fn end_to_end(every_shape: bool, over_kvm: bool) -> Result<Command> {
     let folder = sh::root().join("tests/tests");
     let features = if every_shape { "every-shape" } else { "e2e" };
     let mut command = sh::cargo(&["test", "--package", "romulus-e2e", "--features", features]);
@@ -101,7 +103,11 @@ fn end_to_end(every_shape: bool) -> Result<Command> {
         let path = entry
             .with_context(|| format!("cannot read {}", folder.display()))?
             .path();
-        let wanted = !every_shape || path.ends_with("shapes.rs");
+        let wanted = if every_shape {
+            path.ends_with("shapes.rs")
+        } else {
+            over_kvm || !path.ends_with("kvm.rs")
+        };
         if wanted && path.extension().is_some_and(|extension| extension == "rs") {
             command.arg("--test").arg(path.file_stem().unwrap_or_default());
             files += 1;
