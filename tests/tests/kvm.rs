@@ -33,6 +33,26 @@ fn stage_config(vcpus: u32, tracking: &str) -> StageConfig {
 }
 
 #[test]
+fn an_unprotected_kvm_guest_loses_nothing_and_is_seen_by_every_instrument() -> Result<()> {
+    let config = StageConfig {
+        without_daemons: true,
+        ..stage_config(2, "")
+    };
+    let mut stage = Stage::raise(&Paths::here(), TEST_LAB, &config)?;
+    let (from, ahead) = (Stamp::now(), stage.clock_ahead_us()?);
+    sleep(Duration::from_secs(3));
+    let (latency, requests) = stage.probe.quantiles(from, Stamp::now());
+    assert!(requests > 50, "{requests} requests, {latency:?}");
+    let drift = (stage.clock_ahead_us()? - ahead).abs();
+    assert!(drift < 1_000_000, "its clock went wrong by {drift} us in 3 s");
+    assert!(stage.guest.runs(&stage.lab)?, "its processors are not seen to run");
+    assert!(stage.from_primary.count_after(from) > 100, "the sniffer missed its frames");
+    assert_eq!(stage.from_backup.frames().len(), 0);
+    stage.ensure_guest_is_whole()?;
+    stage.ensure_nothing_lost()
+}
+
+#[test]
 fn what_is_spoilt_in_the_guest_is_found_by_its_own_check() -> Result<()> {
     for what in ["byte", "register", "timer", "clock"] {
         let config = StageConfig {
