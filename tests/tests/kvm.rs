@@ -45,8 +45,14 @@ fn an_unprotected_kvm_guest_loses_nothing_and_is_seen_by_every_instrument() -> R
     assert!(requests > 50, "{requests} requests, {latency:?}");
     let drift = (stage.clock_ahead_us()? - ahead).abs();
     assert!(drift < 1_000_000, "its clock went wrong by {drift} us in 3 s");
-    assert!(stage.guest.runs(&stage.lab)?, "its processors are not seen to run");
-    assert!(stage.from_primary.count_after(from) > 100, "the sniffer missed its frames");
+    assert!(
+        stage.guest.runs(&stage.lab)?,
+        "its processors are not seen to run"
+    );
+    assert!(
+        stage.from_primary.count_after(from) > 100,
+        "the sniffer missed its frames"
+    );
     assert_eq!(stage.from_backup.frames().len(), 0);
     stage.ensure_guest_is_whole()?;
     stage.ensure_nothing_lost()
@@ -181,6 +187,60 @@ fn when_the_agent_dies_the_kvm_guest_stays_and_is_protected_again_once_there_is_
         "a dead agent's host spoke for the guest"
     );
     all_is_well(&mut stage)
+}
+
+#[test]
+fn a_kvm_guest_that_powers_off_ends_its_protection_and_is_never_taken_over() -> Result<()> {
+    let mut stage = protected()?;
+    let at = Stamp::now();
+    stage.tell_guest(&["SHUTDOWN"])?;
+    let mut replicator = stage.replicator.take().ok_or_else(|| anyhow!("no replicator"))?;
+    let ended = replicator.wait(SOON)?;
+    assert!(ended.success(), "{ended}: {}", replicator.tail());
+    sleep(Duration::from_secs(2));
+    assert!(
+        stage.timeline.first("activated", at).is_none(),
+        "the backup took over"
+    );
+    let records = stage.lab.records()?;
+    assert!(records.contains("Ended"), "the witness has: {records}");
+    Ok(())
+}
+
+#[test]
+fn a_kvm_guest_that_is_reset_is_protected_anew_and_survives_its_host() -> Result<()> {
+    let mut stage = protected()?;
+    let at = Stamp::now();
+    stage.tell_guest(&["REBOOT"])?;
+    stage.timeline.wait("paired", at, SOON)?;
+    wait_state(&stage, "protected")?;
+    assert!(
+        stage.timeline.first("activated", at).is_none(),
+        "the backup took over"
+    );
+    let killed = stage.kill_primary()?;
+    stage.timeline.wait("activated", killed, SOON)?;
+    stage.guest.wait_redis(&stage.lab, SOON)?;
+    stage.ensure_guest_is_whole()
+}
+
+#[test]
+fn a_kvm_guest_that_panics_goes_on_at_the_backup_from_before_the_panic() -> Result<()> {
+    let mut stage = protected()?;
+    let at = Stamp::now();
+    stage.tell_guest(&["CRASH"])?;
+    let activated = stage.timeline.wait("activated", at, SOON)?;
+    // What made it panic was never acknowledged, so it comes once more; what became of the client is the guest's business.
+    assert!(
+        stage
+            .guest
+            .process_mut()
+            .wait(SOON)?
+            .code()
+            .is_some_and(|code| code != 0)
+    );
+    assert!(activated.at > at);
+    Ok(())
 }
 
 #[test]
