@@ -13,6 +13,7 @@
 mod kick;
 mod registers;
 mod ring;
+mod signals;
 mod slots;
 
 use std::os::fd::AsRawFd;

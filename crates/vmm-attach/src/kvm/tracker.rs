@@ -120,6 +120,16 @@ pub enum TrackError {
     /// The kernel refused a call.
     #[error(transparent)]
     Sys(#[from] SysError),
+    /// The kernel was interrupted while it took a ring back.
+    #[error(
+        "{taken} entries were taken out of the dirty rings, but the kernel took only {reset} back; arm tracking again"
+    )]
+    RingReset {
+        /// How many were taken out.
+        taken: usize,
+        /// How many it took back.
+        reset: usize,
+    },
     /// Nothing was armed.
     #[error("dirty tracking is not on; arm it first")]
     NotArmed,
@@ -315,8 +325,15 @@ impl DirtyTracker {
                 self.regions[slot].log[word] |= 1 << (page % 64);
             });
         }
-        if taken > 0 {
-            self.slots.reset_dirty_rings()?;
+        let reset = if taken > 0 {
+            self.slots.reset_dirty_rings()?
+        } else {
+            0
+        };
+        // What was not handed back is not protected again: writes to it would not be told of.
+        let reset = usize::try_from(reset).expect("64-bit hosts only");
+        if reset < taken {
+            return Err(TrackError::RingReset { taken, reset });
         }
         Ok(())
     }

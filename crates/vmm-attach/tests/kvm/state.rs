@@ -1,0 +1,176 @@
+//! Saving a machine and going on from that in another one.
+
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+
+use romulus_vmm_attach::kvm::Tracking;
+use romulus_vmm_attach::proto::MachineInfo;
+use romulus_vmm_attach::server::{Machine, StateWriter};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::guest::{ASK, Guest, SLEEP, WORK, info, wait_for};
+use crate::stopping::asleep;
+
+fn saved(guest: &Guest) -> Vec<u8> {
+    let file = tempfile::tempfile().unwrap();
+    let mut out = StateWriter::new(&file, 4 << 20);
+    guest.machine.save(&mut out).unwrap();
+    let mut bytes = vec![0; usize::try_from(out.bytes()).unwrap()];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+fn clock_ns(guest: &Guest) -> u64 {
+    guest
+        .machine
+        .exclusively(|machine| machine.vm.get_clock().unwrap().clock)
+        .unwrap()
+}
+
+/// Stops a guest and goes on in a new machine on the same memory.
+fn hop(guest: Guest, info: &MachineInfo) -> Guest {
+    guest.machine.pause().unwrap();
+    let (state, clock) = (saved(&guest), clock_ns(&guest));
+    let next = guest.standby(info, false);
+    drop(guest);
+    next.machine.restore(&state).unwrap();
+    assert!(clock_ns(&next) >= clock, "the guest's clock went back");
+    next.machine.activate().unwrap();
+    next
+}
+
+#[test]
+fn a_guest_goes_on_in_another_machine_with_every_register_and_never_sees_the_tsc_go_back() {
+    for vcpus in [1, 2] {
+        let info = info(WORK, vcpus);
+        let mut guest = Guest::run(WORK, vcpus, Tracking::default());
+        for _ in 0..20 {
+            guest.progress(u64::from(vcpus), 100);
+            guest = hop(guest, &info);
+        }
+        guest.progress(u64::from(vcpus), 100);
+    }
+}
+
+#[test]
+fn input_in_flight_survives_a_hop() {
+    let info = info(ASK, 1);
+    let mut guest = Guest::run(ASK, 1, Tracking::default());
+    for _ in 0..20 {
+        guest.progress(1, 20);
+        guest = hop(guest, &info);
+    }
+    guest.progress(1, 20);
+}
+
+#[test]
+fn a_sleeping_guest_and_its_pending_interrupt_survive_a_hop() {
+    let info = info(SLEEP, 1);
+    let mut guest = Guest::run(SLEEP, 1, Tracking::default());
+    let message = kvm_bindings::kvm_msi {
+        address_lo: 0xfee0_0000,
+        data: 0x40,
+        ..Default::default()
+    };
+    for round in 1..20 {
+        asleep(&guest);
+        // While it stands still: the interrupt waits in the LAPIC that is saved.
+        guest.machine.pause().unwrap();
+        guest
+            .machine
+            .exclusively(|machine| machine.vm.signal_msi(message))
+            .unwrap()
+            .unwrap();
+        guest = hop(guest, &info);
+        wait_for("the guest wakes up in its new machine", || {
+            guest.counter(0) == round
+        });
+    }
+}
+
+#[test]
+fn saving_changes_nothing_and_sets_no_clock_back() {
+    let guest = Guest::run(WORK, 2, Tracking::default());
+    guest.machine.arm().unwrap();
+    let mut last = 0;
+    for _ in 0..50 {
+        guest.progress(2, 100);
+        guest.machine.pause().unwrap();
+        guest.machine.harvest().unwrap();
+        guest.ram.bitmap().clear();
+        let (first, second) = (saved(&guest), saved(&guest));
+        assert_eq!(first.len(), second.len());
+        guest.machine.harvest().unwrap();
+        // Hot pages count as dirty; nothing else may.
+        assert!(guest.ram.bitmap().count() < 5000);
+        let clock = clock_ns(&guest);
+        assert!(clock >= last, "{clock} after {last}");
+        last = clock;
+        guest.machine.resume();
+    }
+    guest.progress(2, 100);
+}
+
+#[test]
+fn a_trial_load_leaves_the_guest_and_its_memory_alone() {
+    let info = info(WORK, 1);
+    let guest = Guest::run(WORK, 1, Tracking::default());
+    guest.progress(1, 100);
+    guest.machine.pause().unwrap();
+    let (state, before) = (saved(&guest), guest.counter(0));
+    let trial = guest.standby(&info, true);
+    trial.machine.restore(&state).unwrap();
+    trial.machine.restore(&state).unwrap();
+    trial.machine.activate().unwrap();
+    trial.progress(1, 1000);
+    assert_eq!(guest.counter(0), before);
+    drop(trial);
+    guest.machine.resume();
+    guest.progress(1, 100);
+}
+
+#[test]
+fn a_state_that_does_not_fit_is_refused_and_the_right_one_still_loads() {
+    let guest = Guest::run(WORK, 1, Tracking::default());
+    guest.progress(1, 100);
+    guest.machine.pause().unwrap();
+    let state = saved(&guest);
+    let two = guest.standby(&info(WORK, 2), true);
+    let refused = two.machine.restore(&state).unwrap_err();
+    assert!(
+        refused.chain().contains("1 vCPUs, this machine has 2"),
+        "{}",
+        refused.chain()
+    );
+    drop(two);
+    let next = guest.standby(&info(WORK, 1), false);
+    for cut in [0, 10, 16, state.len() / 2, state.len() - 1] {
+        assert!(next.machine.restore(&state[..cut]).is_err());
+    }
+    let mut damaged = state.clone();
+    damaged[state.len() / 2] ^= 1;
+    assert!(next.machine.restore(&damaged).is_err());
+    next.machine.restore(&state).unwrap();
+    next.machine.activate().unwrap();
+    next.progress(1, 100);
+    let running = next.machine.restore(&state).unwrap_err();
+    assert!(running.chain().contains("runs"), "{}", running.chain());
+}
+
+#[test]
+fn the_vmms_devices_travel_with_the_state() {
+    let info = info(WORK, 1);
+    let mut guest = Guest::run(WORK, 1, Tracking::default());
+    for hops in 1..4u64 {
+        guest = hop(guest, &info);
+        guest.machine.pause().unwrap();
+        let state = saved(&guest);
+        assert!(
+            state.ends_with(&hops.to_le_bytes()),
+            "the devices' section is the last"
+        );
+        guest.machine.resume();
+    }
+    assert!(!guest.outside.failed.load(Ordering::SeqCst));
+    let _: u64 = guest.ram.memory().read_obj(GuestAddress(0)).unwrap();
+}
