@@ -10,6 +10,10 @@ use std::path::Path;
 use bytes::Bytes;
 use romulus_page_codec::{Kind, Page, Scratch, encode};
 use romulus_types::{Digest, Epoch, PAGE_BYTES, PageIndex, Session};
+use romulus_vmm_attach::proto::{
+    Disk, ErrorCode, Event, Hello, MachineInfo, Nic, Output, PAGE_BYTES as ATTACH_PAGE_BYTES, Pause, Paused,
+    Prepare, Refusal, Region, Reply, Request, Role, VERSION, Versions, Welcome,
+};
 use romulus_wire::{
     CommitRecord, FRAME_BYTES_MAX, FrameType, HEADER_BYTES, PagesSection, PagesWriter, device_state_frames,
     device_state_section, encode_control, pack_guest_state,
@@ -20,7 +24,8 @@ const SESSION: Session = Session(0x5e55_1070);
 fn main() -> io::Result<()> {
     let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds");
     wire_frames(&seeds.join("wire_frames"))?;
-    page_decode(&seeds.join("page_decode"))
+    page_decode(&seeds.join("page_decode"))?;
+    attach(&seeds)
 }
 
 fn write(folder: &Path, name: &str, head: [u8; 2], bytes: &[u8]) -> io::Result<()> {
@@ -97,4 +102,81 @@ fn page_decode(folder: &Path) -> io::Result<()> {
         write(folder, kind.name(), [kind.number(), 1], &payload)?;
     }
     write(folder, Kind::Raw.name(), [Kind::Raw.number(), 0], &previous)
+}
+
+fn attach(seeds: &Path) -> io::Result<()> {
+    let machine = MachineInfo {
+        vmm: "testbed".into(),
+        vmm_version: "1".into(),
+        vcpus: 1,
+        regions: vec![Region {
+            name: "ram".into(),
+            gpa: 0,
+            bytes: 70 * ATTACH_PAGE_BYTES,
+            fd_offset: 0,
+        }],
+        nics: vec![Nic {
+            name: "net0".into(),
+            mac: [2; 6],
+            tap: "tap0".into(),
+        }],
+        disks: vec![Disk {
+            id: "blk0".into(),
+            bytes: 512,
+            path: "/log".into(),
+        }],
+        outputs: vec![Output {
+            id: "serial".into(),
+            to: "stdout".into(),
+        }],
+        ..MachineInfo::default()
+    };
+    let hello = Request::Hello(Hello {
+        versions: Versions { min: 1, max: 1 },
+        client: "replicator".into(),
+    });
+    let prepare = Request::Prepare(Prepare {
+        machine: machine.clone(),
+        private: true,
+    });
+    let requests = [
+        hello,
+        Request::Arm,
+        Request::Pause(Pause { limit_ns: 1_000_000 }),
+        prepare,
+    ];
+    let welcome = Reply::Welcome(Welcome {
+        version: VERSION,
+        vmm: "testbed".into(),
+        vmm_version: "1".into(),
+        role: Role::Running,
+        bitmap_bytes: machine.bitmap_bytes(),
+        machine: Some(machine),
+        state_bytes_max: 1 << 20,
+        pause_limit_ns_max: 1_000_000_000,
+        halt_limit_ns: 1_000_000_000,
+    });
+    let paused = Reply::Paused(Paused {
+        stopped_at_ns: 1,
+        kick_ns: 2,
+        harvest_ns: 3,
+        dirty_pages: 4,
+    });
+    let busy = Reply::Error(Refusal::new(ErrorCode::Busy, "another client is attached"));
+    let replies = [welcome, paused, busy, Reply::Event(Event::Reset)];
+    let requests = requests.map(|request| (request.name(), request.encode(1)));
+    let replies = replies.map(|reply| (reply.name(), reply.encode(1)));
+    for (target, messages) in [("attach_request", requests), ("attach_reply", replies)] {
+        for (name, message) in messages {
+            let message = message.expect("it is short");
+            // As it comes over the socket: the target looks at the first byte only.
+            write(
+                &seeds.join(target),
+                &name.to_lowercase(),
+                [0, message[0]],
+                &message[1..],
+            )?;
+        }
+    }
+    Ok(())
 }
