@@ -34,6 +34,8 @@ pub enum Call {
     Pause,
     /// `save`.
     Save,
+    /// `activate`.
+    Activate,
 }
 
 /// The VMM, and a test's hand on it.
@@ -350,6 +352,7 @@ impl Machine for FakeMachine {
         let began_ns = monotonic_ns();
         // A step is made by whoever holds the lock: having it is enough.
         let mut inner = self.may_fail(Call::Pause)?;
+        assert!(inner.running, "the server pauses a guest that runs");
         inner.running = false;
         inner.pauses += 1;
         let stopped_at_ns = monotonic_ns();
@@ -372,7 +375,8 @@ impl Machine for FakeMachine {
     }
 
     fn resume(&self) -> u64 {
-        self.lock().running = true;
+        let was_running = std::mem::replace(&mut self.lock().running, true);
+        assert!(!was_running, "the server resumes a guest that it has paused");
         self.shared.changed.notify_all();
         monotonic_ns()
     }
@@ -410,7 +414,7 @@ impl Machine for FakeMachine {
     }
 
     fn activate(&self) -> Result<u64, MachineError> {
-        let mut inner = self.lock();
+        let mut inner = self.may_fail(Call::Activate)?;
         if !std::mem::take(&mut inner.restored) {
             return Err(MachineError::new("nothing was restored"));
         }

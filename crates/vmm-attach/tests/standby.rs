@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 
 use common::{LONG, Vmm, empty, running};
 use romulus_vmm_attach::client::{Client, ClientError};
+use romulus_vmm_attach::fake::Call;
 use romulus_vmm_attach::memfd;
 use romulus_vmm_attach::proto::{ErrorCode, MachineInfo, Role};
 
@@ -153,6 +154,22 @@ fn a_restore_that_fails_can_be_tried_again_and_does_not_run() {
     client.prepare(&taken.info, &taken.borrowed(), false).unwrap();
     client.restore(&taken.state).unwrap();
     assert_eq!(code(client.restore(&old.state)), ErrorCode::MachineFailed);
+    assert_eq!(code(client.activate()), ErrorCode::WrongOrder);
+    assert!(!standby.machine.is_running());
+    client.restore(&taken.state).unwrap();
+    client.activate().unwrap();
+    standby.runs();
+}
+
+#[test]
+fn an_activation_that_fails_needs_another_restore() {
+    let taken = Taken::of(&running(|_| {}));
+    let standby = empty();
+    let (mut client, _) = standby.client();
+    client.prepare(&taken.info, &taken.borrowed(), false).unwrap();
+    client.restore(&taken.state).unwrap();
+    standby.machine.fail_next(Call::Activate);
+    assert_eq!(code(client.activate()), ErrorCode::MachineFailed);
     assert_eq!(code(client.activate()), ErrorCode::WrongOrder);
     assert!(!standby.machine.is_running());
     client.restore(&taken.state).unwrap();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use romulus_host_sys::monotonic_ns;
 
-use super::machine::{Description, Machine, MachineError, StateWriter};
+use super::machine::{Description, Machine, MachineError, StateWriter, Stopped};
 use super::options::{ServeOptions, nanoseconds};
 use super::phase::{Phase, expired};
 use crate::memfd::{self, FileError, Seals};
@@ -136,16 +136,21 @@ impl Desk {
             ));
         }
         let until_ns = monotonic_ns().saturating_add(pause.limit_ns);
-        let before = self.phase;
-        let stopped = self.machine.pause().map_err(refusal)?;
-        self.phase = match before {
-            Phase::Halted { until_ns, .. } => Phase::Halted {
+        let stopped = if let Phase::Halted { until_ns, .. } = self.phase {
+            self.phase = Phase::Halted {
                 until_ns,
                 capturing: true,
-            },
-            _ => Phase::Paused { until_ns },
+            };
+            Stopped {
+                stopped_at_ns: monotonic_ns(),
+                kick_ns: 0,
+            }
+        } else {
+            let stopped = self.machine.pause().map_err(refusal)?;
+            self.phase = Phase::Paused { until_ns };
+            self.recent_limit_ns = Some(pause.limit_ns);
+            stopped
         };
-        self.recent_limit_ns = Some(pause.limit_ns);
         let harvested = match self.harvest() {
             Ok(harvested) => harvested,
             Err(refusal) => {
@@ -280,6 +285,11 @@ impl Desk {
     }
 
     fn activate(&mut self) -> Result<Reply, Refusal> {
+        let (Phase::Prepared { trial } | Phase::Restored { trial }) = self.phase else {
+            unreachable!("it was admitted");
+        };
+        // If it fails, part of the guest may have run: what was restored is not good any more.
+        self.phase = Phase::Prepared { trial };
         let first_entry_at_ns = self.machine.activate().map_err(refusal)?;
         self.phase = Phase::Running;
         Ok(Reply::Activated(Activated { first_entry_at_ns }))

@@ -160,7 +160,7 @@ pub trait Machine: Send + Sync {
     fn harvest(&self) -> Result<u64, MachineError>;
 
     /// Stops vCPUs and devices. On return none of them writes guest memory or sends anything. It must end by itself within a second or
-    /// so, and does not harvest.
+    /// so, and does not harvest. Never called twice without `resume` in between.
     ///
     /// # Errors
     /// The guest runs.
@@ -173,7 +173,7 @@ pub trait Machine: Send + Sync {
     /// The server lets the guest run and tells the client.
     fn save(&self, into: &mut StateWriter<'_>) -> Result<(), MachineError>;
 
-    /// Lets the guest run after `pause`, and says when, on CLOCK_MONOTONIC. It can't fail and does not wait: it is what frees
+    /// Lets the guest run, once after each `pause` (but one for good), and says when, on CLOCK_MONOTONIC. It can't fail and does not wait: it is what frees
     /// the guest from a client that hangs.
     fn resume(&self) -> u64;
 
@@ -199,7 +199,7 @@ pub trait Machine: Send + Sync {
     /// Lets a restored machine run, and says when its first vCPU entered the guest, on CLOCK_MONOTONIC.
     ///
     /// # Errors
-    /// The machine does not run and never did.
+    /// The machine does not run. It is not activated again before another `restore`.
     fn activate(&self) -> Result<u64, MachineError> {
         Err(MachineError::unsupported("this VMM can't be a standby"))
     }
