@@ -18,9 +18,10 @@ const OUTPUT_SOFT_BYTES: usize = 24 << 10;
 const OUTPUT_BYTES: usize = OUTPUT_SOFT_BYTES + REQUEST_BYTES_MAX + (8 << 10);
 /// Times that one turn goes round between socket and buffers.
 const STEPS_MAX: usize = 8;
-/// How often an idle client is asked whether it is still there, and when it is given up.
+/// How often an idle client is asked whether it is still there, and when it is given up. A takeover makes the clock
+/// jump by the time that it took, and must not give up anybody.
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
-const GIVE_UP: Duration = Duration::from_secs(300);
+const GIVE_UP: Duration = Duration::from_secs(3600);
 
 /// Makes a socket with memory of its own.
 pub fn socket(memory: &mut Memory) -> tcp::Socket<'static> {
