@@ -1,5 +1,6 @@
 use super::*;
 use crate::resp;
+use proptest::prelude::*;
 
 #[derive(Default)]
 struct Fake {
@@ -158,4 +159,41 @@ fn the_guests_own_commands_reach_the_machine() {
         ],
         [Then::Close, Then::PowerOff, Then::Reset, Then::Crash]
     );
+}
+
+/// Takes one whole reply off the front of `bytes`.
+fn take_reply(bytes: &[u8]) -> Option<&[u8]> {
+    let end = bytes.windows(2).position(|pair| pair == b"\r\n")?;
+    let (line, rest) = (&bytes[..end], &bytes[end + 2..]);
+    let number = || std::str::from_utf8(&line[1..]).ok()?.parse::<i64>().ok();
+    match line.first()? {
+        b'+' | b'-' => Some(rest),
+        b':' => number().map(|_| rest),
+        b'$' => match usize::try_from(number()?) {
+            Ok(length) => rest.get(length..)?.strip_prefix(b"\r\n"),
+            Err(_) => Some(rest),
+        },
+        b'*' => (0..number()?).try_fold(rest, |rest, _| take_reply(rest)),
+        _ => None,
+    }
+}
+
+proptest! {
+    #[test]
+    fn every_request_gets_one_whole_reply_whatever_it_says(
+        requests in proptest::collection::vec(
+            (0..COMMANDS.len(), proptest::collection::vec("[ -~\r\n]{0,40}|a|b|NX|GET|9223372036854775807", 0..6)), 1..60),
+        arena_kib in 4..9_usize, room in 100..3000_usize,
+    ) {
+        let (mut arena, mut buffer) = (vec![0; arena_kib << 10], vec![0; room]);
+        let (mut store, mut machine) = (Store::new(&mut arena), Fake::default());
+        for (command, args) in requests {
+            let mut words = vec![COMMANDS[command].name];
+            words.extend(args.iter().map(String::as_bytes));
+            let mut reply = Reply::new(&mut buffer, 0);
+            execute(&words, &mut store, &mut machine, &mut reply);
+            let length = reply.finish();
+            prop_assert_eq!(take_reply(&buffer[..length]), Some(b"".as_slice()), "{:?}", words);
+        }
+    }
 }
