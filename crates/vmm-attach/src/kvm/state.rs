@@ -277,7 +277,7 @@ impl StateSaver {
         if here.as_slice() == saved.as_slice() {
             return Ok(());
         }
-        super::cpuid::check(&saved, &self.supported)?;
+        super::cpuid::check(&saved, &self.supported, here.as_slice())?;
         let cpuid = kvm_bindings::CpuId::from_entries(&saved).expect("the list is not longer than fits");
         vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))
     }
