@@ -7,8 +7,9 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
-use romulus_hypervisor::qemu::standby::{QemuStandby, StandbyOptions};
 use romulus_hypervisor::spec::MachineSpec;
+
+use crate::standbys::Standbys;
 
 /// Memory left to the host besides images and checkpoints, in bytes.
 const RESERVE_BYTES: u64 = 256 << 20;
@@ -26,6 +27,8 @@ pub struct Admission {
     pub staging_bytes_max: u64,
     /// Where the images lie.
     pub image_dir: PathBuf,
+    /// How standbys are made.
+    pub standbys: Standbys,
 }
 
 /// What the VMs of this agent claim, in bytes.
@@ -61,9 +64,9 @@ impl Admission {
     /// # Errors
     /// What is missing, and what to do.
     pub fn check_machine(&self, machine: &MachineSpec) -> anyhow::Result<()> {
-        let options = StandbyOptions::new(self.image_dir.join(".admission"), "romchk");
-        QemuStandby::prepare(machine, options).context("no standby can be had here")?;
-        Ok(())
+        let run_dir = self.image_dir.join(".admission");
+        let standby = self.standbys.prepare(machine, &run_dir, "romchk");
+        standby.map(drop).context("no standby can be had here")
     }
 
     /// Whether there is room for a guest of `image_bytes` next to what `others` claim; what this VM has here from earlier
@@ -138,6 +141,7 @@ mod tests {
             image_bytes_max: 16 * GIB,
             staging_bytes_max: GIB / 4,
             image_dir: "/dev/shm".into(),
+            standbys: Standbys { vmms: vec![] },
         }
     }
 

@@ -6,7 +6,6 @@ use anyhow::Context;
 use net_buffer::{Announcer, Announcing, LearntAddress, Mac, join_bridge};
 use romulus_config::StandbyKind;
 use romulus_hypervisor::fault;
-use romulus_hypervisor::qemu::standby::{QemuStandby, StandbyOptions};
 use romulus_hypervisor::spec::Nic;
 use romulus_hypervisor::standby::{Committed, Standby, StandbyError};
 use romulus_types::{BlockId, VmId};
@@ -14,6 +13,7 @@ use romulus_wire::unpack_guest_state;
 use serde_json::{Value, json};
 use tracing::{info, warn};
 
+use crate::standbys::Standbys;
 use crate::vm_image::VmImage;
 
 /// Where and how standbys run.
@@ -22,6 +22,8 @@ pub struct GuestConfig {
     pub vm: VmId,
     /// Warm or cold.
     pub standby: StandbyKind,
+    /// How standbys are made.
+    pub standbys: Standbys,
     /// The bridge that its taps join at activation.
     pub bridge: Option<String>,
     /// Compare the standby's memory with the commit before its guest runs.
@@ -33,7 +35,7 @@ pub struct GuestConfig {
 /// The standby of one VM.
 pub struct Guest {
     config: GuestConfig,
-    standby: Option<QemuStandby>,
+    standby: Option<Box<dyn Standby>>,
     announcing: Vec<Announcing>,
 }
 
@@ -106,11 +108,11 @@ impl Guest {
         }
     }
 
-    fn standby(&mut self, image: &VmImage) -> anyhow::Result<&mut QemuStandby> {
+    fn standby(&mut self, image: &VmImage) -> anyhow::Result<&mut dyn Standby> {
         if self.standby.is_none() {
             let machine = image.machine()?;
-            let options = StandbyOptions::new(&self.config.run_dir, self.tap_prefix());
-            let standby = QemuStandby::prepare(machine, options).context("the standby's command line")?;
+            let (run_dir, taps) = (&self.config.run_dir, self.tap_prefix());
+            let standby = self.config.standbys.prepare(machine, run_dir, &taps)?;
             for difference in standby.differences() {
                 info!(
                     vm = self.config.vm.as_str(),
@@ -119,7 +121,7 @@ impl Guest {
             }
             self.standby = Some(standby);
         }
-        Ok(self.standby.as_mut().expect("made above"))
+        Ok(self.standby.as_deref_mut().expect("made above"))
     }
 
     /// Finds the guest that an earlier life of the agent activated: whether it runs. A machine that has never run is ended.
@@ -220,7 +222,7 @@ impl Guest {
 
     /// Whether the guest runs here.
     pub fn is_active(&mut self) -> bool {
-        self.standby.as_mut().is_some_and(Standby::is_active)
+        self.standby.as_mut().is_some_and(|standby| standby.is_active())
     }
 
     /// How the guest that was activated here ended, if it did; its addresses are not announced any more.
@@ -232,7 +234,7 @@ impl Guest {
 
     /// The process that waits or runs.
     pub fn pid(&self) -> Option<u32> {
-        self.standby.as_ref().and_then(Standby::pid)
+        self.standby.as_ref().and_then(|standby| standby.pid())
     }
 
     /// Makes way for a session that was accepted, which may have another machine: what waits is ended. So is a guest that

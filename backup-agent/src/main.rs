@@ -10,6 +10,7 @@ mod listener;
 mod receive;
 mod registry;
 mod session;
+mod standbys;
 mod status;
 mod store;
 mod vm_driver;
@@ -29,6 +30,7 @@ use crate::admission::Admission;
 use crate::args::{Args, Command};
 use crate::listener::Listener;
 use crate::registry::{Registry, Shared};
+use crate::standbys::Standbys;
 
 fn main() -> ExitCode {
     let Command::Run(options) = Args::parse().command;
@@ -74,6 +76,9 @@ async fn run(settings: romulus_config::BackupAgent, state_dir: std::path::PathBu
         image_bytes_max: settings.image_bytes_max.bytes(),
         staging_bytes_max: settings.staging_bytes_max.bytes(),
         image_dir: settings.image_dir.clone(),
+        standbys: Standbys {
+            vmms: settings.vmm.clone(),
+        },
     });
     let (hello_timeout, witness_wait) = (settings.hello_timeout, settings.witness_wait);
     let registry = Registry::new(Shared {

@@ -24,6 +24,7 @@ use tracing::{debug, error, info, warn};
 use crate::admission::{Admission, Claims};
 use crate::guest::{Guest, GuestConfig};
 use crate::inbox::{EventSink, INBOX_MAX, Input};
+use crate::standbys::Standbys;
 use crate::status::VmStatus;
 use crate::store::{Store, StoreSender, store_channel};
 use crate::vm_driver::VmDriver;
@@ -263,6 +264,9 @@ impl Registry {
         let mut guest = Guest::new(GuestConfig {
             vm: vm.clone(),
             standby: settings.standby,
+            standbys: Standbys {
+                vmms: settings.vmm.clone(),
+            },
             bridge: settings.bridge.clone(),
             verify_activation: settings.verify_activation,
             // No VM's name begins with a dot, so this is taken for no image.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use romulus_config::{LogFormat, PeerAddress, Replicator, Settings, load};
 use romulus_types::{HostId, VmId};
+use serde_json::{Value, json};
 
 /// Protects a running VM by checkpointing it to a backup host many times a second.
 #[derive(Parser)]
@@ -19,7 +20,7 @@ pub struct Args {
 /// The verbs.
 #[derive(Subcommand)]
 pub enum Command {
-    /// Attach to a running QEMU and protect its guest until told to stop.
+    /// Attach to a running QEMU, or to a VMM that has an attach socket, and protect its guest until told to stop.
     Protect(Box<ProtectOptions>),
     /// Started by `protect`: frees the guest when the replicator dies.
     #[command(hide = true)]
@@ -30,19 +31,32 @@ pub enum Command {
     },
 }
 
+/// The socket of QEMU or of another VMM: exactly one.
+#[derive(ClapArgs)]
+#[group(required = true, multiple = false)]
+pub struct HypervisorSocket {
+    /// QEMU's QMP socket.
+    #[arg(long, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+    /// The attach socket of a VMM that embeds the attach library.
+    #[arg(long, value_name = "SOCKET")]
+    pub attach: Option<PathBuf>,
+}
+
 /// Options of `protect`.
 #[derive(ClapArgs)]
 pub struct ProtectOptions {
     /// The VM's name at the witness.
     #[arg(long, value_name = "NAME")]
     pub vm: VmId,
-    /// QEMU's QMP socket.
-    #[arg(long, value_name = "SOCKET")]
-    pub qmp: PathBuf,
+    /// How the guest is reached.
+    #[command(flatten)]
+    pub hypervisor: HypervisorSocket,
     /// A tap of the guest; may be given several times. Every network device of the guest must be on one.
     #[arg(long = "tap", value_name = "TAP")]
     pub taps: Vec<String>,
-    /// Output or content that need not survive: the id of a network, character or block device. May be repeated.
+    /// Output or content that need not survive: the id of a network, character or block device, or of another output. May be
+    /// repeated.
     #[arg(long = "disposable", value_name = "ID")]
     pub disposable: Vec<String>,
     /// The VM is new to the witness (or was ended): register it as running here.
@@ -75,7 +89,7 @@ pub struct ProtectOptions {
     /// Folder for what must survive a crash.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/romulus/replicator")]
     pub state_dir: PathBuf,
-    /// Folder for FIFOs that QEMU can reach by the same path.
+    /// With --qmp: folder for FIFOs that QEMU can reach by the same path.
     #[arg(long, value_name = "DIR", default_value = "/run/romulus")]
     pub fifo_dir: PathBuf,
     /// Admin socket. Default /run/romulus/replicator-VM.sock.
@@ -84,6 +98,16 @@ pub struct ProtectOptions {
     /// text or json.
     #[arg(long, value_name = "FORMAT")]
     log_format: Option<LogFormat>,
+}
+
+impl HypervisorSocket {
+    /// As it stands in the event of the attachment.
+    pub fn describe(&self) -> Value {
+        match (&self.qmp, &self.attach) {
+            (Some(qmp), _) => json!({ "qmp": qmp }),
+            (None, attach) => json!({ "attach": attach }),
+        }
+    }
 }
 
 impl ProtectOptions {

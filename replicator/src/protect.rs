@@ -15,6 +15,7 @@ use anyhow::Context;
 use romulus_config::{PeerAddress, Replicator};
 use romulus_host_sys::process_clock::Clock;
 use romulus_host_sys::{durable, priority, random};
+use romulus_hypervisor::kvm::{self, source::KvmSource};
 use romulus_hypervisor::qemu::source::{AttachOptions, GuardianProgram, QemuSource};
 use romulus_hypervisor::source::{Allowances, GuestSource};
 use romulus_protocol::{Primary, PrimaryConfig, Remembered};
@@ -78,21 +79,57 @@ pub fn run(options: &ProtectOptions) -> anyhow::Result<()> {
 }
 
 fn attach(options: &ProtectOptions, settings: &Replicator) -> anyhow::Result<Box<dyn GuestSource>> {
+    let source = match (&options.hypervisor.qmp, &options.hypervisor.attach) {
+        (Some(qmp), _) => attach_qemu(qmp, options, settings)?,
+        (None, Some(socket)) => attach_vmm(socket, options, settings)?,
+        (None, None) => anyhow::bail!("name the guest's hypervisor with --qmp or --attach"),
+    };
+    let hypervisor = options.hypervisor.describe();
+    info!(event = "attach", vm = options.vm.as_str(), detail = %hypervisor);
+    Ok(source)
+}
+
+fn attach_qemu(
+    qmp: &Path,
+    options: &ProtectOptions,
+    settings: &Replicator,
+) -> anyhow::Result<Box<dyn GuestSource>> {
     let guardian = GuardianProgram {
         exe: std::env::current_exe()?,
         args: vec!["guardian".into()],
     };
-    let mut attach = AttachOptions::new(&options.qmp, guardian);
+    let mut attach = AttachOptions::new(qmp, guardian);
     attach.taps.clone_from(&options.taps);
-    attach.allow = Allowances {
-        disposable: options.disposable.iter().cloned().collect(),
-    };
+    attach.allow = allowances(options);
     attach.fifo_dir.clone_from(&options.fifo_dir);
-    attach.checkpoint_pages_max = settings.memory.checkpoint_bytes_max.bytes() / PAGE_BYTES as u64;
+    attach.checkpoint_pages_max = checkpoint_pages_max(settings);
     attach.pause_limit_ns = nanoseconds(settings.epochs.pause_kill_limit);
     let source = QemuSource::attach(attach).context("this guest can't be protected")?;
-    info!(event = "attach", vm = options.vm.as_str(), qmp = %options.qmp.display());
     Ok(Box::new(source))
+}
+
+fn attach_vmm(
+    socket: &Path,
+    options: &ProtectOptions,
+    settings: &Replicator,
+) -> anyhow::Result<Box<dyn GuestSource>> {
+    let mut attach = kvm::source::AttachOptions::new(socket);
+    attach.taps.clone_from(&options.taps);
+    attach.allow = allowances(options);
+    attach.checkpoint_pages_max = checkpoint_pages_max(settings);
+    attach.pause_limit_ns = nanoseconds(settings.epochs.pause_kill_limit);
+    let source = KvmSource::attach(attach).context("this guest can't be protected")?;
+    Ok(Box::new(source))
+}
+
+fn allowances(options: &ProtectOptions) -> Allowances {
+    Allowances {
+        disposable: options.disposable.iter().cloned().collect(),
+    }
+}
+
+fn checkpoint_pages_max(settings: &Replicator) -> u64 {
+    settings.memory.checkpoint_bytes_max.bytes() / PAGE_BYTES as u64
 }
 
 fn protocol(options: &ProtectOptions, settings: &Replicator, host: HostId, backup: HostId) -> PrimaryConfig {
@@ -131,7 +168,7 @@ async fn drive(
         backup.as_str(),
         epoch_ns,
     ));
-    status.add_event("attach", &serde_json::json!({"qmp": options.qmp}));
+    status.add_event("attach", &options.hypervisor.describe());
     let (inbox_sender, inbox) = mpsc::channel(INBOX_MAX);
     let events = EventSink(inbox_sender.clone());
     let gates = Gates::new(GateLimits {

@@ -18,6 +18,10 @@ pub const PKI_DIR: &str = "/etc/romulus/pki";
 /// Where admin sockets are made unless a setting says otherwise.
 pub const RUN_DIR: &str = "/run/romulus";
 
+/// Most kinds of VMM that an agent knows.
+const VMM_KINDS_MAX: usize = 16;
+/// Longest name of a kind of VMM, in bytes.
+const VMM_NAME_BYTES_MAX: usize = 64;
 const ANY: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 
 /// The replicator's settings: `/etc/romulus/replicator.toml`.
@@ -174,6 +178,17 @@ pub enum StandbyKind {
     Cold,
 }
 
+/// `[[vmm]]` of the backup agent: how a standby of one kind of VMM is started. QEMU needs none.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vmm {
+    /// The name that VMMs of this kind give themselves.
+    pub name: String,
+    /// The program, by its absolute path, and its first arguments; `--attach SOCKET` and one `--tap NAME` for each network card
+    /// follow.
+    pub standby: Vec<String>,
+}
+
 /// The backup agent's settings: `/etc/romulus/backup-agent.toml`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -213,6 +228,8 @@ pub struct BackupAgent {
     /// The bridge that the taps of standbys join. No default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bridge: Option<String>,
+    /// How standbys of VMMs other than QEMU are started, one entry for each kind. No default.
+    pub vmm: Vec<Vmm>,
     /// When a silent peer counts as lost.
     pub failover: Failover,
     /// QUIC.
@@ -239,6 +256,7 @@ impl Default for BackupAgent {
             verify_activation: false,
             activation_retries_max: 3,
             bridge: None,
+            vmm: Vec::new(),
             failover: Failover::default(),
             network: Network::default(),
             log: Log::default(),
@@ -281,6 +299,7 @@ impl Settings for BackupAgent {
         if let Some(bridge) = &self.bridge {
             check_interface("bridge", bridge)?;
         }
+        check_vmms(&self.vmm)?;
         self.failover.check()?;
         self.network.check()?;
         self.log.check()
@@ -359,6 +378,40 @@ fn check_interface(key: &str, name: &str) -> Result<(), Invalid> {
             key,
             format!("{name:?} is not the name of a network interface"),
         ));
+    }
+    Ok(())
+}
+
+fn check_vmms(vmms: &[Vmm]) -> Result<(), Invalid> {
+    let refuse = |problem: String| Err(Invalid::new("vmm", problem));
+    if vmms.len() > VMM_KINDS_MAX {
+        return refuse(format!(
+            "{} kinds of VMM are over the limit of {VMM_KINDS_MAX}",
+            vmms.len()
+        ));
+    }
+    for (position, vmm) in vmms.iter().enumerate() {
+        let name = &vmm.name;
+        if name.is_empty() || name.len() > VMM_NAME_BYTES_MAX {
+            return refuse(format!(
+                "the name {name:?} does not have 1 to {VMM_NAME_BYTES_MAX} bytes"
+            ));
+        }
+        if vmms[..position].iter().any(|other| other.name == *name) {
+            return refuse(format!("{name:?} is there twice"));
+        }
+        if !vmm
+            .standby
+            .first()
+            .is_some_and(|program| program.starts_with('/'))
+        {
+            return refuse(format!(
+                "the standby of {name:?} must begin with the absolute path of a program"
+            ));
+        }
+        if vmm.standby.iter().any(|word| word.contains('\0')) {
+            return refuse(format!("the standby of {name:?} holds a zero byte"));
+        }
     }
     Ok(())
 }

@@ -151,6 +151,27 @@ fn values_that_would_break_an_invariant_are_refused() {
 }
 
 #[test]
+fn a_standbys_command_is_the_operators_and_names_its_program_by_its_path() {
+    let load_agent = |text: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "agent.toml", text);
+        load::<BackupAgent>(Some(&dir.path().join("agent.toml")))
+    };
+    let table = "[[vmm]]\nname = \"testbed\"\nstandby = [\"/usr/bin/testbed\", \"standby\"]\n";
+    let agent = load_agent(table).unwrap();
+    assert_eq!(agent.vmm[0].standby, ["/usr/bin/testbed", "standby"]);
+    for bad in [
+        "vmm = [{ name = \"a\", standby = [] }]".to_owned(),
+        "vmm = [{ name = \"a\", standby = [\"testbed\"] }]".to_owned(),
+        "vmm = [{ name = \"\", standby = [\"/bin/true\"] }]".to_owned(),
+        "vmm = [{ name = \"a\", standby = [\"/bin/true\"], shell = true }]".to_owned(),
+        [table, table].concat(),
+    ] {
+        assert!(load_agent(&bad).is_err(), "{bad} was accepted");
+    }
+}
+
+#[test]
 fn a_named_file_that_is_missing_or_huge_is_an_error() {
     assert!(matches!(load_files(&[]), Err(ConfigError::Read { .. })));
     let huge = "#".repeat(2 << 20);

@@ -77,7 +77,8 @@ impl SysError {
         }
     }
 
-    pub(crate) fn call(call: &'static str, source: impl Into<io::Error>) -> Self {
+    /// The error of a call that failed.
+    pub fn call(call: &'static str, source: impl Into<io::Error>) -> Self {
         Self::Call {
             call,
             source: source.into(),

@@ -5,7 +5,7 @@
 //!   trait GuestSource ── checkpoints ──────────►  trait Standby
 //!     attach, capture, detach                       prepare, trial load, activate
 //!        │                                              │
-//!        └── qemu (over trait Monitor), fake ───────────┘
+//!        └── qemu (over trait Monitor), kvm, fake ──────┘
 //! ```
 //!
 //! [`spec::MachineSpec`] is what a standby needs to know about the primary's machine; it travels once a session.
@@ -14,6 +14,7 @@
 pub mod fake;
 pub mod fault;
 mod host;
+pub mod kvm;
 mod memory_check;
 mod process;
 pub mod qemu;

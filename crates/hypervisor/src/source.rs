@@ -113,6 +113,8 @@ impl Checkpoint {
 pub struct CaptureReport {
     /// From the command to the hypervisor's word that the vCPUs are stopped. The guest still runs.
     pub command_ns: u64,
+    /// Of that, from the kick of the vCPUs to all of them standing still; 0 where the hypervisor does not say.
+    pub kick_ns: u64,
     /// From there on, until we know that the guest is drained.
     pub stop_ns: u64,
     /// The gate's barrier.

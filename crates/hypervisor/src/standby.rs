@@ -140,7 +140,11 @@ pub trait Standby: Send {
     /// The process of the waiting or active machine.
     fn pid(&self) -> Option<u32>;
 
-    /// Where the running machine can be attached to again (for QEMU: its monitor's socket).
+    /// The taps of the waiting or active machine, which makes them itself, in the order of the machine's network cards.
+    fn taps(&self) -> &[String];
+
+    /// Where the running machine can be attached to again (for QEMU its monitor's socket, for a VMM its attach
+    /// socket).
     fn control_path(&self) -> Option<PathBuf>;
 
     /// What differs from the primary's configuration, in words, for the status and the log.

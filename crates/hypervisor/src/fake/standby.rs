@@ -99,6 +99,10 @@ impl Standby for FakeStandby {
         None
     }
 
+    fn taps(&self) -> &[String] {
+        &[]
+    }
+
     fn control_path(&self) -> Option<PathBuf> {
         None
     }

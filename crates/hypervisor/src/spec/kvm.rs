@@ -1,22 +1,19 @@
 //! What is a rust-vmm VMM's alone in the description of a machine.
 
 use romulus_types::RamBlock;
+use romulus_vmm_attach::proto::Tracking;
+pub use romulus_vmm_attach::proto::{CONFIG_BYTES_MAX, NAME_BYTES_MAX};
 use serde::{Deserialize, Serialize};
 
 use super::{SpecError, refuse_if};
-
-/// Longest name of a VMM and of its version, in bytes.
-pub const NAME_BYTES_MAX: usize = 64;
-/// Largest configuration that a VMM may have carried to its twin, in bytes.
-pub const CONFIG_BYTES_MAX: usize = 32 << 10;
 
 /// A machine of a VMM that embeds the attach library.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KvmMachine {
     /// The kind of VMM. It chooses among the commands that the backup's operator has set; nothing else of a peer's words does.
     pub vmm: String,
-    /// How it tracks dirty pages: `log`, `manual` or `ring`.
-    pub tracking: String,
+    /// How it tracks dirty pages.
+    pub tracking: Tracking,
     /// Where each block of the layout begins in the guest's physical address space, in bytes.
     pub gpas: Vec<u64>,
     /// What a VMM of this kind needs to build the same machine; opaque to us.
@@ -28,10 +25,6 @@ impl KvmMachine {
         refuse_if(
             self.vmm.is_empty() || self.vmm.len() > NAME_BYTES_MAX,
             "the name of its VMM",
-        )?;
-        refuse_if(
-            self.tracking.len() > NAME_BYTES_MAX,
-            "the name of its dirty tracking",
         )?;
         refuse_if(
             self.config.len() > CONFIG_BYTES_MAX,

@@ -188,6 +188,7 @@ impl MachineSpec {
 pub(crate) mod tests {
     use proptest::prelude::*;
     use romulus_types::RamBlock;
+    use romulus_vmm_attach::proto::Tracking;
 
     use super::*;
     use crate::qemu::stream::{StreamBlock, Template};
@@ -244,7 +245,7 @@ pub(crate) mod tests {
             version: "0.1.0".into(),
             hypervisor: Hypervisor::Kvm(KvmMachine {
                 vmm: "testbed".into(),
-                tracking: "manual".into(),
+                tracking: Tracking::Manual,
                 gpas: vec![0, 4 << 30],
                 config: vec![1, 2, 255],
             }),

@@ -379,6 +379,7 @@ fn report(sent_ns: u64, stopped_ns: u64, marks: [u64; 3], ended: &Ended, dirty_p
     });
     CaptureReport {
         command_ns: own.stop_ns.saturating_sub(sent_ns),
+        kick_ns: 0,
         stop_ns: stopped_ns.saturating_sub(own.stop_ns),
         barrier_ns: barrier_done - stopped_ns,
         scan_ns: scan_done - barrier_done,

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The stream carries device state and the small blocks; the main memory is in place. QEMU makes the taps itself, by the
-//! names of [`QemuStandby::taps`], so they vanish with it.
+//! names of [`Standby::taps`], so they vanish with it.
 //!
 //! Each machine is a process in a session of its own, without a parent-death signal: it outlives the agent. In its folder it has its
 //! monitor's socket, by which the next agent, or a replicator that protects the guest again, finds it.
@@ -148,11 +148,6 @@ impl QemuStandby {
         standby.changes = derived.changes;
         standby.take_leftover()?;
         Ok(standby)
-    }
-
-    /// The names of the waiting or active machine's taps, in the order of its network devices.
-    pub fn taps(&self) -> &[String] {
-        &self.taps
     }
 
     /// Forgets the machine without ending it: the agent ends and the next one finds it in the folder.
@@ -408,6 +403,10 @@ impl Standby for QemuStandby {
             State::Waiting(machine) => Some(machine.process.pid()),
             State::Active(process) => Some(process.pid()),
         }
+    }
+
+    fn taps(&self) -> &[String] {
+        &self.taps
     }
 
     fn control_path(&self) -> Option<PathBuf> {
