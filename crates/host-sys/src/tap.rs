@@ -20,6 +20,7 @@ const OFFLOADS_UDP: libc::c_ulong = 0x20 | 0x40;
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const IFF_TAP: libc::c_short = 0x0002;
 const IFF_NO_PI: libc::c_short = 0x1000;
 const IFF_VNET_HDR: libc::c_short = 0x4000;
@@ -61,8 +62,9 @@ impl Tap {
     /// As [`Tap::create_or_attach`].
     pub fn create_or_attach_without_offloads(name: &str) -> io::Result<Self> {
         let tap = Self::open(name, true, 0)?;
-        // A persistent tap remembers what its last reader was able to take.
+        // A persistent tap remembers what its last reader was able to take, and how long its header was.
         tap.set_offloads(0)?;
+        tap.set_header_bytes(VNET_HEADER_BYTES)?;
         Ok(tap)
     }
 
@@ -131,6 +133,15 @@ impl Tap {
             return Err(io::Error::last_os_error());
         }
         Ok(())
+    }
+
+    fn set_header_bytes(&self, bytes: usize) -> io::Result<()> {
+        let bytes = libc::c_int::try_from(bytes).map_err(io::Error::other)?;
+        // SAFETY: TUNSETVNETHDRSZ reads one `int`, which lives until the call returns.
+        match unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETVNETHDRSZ, &raw const bytes) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// The interface's name, with a `%d` replaced.

@@ -72,8 +72,6 @@ pub fn load<M: GuestMemory>(memory: &M, boot: &Boot<'_>) -> Result<u64, LoadErro
         cmdline_bytes,
         boot.devices,
     )?;
-    // What an earlier life of the machine has left there.
-    fill_zero(memory, 0, abi::USER_STACKS)?;
     load_image(memory, boot.image)?;
     let mut header = vec![0; ImageHeader::BYTES];
     memory
@@ -180,6 +178,28 @@ fn put<M: GuestMemory>(memory: &M, address: u64, bytes: &[u8]) -> Result<(), Loa
 
 fn put_word<M: GuestMemory>(memory: &M, address: u64, word: u64) -> Result<(), LoadError> {
     put(memory, address, &word.to_le_bytes())
+}
+
+/// Makes all of a machine's RAM zeros, as it was when the machine began. Pages that are zeros are left alone.
+///
+/// # Errors
+/// [`LoadError::Tables`] when `parts` are not RAM.
+pub fn forget<M: GuestMemory>(
+    memory: &M,
+    parts: impl IntoIterator<Item = (u64, u64)>,
+) -> Result<(), LoadError> {
+    let mut page = [0; 4096];
+    for (start, bytes) in parts {
+        for at in (start..start + bytes).step_by(page.len()) {
+            memory
+                .read_slice(&mut page, GuestAddress(at))
+                .map_err(|_| LoadError::Tables)?;
+            if page != [0; 4096] {
+                put(memory, at, &[0; 4096])?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Zeros from `from` up to `to`.

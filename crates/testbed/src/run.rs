@@ -6,17 +6,19 @@ use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use romulus_guest_core::abi::End;
+use romulus_guest_core::abi::{self, End};
 use romulus_vmm_attach::kvm::{DeviceError, KvmLimits, KvmMachine, KvmParts};
 use romulus_vmm_attach::memory::GuestRam;
 use romulus_vmm_attach::proto::{Event, MachineInfo, Role};
 use romulus_vmm_attach::server::{self, Events, ServeOptions, ServerHandle};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::cli::{RunOptions, StandbyOptions};
 use crate::config::MachineConfig;
 use crate::cpu::Beginning;
 use crate::error::{BuildError, KvmCall};
 use crate::host::{self, Serial};
+use crate::loader;
 use crate::mac::Mac;
 use crate::machine::{self, Built, Devices, Guest, Host, REQUESTS_MAX, VMM};
 use crate::ports::Request;
@@ -275,7 +277,10 @@ impl Ending {
                 Request::End(End::PowerOff) => (Event::PoweredOff, 0),
                 Request::End(End::SelfCheckFailed) => (Event::Crashed, 10),
                 Request::End(End::Panic) => (Event::Crashed, 11),
-                Request::End(End::Fault) => (Event::Crashed, 12),
+                Request::End(End::Fault) => {
+                    self.tell_fault();
+                    (Event::Crashed, 12)
+                }
                 Request::Stuck(vcpu, why) => {
                     tracing::error!(vcpu, why, "a vCPU can't go on");
                     (Event::Crashed, 13)
@@ -285,6 +290,27 @@ impl Ending {
             tracing::info!(?event, code, "the guest has ended");
             self.events.post(event);
             return ExitCode::from(code);
+        }
+    }
+
+    /// Says what the guest's handler of exceptions has left behind.
+    fn tell_fault(&self) {
+        let record = self.machine.exclusively(|machine| {
+            let word = |index: u64| {
+                machine
+                    .ram
+                    .memory()
+                    .read_obj(GuestAddress(abi::FAULT_RECORD + index * 8))
+            };
+            (0..5).map(word).collect::<Result<Vec<u64>, _>>()
+        });
+        if let Ok(Ok(record)) = record {
+            let [vector, code, rip, cr2, rsp] = record[..] else {
+                return;
+            };
+            tracing::error!(
+                "exception {vector} in the guest: code {code:#x}, rip {rip:#x}, cr2 {cr2:#x}, rsp {rsp:#x}"
+            );
         }
     }
 
@@ -303,6 +329,12 @@ impl Ending {
             // The guest wrote to the port until its vCPUs were stopped.
             while requests.try_recv().is_ok() {}
             let vcpus = machine.vcpus;
+            let ram = life
+                .config
+                .ram()
+                .into_iter()
+                .map(|(_, start, bytes)| (start, bytes));
+            loader::forget(machine.ram.memory(), ram)?;
             machine::start_anew(
                 &life.config,
                 machine.ram.memory(),

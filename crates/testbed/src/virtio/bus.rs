@@ -18,6 +18,7 @@ use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::backend::{Backend, Served};
+use super::chain;
 use super::transport::{Effect, Transport, TransportError, TransportState};
 
 /// Requests served before the next queue has its turn, and before one interrupt tells of them all.
@@ -354,13 +355,20 @@ impl<M: GuestMemory> Slot<M> {
                 break;
             }
         }
+        let wanted = match chain::wants_interrupt(queue, memory) {
+            Ok(wanted) => used && wanted,
+            Err(error) => {
+                fault.get_or_insert(error);
+                false
+            }
+        };
         if let Some(error) = fault {
             // Said once: a device out of order serves nothing before its reset.
             tracing::warn!(device, queue = index, %error, "the guest's driver is wrong: the device needs a reset");
             self.transport.need_reset();
             more = false;
         }
-        if used || !self.transport.live() {
+        if wanted || !self.transport.live() {
             self.interrupt();
         }
         more

@@ -231,6 +231,24 @@ fn a_driver_that_breaks_the_rules_gets_a_device_that_needs_a_reset() {
 }
 
 #[test]
+fn a_driver_that_wants_no_interrupt_gets_none() {
+    let mut rig = rig();
+    let wakes = rig.bus.wakes();
+    start(&rig.bus);
+    rig.driver.write(0x11000, &[1, 0]);
+    rig.driver.offer(&[(0x20000, 16, false)]);
+    rig.go.send(()).unwrap();
+    assert_eq!(rig.bus.turn(0, 0), Some(false));
+    assert_eq!(rig.driver.used().len(), 1);
+    assert!(wakes[0].interrupt.read().is_err());
+    rig.driver.write(0x11000, &[0, 0]);
+    rig.driver.offer(&[(0x20000, 16, false)]);
+    rig.go.send(()).unwrap();
+    assert_eq!(rig.bus.turn(0, 0), Some(false));
+    assert!(wakes[0].interrupt.read().is_ok());
+}
+
+#[test]
 fn no_access_to_a_register_makes_it_panic() {
     let rig = rig();
     let addresses = [

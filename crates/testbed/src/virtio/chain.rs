@@ -5,8 +5,9 @@
 //! so that the device can go to `NEEDS_RESET` instead of answering a request that nobody made. Whatever a guest
 //! writes, walking a chain costs at most as many steps as its queue is long.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
@@ -119,6 +120,18 @@ pub fn has_request<M: GuestMemory>(queue: &Queue, memory: &M) -> Result<bool, Qu
         .avail_idx(memory, Ordering::Acquire)
         .map_err(QueueFault::Ring)?;
     Ok(offered.0 != queue.next_avail())
+}
+
+/// Whether the driver wants to be interrupted for what this queue has used. After [`give_back`], never before it.
+///
+/// # Errors
+/// [`QueueFault::RingAddress`] when the ring is not in RAM any more.
+pub fn wants_interrupt<M: GuestMemory>(queue: &Queue, memory: &M) -> Result<bool, QueueFault> {
+    // The driver first allows interrupts and then looks at what was used; we do it the other way round.
+    fence(Ordering::SeqCst);
+    let flags = memory.load(GuestAddress(queue.avail_ring()), Ordering::Relaxed);
+    let flags = flags.map(u16::from_le).map_err(|_| QueueFault::RingAddress)?;
+    Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
 }
 
 /// Gives a request back to the driver: `written` bytes of its writable part were filled.

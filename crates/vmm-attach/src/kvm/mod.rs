@@ -11,6 +11,7 @@ pub mod blob;
 mod clock;
 mod cpuid;
 mod hot;
+mod lapic;
 mod machine;
 mod state;
 mod tracker;

@@ -17,6 +17,7 @@ use zerocopy::IntoBytes;
 
 use super::blob::{Blob, BlobError, BlobWriter, Kind};
 use super::clock::{ClockState, ClockStep, TscState};
+use super::lapic;
 
 /// The TSC itself (Intel SDM volume 4, table 2-2).
 const MSR_TSC: u32 = 0x10;
@@ -230,7 +231,8 @@ impl StateSaver {
         let xcrs: kvm_xcrs = from.plain(Kind::Xcrs, index)?;
         vcpu.set_xcrs(&xcrs).map_err(kvm("KVM_SET_XCRS"))?;
         set_xsave(vm, vcpu, from.section(Kind::Xsave, index)?)?;
-        let lapic: kvm_lapic_state = from.plain(Kind::Lapic, index)?;
+        let mut lapic: kvm_lapic_state = from.plain(Kind::Lapic, index)?;
+        lapic::stop_fired_timer(&mut lapic);
         vcpu.set_lapic(&lapic).map_err(kvm("KVM_SET_LAPIC"))?;
         self.restore_msrs(index, vcpu, from, step)?;
         let mp_state: kvm_mp_state = from.plain(Kind::MpState, index)?;

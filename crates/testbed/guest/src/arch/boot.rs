@@ -6,7 +6,9 @@
 
 use core::arch::{asm, global_asm};
 
-use romulus_guest_core::abi::{ABI_VERSION, End, FAULT_RECORD, IRQ_COUNTERS, IRQ_TOTAL, LAPIC, PORT_END};
+use romulus_guest_core::abi::{
+    ABI_VERSION, End, FAULT_RECORD, IRQ_COUNTERS, IRQ_TOTAL, LAPIC, PORT_END, TIMER_VECTOR, VCPUS_MAX,
+};
 
 /// What rax holds when an invalid instruction means "sleep": tells it from a real one.
 const IDLE: u32 = u32::from_le_bytes(*b"IDLE");
@@ -38,6 +40,9 @@ global_asm!(
     "  .endif",
     "  pushq $vector",
     "  jmp ring0_fault",
+    ".elseif vector >= {timers} && vector < {timers} + {vcpus}",
+    "  lock incq {counters} + 8 * vector",
+    "  jmp ring0_timer",
     ".else",
     "  lock incq {counters} + 8 * vector",
     "  jmp ring0_interrupt",
@@ -45,7 +50,14 @@ global_asm!(
     ".set vector, vector + 1",
     ".endr",
 
+    // A one-shot timer that has fired is taken back before its interrupt ends: a restore would let it fire again, as
+    // the timer's registers do not say whether the interrupt has been delivered.
     ".balign 32",
+    "ring0_timer:",
+    "  pushq %rax",
+    "  movl ${initial_count}, %eax",
+    "  movl $0, (%rax)",
+    "  popq %rax",
     "ring0_interrupt:",
     "  lock incq {total}",
     "  pushq %rax",
@@ -89,6 +101,9 @@ global_asm!(
     counters = const IRQ_COUNTERS,
     total = const IRQ_TOTAL,
     eoi = const LAPIC + 0xb0,
+    initial_count = const LAPIC + 0x380,
+    timers = const TIMER_VECTOR,
+    vcpus = const VCPUS_MAX,
     idle = const IDLE,
     fault = const FAULT_RECORD,
     end_code = const End::Fault as u32,

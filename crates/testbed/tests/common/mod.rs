@@ -1,0 +1,7 @@
+//! A machine of `testbed`, a network of its own, and hops of the machine from one process to another.
+#![allow(dead_code, reason = "each test uses its part")]
+
+pub mod hop;
+pub mod network;
+pub mod service;
+pub mod vmm;

@@ -1,0 +1,73 @@
+//! A client of the guest's service.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+const PORT: u16 = 6379;
+/// How long an answer may take on a busy machine.
+const ANSWER: Duration = Duration::from_secs(20);
+/// How long a guest may take to start to serve.
+const START: Duration = Duration::from_secs(30);
+
+/// One connection.
+pub struct Service {
+    stream: BufReader<TcpStream>,
+}
+
+impl Service {
+    /// Connects, as soon as the guest takes connections.
+    pub fn connect() -> Service {
+        let begin = Instant::now();
+        loop {
+            match TcpStream::connect_timeout(&SocketAddr::from((GUEST, PORT)), Duration::from_secs(2)) {
+                Ok(stream) => {
+                    stream.set_read_timeout(Some(ANSWER)).unwrap();
+                    stream.set_nodelay(true).unwrap();
+                    return Service {
+                        stream: BufReader::new(stream),
+                    };
+                }
+                Err(error) => assert!(begin.elapsed() < START, "the guest takes no connection: {error}"),
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Sends words as one command.
+    pub fn send(&mut self, command: &str) {
+        self.stream
+            .get_mut()
+            .write_all(format!("{command}\r\n").as_bytes())
+            .unwrap();
+    }
+
+    /// The next reply; a bulk as its text, an array as its items separated by blanks.
+    pub fn reply(&mut self) -> String {
+        let line = self.line();
+        match line.split_at_checked(1) {
+            Some(("$", "-1")) => "(none)".to_owned(),
+            Some(("$", _)) => self.line(),
+            Some(("*", count)) => {
+                let count: usize = count.parse().unwrap();
+                (0..count).map(|_| self.reply()).collect::<Vec<_>>().join(" ")
+            }
+            Some((":", number)) => number.to_owned(),
+            _ => line,
+        }
+    }
+
+    /// Sends a command and waits for its reply.
+    pub fn ask(&mut self, command: &str) -> String {
+        self.send(command);
+        self.reply()
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        let bytes = self.stream.read_line(&mut line).expect("the connection lives");
+        assert!(bytes > 0, "the guest closed the connection");
+        line.trim_end().to_owned()
+    }
+}
