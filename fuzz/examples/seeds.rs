@@ -10,6 +10,7 @@ use std::path::Path;
 use bytes::Bytes;
 use romulus_page_codec::{Kind, Page, Scratch, encode};
 use romulus_types::{Digest, Epoch, PAGE_BYTES, PageIndex, Session};
+use romulus_vmm_attach::kvm::blob::{BlobWriter, HEADER_BYTES as HEADER_BYTES_OF_STATE, Kind as BlobKind};
 use romulus_vmm_attach::proto::{
     Disk, ErrorCode, Event, Hello, MachineInfo, Nic, Output, PAGE_BYTES as ATTACH_PAGE_BYTES, Pause, Paused,
     Prepare, Refusal, Region, Reply, Request, Role, VERSION, Versions, Welcome,
@@ -25,7 +26,19 @@ fn main() -> io::Result<()> {
     let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds");
     wire_frames(&seeds.join("wire_frames"))?;
     page_decode(&seeds.join("page_decode"))?;
-    attach(&seeds)
+    attach(&seeds)?;
+    attach_state(&seeds.join("attach_state"))
+}
+
+fn attach_state(folder: &Path) -> io::Result<()> {
+    let mut blob = Vec::new();
+    let mut writer = BlobWriter::begin(&mut blob, 1);
+    writer.section(BlobKind::MpState, 0, &[0; 4]);
+    writer.section(BlobKind::Msrs, 0, &[1; 32]);
+    writer.section(BlobKind::Devices, 0, b"devices");
+    writer.finish().expect("it is short");
+    write(folder, "sections", [1, 1], &blob[HEADER_BYTES_OF_STATE..])?;
+    fs::write(folder.join("whole"), [&[0], &blob[..]].concat())
 }
 
 fn write(folder: &Path, name: &str, head: [u8; 2], bytes: &[u8]) -> io::Result<()> {

@@ -10,8 +10,8 @@ use libfuzzer_sys::fuzz_target;
 use romulus_types::{Epoch, Session};
 use romulus_wire::{
     BUFFER_BYTES_MAX, COMMIT_BYTES_MAX, CommitRecord, DeviceStateAssembler, DeviceStateChunk,
-    FRAME_BYTES_MAX, Frame, FrameDecoder, FrameType, HeldPagesFrame, HeldPagesWriter, Pages, PagesWriter, decode_message,
-    device_state_section, encode_frame, encode_message, unpack_guest_state,
+    FRAME_BYTES_MAX, Frame, FrameDecoder, FrameType, HeldPagesFrame, HeldPagesWriter, Pages, PagesWriter,
+    decode_message, device_state_section, encode_frame, encode_message, unpack_guest_state,
 };
 use serde::{Deserialize, Serialize};
 
@@ -104,7 +104,9 @@ fn read(frame: &Frame, device_state: &mut DeviceStateAssembler) {
 }
 
 fn held_pages(frame: &Frame) {
-    let Ok(held) = HeldPagesFrame::parse(frame) else { return };
+    let Ok(held) = HeldPagesFrame::parse(frame) else {
+        return;
+    };
     let mut writer = HeldPagesWriter::new(SESSION);
     let mut again: Vec<_> = Vec::new();
     for (page, hash) in held.entries() {

@@ -267,6 +267,11 @@ impl<'a> Blob<'a> {
         self.vcpus
     }
 
+    /// All sections, in the order in which they were written.
+    pub fn sections(&self) -> impl Iterator<Item = (Kind, u16, &'a [u8])> + '_ {
+        self.sections.iter().copied()
+    }
+
     /// The bytes of a section.
     ///
     /// # Errors
