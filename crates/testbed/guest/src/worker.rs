@@ -117,7 +117,7 @@ impl Worker {
         }
         if wake_ns != u64::MAX && self.timer.deadline().is_none_or(|deadline| deadline > wake_ns) {
             let delay = u32::try_from((wake_ns - now_ns).min(SLEEP_NS_MAX)).unwrap_or(u32::MAX);
-            self.timer.arm(now_ns, now_ns + u64::from(delay), self.fired());
+            self.timer.arm(now_ns, now_ns + u64::from(delay));
             self.figures.timers.store(self.timer.armed(), Ordering::Relaxed);
             lapic::arm(delay);
         }
@@ -148,6 +148,9 @@ impl Worker {
         self.timer
             .observe(ns, fired)
             .unwrap_or_else(|wrong| failed(vcpu, format_args!("{wrong}")));
+        self.figures
+            .timers_spurious
+            .store(self.timer.spurious(), Ordering::Relaxed);
         ns
     }
 
