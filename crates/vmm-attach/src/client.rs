@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::net::sockopt::socket_peercred;
+use romulus_host_sys::socket_peer_pid;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use crate::channel::{Channel, ChannelError};
@@ -159,14 +159,14 @@ impl Client {
     /// # Errors
     /// As `connect`.
     pub fn over(stream: UnixStream, name: &str, limit: Duration) -> Result<(Self, Attachment), ClientError> {
-        let vmm_pid = socket_peercred(&stream).map_or(0, |peer| peer.pid.as_raw_nonzero().get());
+        let vmm_pid = socket_peer_pid(&stream).ok().flatten().unwrap_or(0);
         let mut client = Self {
             channel: Channel::new(stream),
             state: None,
             number: 0,
             capture_number: None,
             events: VecDeque::new(),
-            vmm_pid: u32::try_from(vmm_pid).unwrap_or(0),
+            vmm_pid,
             reply_limit: limit,
             broken: false,
         };

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
+use romulus_host_sys::socket_peer_pid;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::sockopt::socket_peercred;
 
 use super::options::{ServeOptions, nanoseconds};
 use super::phase::Phase;
@@ -40,7 +40,7 @@ struct Visitor<'a> {
     channel: Channel,
     /// Who, as it says, and the process.
     name: String,
-    pid: i32,
+    pid: u32,
     since: Instant,
     greeted: bool,
     /// Its `Welcome` brought a bitmap.
@@ -150,7 +150,8 @@ fn let_in<'a>(
             return false;
         }
     };
-    let pid = socket_peercred(&stream).map_or(0, |peer| peer.pid.as_raw_nonzero().get());
+    // For the logs: 0 when it can't be seen from here.
+    let pid = socket_peer_pid(&stream).ok().flatten().unwrap_or(0);
     let channel = Channel::new(stream);
     if let Some(present) = visitor {
         let text = format!(

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 pub use line::{LineError, QemuVersion, QmpEvent, QmpLine, parse_line};
 pub use socket::Qmp;
+pub(crate) use socket::peer_of;
 
 /// Longest line that is read, in bytes. QEMU's largest replies (`query-qmp-schema`) have some 200 KiB.
 pub const LINE_BYTES_MAX: usize = 16 << 20;

@@ -4,13 +4,14 @@
 //! that. Commands carry ids: the late reply to a command that was given up is told from the one we wait for.
 
 use std::collections::VecDeque;
-use std::io::{IoSlice, Read};
+use std::io::{self, IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use romulus_host_sys::socket_peer_pid;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
@@ -34,6 +35,14 @@ struct Pending {
     id: u64,
     command: String,
     reply: Option<Reply>,
+}
+
+/// The process that listens at the other end.
+pub(crate) fn peer_of(stream: &UnixStream) -> io::Result<u32> {
+    let pid = socket_peer_pid(stream).map_err(io::Error::other)?;
+    pid.ok_or_else(|| {
+        io::Error::other("it is outside of our PID namespace: run the replicator in the one that QEMU is in")
+    })
 }
 
 /// A QMP connection.
@@ -131,12 +140,10 @@ impl Qmp {
     /// # Errors
     /// [`QmpError::Io`] when the socket has no credentials.
     pub fn peer_pid(&self) -> Result<u32, QmpError> {
-        let credentials =
-            rustix::net::sockopt::socket_peercred(&self.stream).map_err(|source| QmpError::Io {
-                doing: "asking for its process",
-                source: source.into(),
-            })?;
-        Ok(credentials.pid.as_raw_nonzero().get().unsigned_abs())
+        peer_of(&self.stream).map_err(|source| QmpError::Io {
+            doing: "asking for its process",
+            source,
+        })
     }
 
     /// Reads until one line is complete. `None` at the deadline.

@@ -21,7 +21,7 @@ use super::refusal::{Facts, check, monitors};
 use super::tracker::Tracker;
 use crate::fault;
 use crate::qemu::bootstrap::{self, Bootstrap, MigrationSettings, bootstrap, rescue};
-use crate::qemu::qmp::{Monitor, Qmp, QmpError};
+use crate::qemu::qmp::{Monitor, Qmp, QmpError, peer_of};
 use crate::source::GuestEvent;
 use crate::spec::MachineSpec;
 
@@ -300,8 +300,7 @@ fn listener(qmp: &Path) -> Result<u32, AttachError> {
         source,
     };
     let stream = UnixStream::connect(qmp).map_err(failed)?;
-    let credentials = rustix::net::sockopt::socket_peercred(&stream).map_err(|errno| failed(errno.into()))?;
-    Ok(credentials.pid.as_raw_nonzero().get().unsigned_abs())
+    Ok(peer_of(&stream).map_err(failed)?)
 }
 
 /// Connects, after having freed a QEMU that an earlier attachment left waiting.
