@@ -326,6 +326,12 @@ impl<D: DeviceState> Machine for KvmMachine<D> {
 
     fn pause(&self) -> Result<Stopped, MachineError> {
         let mut state = self.lock();
+        if state.held {
+            return Ok(Stopped {
+                stopped_at_ns: monotonic_ns(),
+                kick_ns: 0,
+            });
+        }
         let stopped = state.live()?.stop(self.limits.stop)?;
         state.held = true;
         Ok(stopped)
@@ -344,7 +350,10 @@ impl<D: DeviceState> Machine for KvmMachine<D> {
 
     fn resume(&self) -> u64 {
         let mut state = self.lock();
-        state.held = false;
+        // Devices are not told to work on when they do.
+        if !std::mem::take(&mut state.held) {
+            return monotonic_ns();
+        }
         state.live().map_or(0, Live::go)
     }
 

@@ -70,8 +70,7 @@ const STUB_CODE: &[u8] = &[
     0x48, 0xcf,
 ];
 
-/// Remembers whether it stands still, and that it never saves while it does not.
-#[derive(Default)]
+/// Wants to be told once each time that it has to stand still or to work on, and never to save while it works.
 pub struct Devices {
     quiet: bool,
     restored: u64,
@@ -79,6 +78,7 @@ pub struct Devices {
 
 impl DeviceState for Devices {
     fn quiesce(&mut self) {
+        assert!(!self.quiet, "it was told to stand still before");
         self.quiet = true;
     }
 
@@ -94,6 +94,7 @@ impl DeviceState for Devices {
     }
 
     fn unquiesce(&mut self) {
+        assert!(self.quiet, "it was told to work on before");
         self.quiet = false;
     }
 }
@@ -263,7 +264,10 @@ fn build(
     })?;
     Ok(KvmParts {
         vcpus,
-        devices: Devices::default(),
+        devices: Devices {
+            quiet: true,
+            restored: 0,
+        },
         tracker,
         saver,
         vm,
