@@ -194,9 +194,8 @@ fn an_activation_that_fails_leaves_the_image_as_it_was() {
         ..saved.committed()
     };
     let mut standby = saved.standby();
-    let mut never = || panic!("nothing was loaded, so nothing is consumed");
     assert!(standby.trial_load(&committed).is_err());
-    let error = standby.activate(&committed, &mut never).unwrap_err();
+    let error = standby.activate(&committed, &mut || Ok(())).unwrap_err();
     assert!(error.untouched, "{error}");
     assert!(error.to_string().contains("not of one moment"), "{error}");
     let mut refuse = || Err(StandbyError::plain("no mark can be made"));
@@ -207,8 +206,12 @@ fn an_activation_that_fails_leaves_the_image_as_it_was() {
         memory: Some(Digest(1)),
         ..saved.committed()
     };
+    let mut never = || panic!("nothing was verified, so nothing is consumed");
     let error = standby.activate(&committed, &mut never).unwrap_err();
-    assert!(error.to_string().contains("is not the file"), "{error}");
+    assert!(
+        error.to_string().contains("is not the file") && !error.untouched,
+        "{error}"
+    );
     assert!(standby.pid().is_none() && before == saved.memory());
     standby.activate(&saved.committed(), &mut || Ok(())).unwrap();
     standby.kill();

@@ -41,21 +41,29 @@ pub(super) fn find(folder: &Path) -> Result<Found, StandbyError> {
     if !socket.exists() {
         return Ok(Found::Nothing);
     }
-    match Client::connect(&socket, NAME, LEFTOVER_LIMIT) {
-        Ok((client, Attachment { welcome, .. })) => Ok(match welcome.role {
-            Role::Empty | Role::Prepared => Found::NeverRan(client.vmm_pid()),
-            Role::Running | Role::Halted => Found::Guest(client.vmm_pid()),
-        }),
-        // Only a guest that runs is of use to another client: a replicator that protects it from here.
-        Err(ClientError::Busy { pid, .. }) => Ok(Found::Guest(pid)),
-        Err(error) if is_gone(&error) => Ok(Found::Nothing),
-        Err(error) => {
-            let what = format!(
-                "a machine has its attach socket at {} and does not answer",
-                socket.display()
-            );
-            Err(StandbyError::new(what, error))
-        }
+    let deadline = Instant::now() + LEFTOVER_LIMIT;
+    loop {
+        return match Client::connect(&socket, NAME, LEFTOVER_LIMIT) {
+            Ok((client, Attachment { welcome, .. })) => Ok(match welcome.role {
+                Role::Empty | Role::Prepared => Found::NeverRan(client.vmm_pid()),
+                Role::Running | Role::Halted => Found::Guest(client.vmm_pid()),
+            }),
+            // Perhaps it is the earlier agent's connection, whose end has not been noticed.
+            Err(ClientError::Busy { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(POLL);
+                continue;
+            }
+            // Only a guest that runs is of use to another client: a replicator that protects it from here.
+            Err(ClientError::Busy { pid, .. }) => Ok(Found::Guest(pid)),
+            Err(error) if is_gone(&error) => Ok(Found::Nothing),
+            Err(error) => {
+                let what = format!(
+                    "a machine has its attach socket at {} and does not answer",
+                    socket.display()
+                );
+                Err(StandbyError::new(what, error))
+            }
+        };
     }
 }
 
