@@ -77,7 +77,8 @@ impl Default for KvmLimits {
     }
 }
 
-/// Builds a standby's machine, as described, on the memory that is given.
+/// Builds a standby's machine, as described, on the memory that is given, which is that of an image: nothing may write it. The kernel
+/// does when a vCPU's clock is switched on (`MSR_KVM_SYSTEM_TIME`); that is left to the restore.
 pub type Build<D> = dyn Fn(&MachineInfo, GuestRam) -> Result<KvmParts<D>, DeviceError> + Send + Sync;
 
 /// A machine over KVM, to be served.

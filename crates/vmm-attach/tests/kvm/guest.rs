@@ -136,6 +136,7 @@ impl Guest {
         load(&ram, program);
         let outside = Outside::default();
         let parts = build(&info, ram.clone(), tracking, &outside).unwrap();
+        switch_clocks_on(&parts.vcpus);
         let machine = KvmMachine::new(parts, KvmLimits::default());
         machine.start().unwrap();
         Self {
@@ -199,6 +200,19 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
             "{what}: not within a minute"
         );
         std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// Not when a standby is built: the kernel writes the clock's page at that, and its memory is an image.
+fn switch_clocks_on(vcpus: &Vcpus) {
+    for index in 0..vcpus.count() {
+        let clock = kvm_msr_entry {
+            index: MSR_KVMCLOCK,
+            data: (0xd000 + 64 * index as u64) | 1,
+            ..Default::default()
+        };
+        let clock = Msrs::from_entries(&[clock]).unwrap();
+        assert_eq!(vcpus.with(index, |fd| fd.set_msrs(&clock)).unwrap().unwrap(), 1);
     }
 }
 
@@ -343,12 +357,6 @@ fn vcpu(kvm: &Kvm, vm: &VmFd, index: u64) -> Result<VcpuFd, DeviceError> {
         ..Default::default()
     };
     fd.set_sregs(&special)?;
-    let clock = kvm_msr_entry {
-        index: MSR_KVMCLOCK,
-        data: (0xd000 + 64 * index) | 1,
-        ..Default::default()
-    };
-    assert_eq!(fd.set_msrs(&Msrs::from_entries(&[clock])?)?, 1);
     fd.set_regs(&kvm_regs {
         rip: CODE,
         rflags: 0x3202,

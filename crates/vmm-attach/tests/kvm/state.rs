@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::guest::{ASK, Guest, SLEEP, WORK, info, wait_for};
 use crate::stopping::asleep;
+use crate::tracking::whole;
 
 fn saved(guest: &Guest) -> Vec<u8> {
     let file = tempfile::tempfile().unwrap();
@@ -109,6 +110,26 @@ fn saving_changes_nothing_and_sets_no_clock_back() {
         guest.machine.resume();
     }
     guest.progress(2, 100);
+}
+
+/// Whoever compares a standby's memory with its checkpoint does so before the state is loaded.
+#[test]
+fn a_standby_writes_no_memory_before_its_state_is_loaded_and_then_the_clocks_page_only() {
+    let info = info(WORK, 2);
+    let guest = Guest::run(WORK, 2, Tracking::default());
+    guest.progress(2, 100);
+    guest.machine.pause().unwrap();
+    let (state, before) = (saved(&guest), whole(&guest.ram));
+    let changed = || {
+        let now = whole(&guest.ram);
+        let pages = before.chunks(4096).zip(now.chunks(4096)).enumerate();
+        let changed = pages.filter(|(_, (a, b))| a != b).map(|(page, _)| page);
+        changed.collect::<Vec<usize>>()
+    };
+    let next = guest.standby(&info, false);
+    assert_eq!(changed(), [0usize; 0], "prepared");
+    next.machine.restore(&state).unwrap();
+    assert!(changed().iter().all(|page| *page == 0xd), "{:?}", changed());
 }
 
 #[test]

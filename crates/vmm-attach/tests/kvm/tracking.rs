@@ -25,7 +25,7 @@ fn place(ram: &GuestRam, page: u64) -> GuestAddress {
     panic!("page {page} is outside of guest memory");
 }
 
-fn whole(ram: &GuestRam) -> Vec<u8> {
+pub fn whole(ram: &GuestRam) -> Vec<u8> {
     let mut bytes = Vec::new();
     for region in ram.regions() {
         let start = bytes.len();
