@@ -2,93 +2,15 @@
 
 mod common;
 
-use std::os::unix::fs::FileExt;
-use std::sync::atomic::Ordering;
-use std::thread;
 use std::time::Duration;
 
-use common::{LONG, Vmm, next, running, say, wait};
-use romulus_host_sys::SharedWords;
+use common::shadow::{armed, paused};
+use common::{LONG, next, running, say, wait};
 use romulus_vmm_attach::channel::Channel;
-use romulus_vmm_attach::client::{Attachment, Client, ClientError};
+use romulus_vmm_attach::client::{Client, ClientError};
 use romulus_vmm_attach::fake::{Call, FakeMachine};
-use romulus_vmm_attach::proto::{ErrorCode, Event, Pause, Request, Role};
+use romulus_vmm_attach::proto::{ErrorCode, Event, Pause, Request};
 use romulus_vmm_attach::server::{EVENTS_MAX, bind};
-
-const PAGE: usize = 4096;
-
-/// A copy of the guest's memory that is kept up with checkpoints.
-struct Shadow {
-    bitmap: SharedWords,
-    files: Vec<(std::fs::File, usize)>,
-    bytes: Vec<u8>,
-}
-
-impl Shadow {
-    fn new(attachment: Attachment) -> Self {
-        let bitmap_bytes = usize::try_from(attachment.welcome.bitmap_bytes).unwrap();
-        let bitmap = SharedWords::map(attachment.bitmap.unwrap(), bitmap_bytes / 8).unwrap();
-        let regions = attachment.welcome.machine.unwrap().regions;
-        let sizes = regions
-            .iter()
-            .map(|region| usize::try_from(region.bytes).unwrap());
-        let files: Vec<_> = attachment
-            .regions
-            .into_iter()
-            .map(std::fs::File::from)
-            .zip(sizes)
-            .collect();
-        let bytes = vec![0xaa; files.iter().map(|(_, bytes)| bytes).sum()];
-        Self { bitmap, files, bytes }
-    }
-
-    fn copy_all(&mut self) {
-        for page in 0..self.bytes.len() / PAGE {
-            self.copy(page);
-        }
-    }
-
-    fn copy_dirty(&mut self) -> usize {
-        let mut pages = 0;
-        for word in 0..self.bitmap.len() {
-            let mut bits = self.bitmap[word].swap(0, Ordering::SeqCst);
-            while bits != 0 {
-                self.copy(word * 64 + bits.trailing_zeros() as usize);
-                pages += 1;
-                bits &= bits - 1;
-            }
-        }
-        pages
-    }
-
-    fn copy(&mut self, page: usize) {
-        let into = &mut self.bytes[page * PAGE..][..PAGE];
-        let mut at = page * PAGE;
-        for (file, bytes) in &self.files {
-            if at < *bytes {
-                file.read_exact_at(into, at as u64).unwrap();
-                return;
-            }
-            at -= bytes;
-        }
-        panic!("the bitmap has a bit for page {page}, which is not there");
-    }
-}
-
-fn armed(vmm: &Vmm) -> (Client, Shadow) {
-    let (mut client, attachment) = vmm.client();
-    client.arm().unwrap();
-    let mut shadow = Shadow::new(attachment);
-    shadow.copy_all();
-    (client, shadow)
-}
-
-/// A pause that is not answered any more.
-fn paused(vmm: &Vmm) -> Client {
-    let (mut client, _) = armed(vmm);
-    client.pause(LONG).unwrap();
-    client
-}
 
 #[test]
 fn every_write_is_in_a_checkpoint() {
@@ -223,92 +145,6 @@ fn a_pause_ends_at_its_limit_even_while_the_server_waits_for_a_client_that_does_
 }
 
 #[test]
-fn a_halt_lasts_while_the_client_says_something() {
-    let vmm = running(|options| options.halt_limit = Duration::from_millis(300));
-    let (mut client, _) = vmm.client();
-    client.halt(false).unwrap();
-    let before = vmm.machine.steps();
-    for _ in 0..30 {
-        thread::sleep(Duration::from_millis(20));
-        client.alive().unwrap();
-    }
-    assert_eq!(vmm.machine.steps(), before);
-    client.go().unwrap();
-    vmm.runs();
-    assert_eq!(client.poll_event().unwrap(), None);
-
-    client.halt(false).unwrap();
-    vmm.runs();
-    wait("the client is told", || {
-        client.poll_event().unwrap() == Some(Event::Resumed)
-    });
-    assert!(matches!(client.go(), Err(ClientError::PauseExpired(_))));
-    vmm.is_well_after(client);
-}
-
-#[test]
-fn a_halt_from_a_pause_lets_nothing_run_in_between() {
-    let vmm = running(|_| {});
-    let (mut client, mut shadow) = armed(&vmm);
-    client.pause(LONG).unwrap();
-    shadow.copy_dirty();
-    client.captured().unwrap();
-    client.halt(false).unwrap();
-    vmm.stands_still();
-    assert!(shadow.bytes == vmm.machine.contents());
-    assert_eq!(vmm.machine.pauses(), 1);
-    client.go().unwrap();
-    vmm.runs();
-}
-
-#[test]
-fn a_halted_guest_can_be_captured_and_stays_halted() {
-    let vmm = running(|_| {});
-    let (mut client, mut shadow) = armed(&vmm);
-    client.halt(false).unwrap();
-    client.pause(Duration::from_millis(1)).unwrap();
-    shadow.copy_dirty();
-    client.captured().unwrap();
-    thread::sleep(Duration::from_millis(20));
-    client.resume().unwrap();
-    vmm.stands_still();
-    assert!(shadow.bytes == vmm.machine.contents());
-    client.go().unwrap();
-    vmm.runs();
-}
-
-#[test]
-fn a_guest_that_was_stopped_for_good_never_runs_again() {
-    let vmm = running(|options| options.halt_limit = Duration::from_millis(50));
-    let mut client = paused(&vmm);
-    client.halt(true).unwrap();
-    thread::sleep(Duration::from_millis(100));
-    drop(client);
-    let (mut client, attachment) = vmm.client();
-    assert_eq!(attachment.welcome.role, Role::Halted);
-    client.halt(true).unwrap();
-    client.halt(false).unwrap();
-    for attempt in [client.go(), client.arm(), client.resume().map(|_| ())] {
-        let refused =
-            matches!(&attempt, Err(ClientError::Refused { code, .. }) if *code == ErrorCode::HaltedForGood);
-        assert!(refused, "{attempt:?}");
-    }
-    client.detach().unwrap();
-    drop(vmm.server);
-    assert!(!vmm.machine.is_running());
-}
-
-#[test]
-fn an_expired_pause_does_not_keep_a_guest_from_being_stopped_for_good() {
-    let vmm = running(|_| {});
-    let (mut client, _) = armed(&vmm);
-    client.pause(Duration::from_millis(10)).unwrap();
-    vmm.runs();
-    client.halt(true).unwrap();
-    vmm.stands_still();
-}
-
-#[test]
 fn what_fails_in_the_vmm_is_told_and_the_guest_runs() {
     let vmm = running(|_| {});
     let (mut client, _) = vmm.client();
@@ -426,7 +262,8 @@ fn a_machine_that_changes_is_not_captured_with_the_old_bitmap() {
     wait("the client is told", || {
         client.poll_event().unwrap() == Some(Event::MachineChanged)
     });
-    vmm.is_well_after(client);
+    drop(client);
+    vmm.is_well();
 }
 
 #[test]
@@ -509,17 +346,6 @@ fn a_resume_that_is_sent_ahead_is_done_after_the_capture() {
     let names: Vec<&str> = (0..4).map(|_| next(&raw).name()).collect();
     assert_eq!(names, ["Armed", "Paused", "Captured", "Resumed"]);
     vmm.runs();
-}
-
-trait WellAfter {
-    fn is_well_after(&self, client: Client);
-}
-
-impl WellAfter for Vmm {
-    fn is_well_after(&self, client: Client) {
-        drop(client);
-        self.is_well();
-    }
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! A fake VMM behind a server, and hands to touch it with.
 #![allow(dead_code, reason = "each test file uses some of it")]
 
+pub mod shadow;
+
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;

@@ -1,23 +1,27 @@
 //! The sidecar's end: one method a request. A failure of the connection breaks the client for good; a refusal does not.
 
+mod error;
+
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use romulus_host_sys::socket_peer_pid;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use crate::channel::{Channel, ChannelError};
-use crate::memfd::{self, FileError, Seals};
+use crate::memfd::{self, Seals};
 use crate::proto::{
     Activated, Captured, ErrorCode, Event, Halt, Harvested, Hello, MachineInfo, Pause, Paused, Prepare,
-    ProtoError, Refusal, Reply, Request, Restore, Restored, Resumed, VERSION, Versions, Welcome,
+    ProtoError, Reply, Request, Restore, Restored, Resumed, VERSION, Versions, Welcome,
 };
+
+pub use error::ClientError;
 
 /// How long a VMM may take to answer, beyond a pause's limit, when nothing else was set.
 pub const REPLY_LIMIT: Duration = Duration::from_secs(5);
@@ -25,88 +29,6 @@ pub const REPLY_LIMIT: Duration = Duration::from_secs(5);
 const MESSAGE_LIMIT: Duration = Duration::from_secs(1);
 /// Most events that wait to be polled.
 const EVENTS_MAX: usize = 256;
-
-/// Why a request failed.
-#[derive(Debug, thiserror::Error)]
-pub enum ClientError {
-    /// There is no VMM at the socket.
-    #[error("no VMM can be reached at {path}: is it running, with its attach socket there?")]
-    Connect {
-        /// The socket.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// Another client is attached to the VMM.
-    #[error("the VMM, process {pid}, did not let us in: {text}")]
-    Busy {
-        /// The VMM's process; 0 when it can't be seen from here.
-        pid: u32,
-        /// Who is attached.
-        text: String,
-    },
-    /// The connection failed. The VMM has let the guest run.
-    #[error("the connection to the VMM failed")]
-    Channel(#[from] ChannelError),
-    /// What the VMM sent can't be understood.
-    #[error("the VMM's answer can't be understood")]
-    Proto(#[from] ProtoError),
-    /// A file that the VMM sent can't be used.
-    #[error("a file from the VMM can't be used")]
-    File(#[from] FileError),
-    /// A message came with another number of file descriptors than it says.
-    #[error("the VMM sent {came} file descriptors with its {reply}, where {wanted} belong to it")]
-    Descriptors {
-        /// The message.
-        reply: &'static str,
-        /// What came.
-        came: usize,
-        /// What its payload announces.
-        wanted: usize,
-    },
-    /// The VMM answered something else than what was asked.
-    #[error("the VMM answered {request} with {reply}, or with another number")]
-    Unexpected {
-        /// What was asked.
-        request: &'static str,
-        /// What came.
-        reply: &'static str,
-    },
-    /// It did not answer.
-    #[error("the VMM did not answer {request} within {limit:?}")]
-    NoAnswer {
-        /// What was asked.
-        request: &'static str,
-        /// How long we waited.
-        limit: Duration,
-    },
-    /// The guest was let go before: what was copied since the pause is void.
-    #[error("the guest was let go before the checkpoint was complete: {0}")]
-    PauseExpired(String),
-    /// The machine is not the one of the attachment any more.
-    #[error("the VMM's machine changed: {0}")]
-    MachineChanged(String),
-    /// The VMM refused.
-    #[error("the VMM refused {request} ({code:?}): {text}")]
-    Refused {
-        /// What was asked.
-        request: &'static str,
-        /// Why, as a code.
-        code: ErrorCode,
-        /// Why, in words.
-        text: String,
-    },
-    /// More events than we keep came unasked.
-    #[error("the VMM sent more than {EVENTS_MAX} events at once")]
-    TooManyEvents,
-    /// The connection failed before.
-    #[error("the connection to the VMM has failed before: connect anew")]
-    Broken,
-    /// A state could not be handed over or read.
-    #[error("the state's memory file can't be used")]
-    State(#[source] io::Error),
-}
 
 /// What the VMM handed over with its welcome.
 #[derive(Debug)]
@@ -508,7 +430,7 @@ impl Client {
                 }
                 // A refusal of the connection itself has no number.
                 Reply::Error(refusal) if came == number || came == 0 => {
-                    return Err(refused(request, refusal));
+                    return Err(error::refused(request, refusal));
                 }
                 reply if came == number => return Ok((reply, files)),
                 reply => return Err(self.unexpected(request, &reply)),
@@ -555,15 +477,6 @@ impl Client {
             request,
             reply: reply.name(),
         }
-    }
-}
-
-fn refused(request: &'static str, refusal: Refusal) -> ClientError {
-    let Refusal { code, text } = refusal;
-    match code {
-        ErrorCode::PauseExpired => ClientError::PauseExpired(text),
-        ErrorCode::MachineChanged => ClientError::MachineChanged(text),
-        code => ClientError::Refused { request, code, text },
     }
 }
 
