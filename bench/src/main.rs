@@ -21,6 +21,7 @@ mod run;
 mod stats;
 mod table;
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
@@ -75,6 +76,11 @@ struct RunArgs {
 }
 
 fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    // The guests that are measured run in processes of their own, which are this program again.
+    if args.get(1).is_some_and(|word| word == "testbed") {
+        return romulus_testbed::main(args.into_iter().skip(1));
+    }
     let done = match Cli::parse().command {
         Command::Run(args) => run(&args),
         Command::List => {

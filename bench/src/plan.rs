@@ -22,7 +22,10 @@ use serde::Deserialize;
 use crate::measures::{self, Measure};
 
 /// The plans that are in the binary, found by file name.
-pub(crate) const BUILT_IN: &[(&str, &str)] = &[("parts.toml", include_str!("../plans/parts.toml"))];
+pub(crate) const BUILT_IN: &[(&str, &str)] = &[
+    ("parts.toml", include_str!("../plans/parts.toml")),
+    ("kvm.toml", include_str!("../plans/kvm.toml")),
+];
 
 const REPETITIONS_MAX: u32 = 100;
 const PLAN_BYTES_MAX: u64 = 1 << 20;
@@ -275,6 +278,8 @@ mod tests {
         assert!(measure("measure = 'digest'\nratio_max = 0").contains("ratio_max"));
         assert!(measure("measure = 'digest'\nvalue_max = 'x'").contains("value_max"));
         assert!(measure("measure = 'memory.copy'\npages = [0]").contains("pages"));
+        assert!(measure("measure = 'kvm.speed'\ndirty = ['sometimes:1:25']").contains("sometimes"));
+        assert!(measure("measure = 'kvm.pause'\ntracking = 'ring'").contains("ring"));
     }
 
     #[test]

@@ -73,11 +73,10 @@ impl Report {
             let done = planned.measure.run(&mut run);
             let found = run.into_findings();
             let nothing = done.is_ok() && found.is_empty();
-            rows.extend(
-                found
-                    .into_iter()
-                    .map(|finding| Row::of(planned.name, planned.bounds, finding)),
-            );
+            rows.extend(found.into_iter().map(|found| match found {
+                Ok(finding) => Row::of(planned.name, planned.bounds, finding),
+                Err(missed) => Row::unable(&named(planned.name, &missed.case), &missed.why),
+            }));
             match done {
                 Err(error) => rows.push(Row::unable(planned.name, &error)),
                 Ok(()) if nothing => {
@@ -106,10 +105,7 @@ impl Report {
 
 impl Row {
     fn of(measure: &str, bounds: Bounds, finding: Finding) -> Self {
-        let name = match finding.case.as_str() {
-            "" => measure.to_owned(),
-            case => format!("{measure}/{case}"),
-        };
+        let name = named(measure, &finding.case);
         let value = finding.value.p50;
         let (reference_name, reference_figure) = finding.reference.unzip();
         let ratio_to = |value: f64, reference: f64| Some(value / reference).filter(|ratio| ratio.is_finite());
@@ -154,7 +150,7 @@ impl Row {
         }
     }
 
-    fn unable(measure: &str, error: &Unable) -> Self {
+    fn unable(name: &str, error: &Unable) -> Self {
         let mut words = error.to_string();
         let mut cause = std::error::Error::source(error);
         while let Some(error) = cause {
@@ -162,7 +158,7 @@ impl Row {
             cause = error.source();
         }
         Self {
-            name: measure.to_owned(),
+            name: name.to_owned(),
             value: None,
             unit: "",
             reference: None,
@@ -178,6 +174,14 @@ impl Row {
             value_figure: None,
             reference_figure: None,
         }
+    }
+}
+
+/// The name of a row.
+fn named(measure: &str, case: &str) -> String {
+    match case {
+        "" => measure.to_owned(),
+        case => format!("{measure}/{case}"),
     }
 }
 
@@ -211,7 +215,7 @@ mod tests {
         }
     }
 
-    fn report(bounds: Bounds, measure: Found) -> Report {
+    fn report(bounds: Bounds, measure: impl Measure + 'static) -> Report {
         let plan = Plan {
             name: "test".to_owned(),
             about: String::new(),
@@ -261,6 +265,21 @@ mod tests {
         let error = report.measures[1].error.clone().unwrap();
         assert_eq!(error, "opening /dev/kvm failed: it is not there");
         assert!(!report.measures[1].ok && report.measures[1].value.is_none());
+    }
+
+    #[test]
+    fn a_case_that_is_missed_is_an_error_row_of_its_own_among_the_others() {
+        struct Half;
+        impl Measure for Half {
+            fn run(&self, run: &mut Run) -> Result<(), Unable> {
+                run.missed("fast", Unable::Wrong("no time left".to_owned()));
+                Found(vec![(1.0, None)], false).run(run)
+            }
+        }
+        let report = report(Bounds::default(), Half);
+        let names: Vec<&str> = report.measures.iter().map(|row| row.name.as_str()).collect();
+        assert_eq!(names, ["x/fast", "x/1"]);
+        assert!(!report.ok && !report.measures[0].ok && report.measures[1].ok);
     }
 
     #[test]

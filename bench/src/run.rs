@@ -19,6 +19,9 @@ const QUICK_REPETITIONS: u32 = 2;
 /// Why something could not be measured.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Unable {
+    /// This machine lacks something.
+    #[error("{what}: {remedy}")]
+    Missing { what: String, remedy: String },
     /// Something failed that should not.
     #[error("{doing} failed")]
     Failed {
@@ -64,12 +67,19 @@ pub(crate) struct Finding {
     pub(crate) note: Option<String>,
 }
 
+/// A case that could not be measured, while the others could.
+#[derive(Debug)]
+pub(crate) struct Missed {
+    pub(crate) case: String,
+    pub(crate) why: Unable,
+}
+
 /// The run of one measure.
 pub(crate) struct Run {
     settings: Settings,
     name: &'static str,
     bar: ProgressBar,
-    findings: Vec<Finding>,
+    findings: Vec<Result<Finding, Missed>>,
 }
 
 impl Run {
@@ -116,10 +126,18 @@ impl Run {
 
     /// A finding; those that came before a failure stay in the report.
     pub(crate) fn found(&mut self, finding: Finding) {
-        self.findings.push(finding);
+        self.findings.push(Ok(finding));
     }
 
-    pub(crate) fn into_findings(self) -> Vec<Finding> {
+    /// A case that cannot be measured; the measure goes on with the next one.
+    pub(crate) fn missed(&mut self, case: &str, why: Unable) {
+        self.findings.push(Err(Missed {
+            case: case.to_owned(),
+            why,
+        }));
+    }
+
+    pub(crate) fn into_findings(self) -> Vec<Result<Finding, Missed>> {
         self.findings
     }
 

@@ -103,7 +103,6 @@ pub(crate) struct Figure {
 }
 
 impl Figure {
-    #[cfg(test)]
     /// Of one value for each repetition; `None` when there is none or one of them is no number.
     pub(crate) fn of(values: &[f64]) -> Option<Self> {
         let mut sorted = values.to_vec();

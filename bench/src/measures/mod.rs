@@ -2,6 +2,7 @@
 
 mod codec;
 mod digest;
+mod kvm;
 mod memory;
 mod transport;
 mod wire;
@@ -67,6 +68,31 @@ pub(crate) const ALL: &[Kind] = &[
         name: "transport",
         about: "our QUIC transport on loopback, against bare TCP",
         parse: parse::<transport::Loopback>,
+    },
+    Kind {
+        name: "kvm.pause",
+        about: "a checkpoint's pause, against the sum of its parts alone",
+        parse: parse::<kvm::Pause>,
+    },
+    Kind {
+        name: "kvm.activation",
+        about: "from the takeover's decision to the running guest, against restoring its state alone",
+        parse: parse::<kvm::Activation>,
+    },
+    Kind {
+        name: "kvm.tracking",
+        about: "what the default dirty tracking costs the guest, against the other ways",
+        parse: parse::<kvm::Modes>,
+    },
+    Kind {
+        name: "kvm.speed",
+        about: "a guest's work while it is protected, against the same guest unprotected",
+        parse: parse::<kvm::Speed>,
+    },
+    Kind {
+        name: "kvm.clock",
+        about: "how far the guest's clocks slip while it is protected, against unprotected",
+        parse: parse::<kvm::Clock>,
     },
 ];
 

@@ -1,0 +1,145 @@
+//! Slices of a guest's life, protected and not, in turn: what it gets done in each.
+
+use std::time::{Duration, Instant};
+
+use romulus_guest_core::dirty::Dirtying;
+
+use super::guest::{Done, Guest, Wanted};
+use super::session::Session;
+use crate::run::{Run, Unable};
+use crate::stats::float;
+
+const PAGES_A_MIB: u64 = 256;
+/// A set that is larger than this allows is measured cold.
+const WARM_UP_LIMIT: Duration = Duration::from_secs(10);
+const WARM_UP_POLL: Duration = Duration::from_millis(20);
+
+/// Its progress before and after a slice.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slice {
+    pub(super) before: Done,
+    pub(super) after: Done,
+}
+
+/// One slice without protection and one with it.
+#[derive(Clone, Debug)]
+pub(super) struct Both {
+    pub(super) free: Slice,
+    pub(super) protected: Slice,
+    /// Dirty pages of each checkpoint.
+    pub(super) dirty_pages: Vec<u64>,
+    pub(super) pauses_ns: Vec<u64>,
+}
+
+impl Slice {
+    /// Nanoseconds of host time for each unit of work, or for each page written when the guest does nothing but dirty pages.
+    pub(super) fn ns_a_unit(&self, of: Work) -> Result<f64, Unable> {
+        let (before, after) = (self.before.progress, self.after.progress);
+        let done = match of {
+            Work::Units => after.work_units - before.work_units,
+            Work::Pages => after.pages_written - before.pages_written,
+        };
+        match done {
+            0 => Err(Unable::Wrong(
+                "the guest got nothing done besides dirtying pages".to_owned(),
+            )),
+            done => Ok(float(self.ns()) / float(done)),
+        }
+    }
+
+    /// Length of the slice on the host's clock.
+    pub(super) fn ns(&self) -> u64 {
+        self.after.at_ns - self.before.at_ns
+    }
+}
+
+/// What is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Work {
+    /// What is left over is spent on arithmetic.
+    Units,
+    /// It dirties pages as fast as it can.
+    Pages,
+}
+
+impl Work {
+    /// What a guest with this dirtier has to be judged by.
+    pub(super) fn of(dirty: &str) -> Self {
+        match Dirtying::parse(dirty) {
+            Ok(Some(dirtying)) if dirtying.period_ms == 0 => Self::Pages,
+            _ => Self::Units,
+        }
+    }
+}
+
+/// The command line of a guest that works while it dirties.
+pub(super) fn words(dirty: &str) -> String {
+    format!("progress=on work=on check=off log=off dirty={dirty}")
+}
+
+/// Lets a new guest work for a slice alone and one under protection.
+pub(super) fn both(wanted: &Wanted, slice: Duration, interval: Duration) -> Result<Both, Unable> {
+    let mut guest = Guest::start(wanted)?;
+    warm_up(&mut guest, &wanted.words)?;
+    let before = guest.done()?;
+    std::thread::sleep(slice);
+    let free = Slice {
+        before,
+        after: guest.done()?,
+    };
+    let mut session = Session::begin(&guest, |_, _| {})?;
+    // Until the pace is even: hot pages have become hot.
+    session.captures(interval, slice / 4, |_| {})?;
+    let before = guest.done()?;
+    let (mut dirty_pages, mut pauses_ns) = (Vec::new(), Vec::new());
+    session.captures(interval, slice, |report| {
+        dirty_pages.push(report.dirty_pages);
+        pauses_ns.push(report.pause_ns);
+    })?;
+    let protected = Slice {
+        before,
+        after: guest.done()?,
+    };
+    session.end()?;
+    Ok(Both {
+        free,
+        protected,
+        dirty_pages,
+        pauses_ns,
+    })
+}
+
+/// Lets the guest touch the pages of its set, which costs it more the first time.
+fn warm_up(guest: &mut Guest, words: &str) -> Result<(), Unable> {
+    let dirty = words.split(' ').find_map(|word| word.strip_prefix("dirty="));
+    let dirtying = dirty.and_then(|dirty| Dirtying::parse(dirty).ok().flatten());
+    let set_mib = dirtying.and_then(|dirtying| dirtying.set_mib).unwrap_or(0);
+    // Twice around: a random order misses some pages the first time.
+    let enough = u64::from(set_mib) * PAGES_A_MIB * 2;
+    let begun = Instant::now();
+    while guest.done()?.progress.pages_written < enough && begun.elapsed() < WARM_UP_LIMIT {
+        std::thread::sleep(WARM_UP_POLL);
+    }
+    Ok(())
+}
+
+/// So long a slice is in this run.
+pub(super) fn slice(run: &Run, slice_ms: u32) -> Duration {
+    Duration::from_millis(run.rounds(slice_ms).max(100).into())
+}
+
+/// Checkpoints, dirty pages in each and their pauses, in words.
+pub(super) fn describe(all: &[Both]) -> String {
+    let middle = |mut values: Vec<u64>| {
+        values.sort_unstable();
+        values.get(values.len() / 2).copied().unwrap_or(0)
+    };
+    let pages: Vec<u64> = all.iter().flat_map(|both| both.dirty_pages.clone()).collect();
+    let pauses: Vec<u64> = all.iter().flat_map(|both| both.pauses_ns.clone()).collect();
+    format!(
+        "{} checkpoints of {} pages, pause {:.2} ms",
+        pages.len(),
+        middle(pages),
+        float(middle(pauses)) / 1e6
+    )
+}
