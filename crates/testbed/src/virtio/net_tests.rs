@@ -1,5 +1,7 @@
 use std::os::fd::OwnedFd;
 
+use vm_memory::{Bytes, GuestAddress};
+
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::*;
@@ -97,6 +99,36 @@ fn frames_of_impossible_length_are_faults() {
         let fault = net.serve(TRANSMIT, &mut driver.queue(), &memory).unwrap_err();
         assert!(matches!(fault, QueueFault::Length { .. }), "{bytes}: {fault}");
     }
+}
+
+#[test]
+fn what_the_device_writes_is_in_the_dirty_bitmap() {
+    use romulus_vmm_attach::memory::GuestRam;
+    use romulus_vmm_attach::proto::Region;
+
+    let region = Region {
+        name: "ram".into(),
+        gpa: 0,
+        bytes: 4 << 20,
+        fd_offset: 0,
+    };
+    let ram = GuestRam::create(&[region]).unwrap();
+    let (mut net, network, plain) = device();
+    let mut driver = Driver::new(&plain, 0x10000);
+    driver.offer(&[(0x20ff0, 2000, true)]);
+    // The driver's side is written as by vCPUs: not through the memory that the device has.
+    let mut rings = vec![0; 0x3000];
+    plain.read_slice(&mut rings, GuestAddress(0x10000)).unwrap();
+    ram.memory().write_slice(&rings, GuestAddress(0x10000)).unwrap();
+    ram.bitmap().clear();
+    rustix::io::write(&network, &frame_from_network(100)).unwrap();
+    assert_eq!(
+        net.serve(RECEIVE, &mut driver.queue(), ram.memory()).unwrap(),
+        Served::Answered
+    );
+    // The used ring, and both pages of the buffer.
+    assert_eq!(ram.bitmap().take(0), 1 << 0x12 | 1 << 0x20 | 1 << 0x21);
+    assert_eq!(ram.bitmap().count(), 0);
 }
 
 #[test]

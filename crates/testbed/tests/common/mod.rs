@@ -4,4 +4,5 @@
 pub mod hop;
 pub mod network;
 pub mod service;
+pub mod tour;
 pub mod vmm;
