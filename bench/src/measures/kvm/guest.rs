@@ -18,8 +18,6 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 /// The guest writes its progress each millisecond; so long without it and it does not live.
 const SILENCE_LIMIT: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_micros(50);
-/// Everything that is looked at lies under this address.
-const LOW_BYTES: u64 = 64 << 10;
 
 /// Which machine.
 #[derive(Clone, Debug)]
@@ -43,7 +41,7 @@ pub(super) struct Done {
 pub(super) struct Guest {
     process: Child,
     pub(super) socket: PathBuf,
-    low: SharedView,
+    memory: SharedView,
     folder: TempDir,
 }
 
@@ -87,12 +85,12 @@ impl Guest {
             .stderr(stderr)
             .spawn()
             .map_err(Unable::failed("starting the test VMM"))?;
-        let mapped = connected(&mut process, &socket, &errors).and_then(|attachment| low_memory(&attachment));
+        let mapped = connected(&mut process, &socket, &errors).and_then(|attachment| all_memory(&attachment));
         match mapped {
-            Ok(low) => Ok(Self {
+            Ok(memory) => Ok(Self {
                 process,
                 socket,
-                low,
+                memory,
                 folder,
             }),
             Err(error) => {
@@ -135,7 +133,7 @@ impl Guest {
 
     fn look(&self) -> Result<Option<Progress>, Unable> {
         let mut bytes = [0; Progress::BYTES];
-        self.low
+        self.memory
             .copy_to(PROGRESS, &mut bytes)
             .map_err(Unable::failed("reading the guest's progress"))?;
         Ok(Progress::from_bytes(&bytes))
@@ -180,7 +178,9 @@ fn connected(process: &mut Child, socket: &Path, errors: &Path) -> Result<Attach
     }
 }
 
-fn low_memory(attachment: &Attachment) -> Result<SharedView, Unable> {
+/// Maps the guest's memory (what is under the hole), and has the kernel provide all of it: a guest that has run for long has
+/// written every page once, and what a page's first touch costs is no part of a checkpoint.
+fn all_memory(attachment: &Attachment) -> Result<SharedView, Unable> {
     let machine = attachment.welcome.machine.as_ref();
     let first = machine.and_then(|machine| machine.regions.first());
     let found = first
@@ -188,7 +188,10 @@ fn low_memory(attachment: &Attachment) -> Result<SharedView, Unable> {
         .filter(|(region, _)| region.gpa == 0);
     let (region, file) =
         found.ok_or_else(|| Unable::Wrong("the VMM told of no memory at address 0".to_owned()))?;
-    SharedView::map(file, region.fd_offset, LOW_BYTES).map_err(Unable::failed("mapping the guest's memory"))
+    let memory = SharedView::map(file, region.fd_offset, region.bytes)
+        .map_err(Unable::failed("mapping the guest's memory"))?;
+    memory.populate(0, region.bytes);
+    Ok(memory)
 }
 
 /// What a process said before it ended, if it did.

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use romulus_hypervisor::source::CaptureReport;
 use serde::Deserialize;
 
 use super::alone::{Alone, PartsNs};
@@ -66,7 +67,7 @@ struct Pair {
     /// Bursts that each guest has completed.
     rounds: [u64; 2],
     parts: Vec<PartsNs>,
-    dirty_pages: Vec<u64>,
+    reports: Vec<CaptureReport>,
 }
 
 impl Pair {
@@ -83,7 +84,7 @@ impl Pair {
             alone,
             rounds: [0; 2],
             parts: Vec::new(),
-            dirty_pages: Vec::new(),
+            reports: Vec::new(),
         })
     }
 
@@ -96,7 +97,7 @@ impl Pair {
         }
         let report = self.session.capture()?;
         self.session.hold()?;
-        self.dirty_pages.push(report.dirty_pages);
+        self.reports.push(report);
         Ok(report.kick_ns + report.pause_ns)
     }
 
@@ -120,21 +121,32 @@ impl Pair {
 
     /// The medians of the parts, in words.
     fn describe(&self) -> String {
-        let middle = |mut values: Vec<u64>| {
-            values.sort_unstable();
-            values.get(values.len() / 2).copied().unwrap_or(0)
-        };
-        let us = |of: fn(&PartsNs) -> u64| float(middle(self.parts.iter().map(of).collect())) / 1e3;
+        let alone = |of: fn(&PartsNs) -> u64| middle(self.parts.iter().map(of));
+        let here = |of: fn(&CaptureReport) -> u64| middle(self.reports.iter().map(of));
+        let us = |ns: u64| float(ns) / 1e3;
         format!(
-            "alone: kick {:.0} us, harvest {:.0}, state {:.0}, copy {:.0}; {} dirty pages, alone {}",
-            us(|parts| parts.kick),
-            us(|parts| parts.harvest),
-            us(|parts| parts.state),
-            us(|parts| parts.copy),
-            middle(self.dirty_pages.clone()),
-            middle(self.parts.iter().map(|parts| parts.dirty_pages).collect()),
+            "alone: {} pages, kick {:.0} us, harvest {:.0}, state {:.0}, copy {:.0}; pause: {} pages, kick {:.0}, until we \
+             know {:.0}, scan {:.0}, copy {:.0}, rest {:.0}",
+            alone(|parts| parts.dirty_pages),
+            us(alone(|parts| parts.kick)),
+            us(alone(|parts| parts.harvest)),
+            us(alone(|parts| parts.state)),
+            us(alone(|parts| parts.copy)),
+            here(|report| report.dirty_pages),
+            us(here(|report| report.kick_ns)),
+            us(here(|report| report.stop_ns)),
+            us(here(|report| report.scan_ns)),
+            us(here(|report| report.copy_ns)),
+            us(here(|report| report.resume_ns)),
         )
     }
+}
+
+/// The median.
+fn middle(values: impl Iterator<Item = u64>) -> u64 {
+    let mut values: Vec<u64> = values.collect();
+    values.sort_unstable();
+    values.get(values.len() / 2).copied().unwrap_or(0)
 }
 
 impl Measure for Pause {
