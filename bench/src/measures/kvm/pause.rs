@@ -12,7 +12,7 @@ use serde::Deserialize;
 use super::alone::{Alone, PartsNs};
 use super::guest::{Guest, Wanted};
 use super::session::Session;
-use super::{Mode, default_mode, machine_problem, memory_mib};
+use super::{Mode, default_mode, machine_problem};
 use crate::measures::{Measure, outside};
 use crate::run::{Finding, Run, Unable};
 use crate::stats::{Unit, float};
@@ -38,6 +38,10 @@ pub(crate) struct Pause {
 
 fn pages() -> Vec<u32> {
     vec![0, 64, 1024, 4096, 16384]
+}
+
+const fn memory_mib() -> u32 {
+    1024
 }
 
 const fn one() -> u32 {

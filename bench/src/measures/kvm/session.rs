@@ -76,18 +76,19 @@ impl Session {
         }
     }
 
-    /// Takes a checkpoint each `interval` for so long.
+    /// Takes a checkpoint each `interval` for so long, and hands each to `each` while the guest runs.
     pub(super) fn captures(
         &mut self,
         interval: Duration,
         duration: Duration,
-        mut each: impl FnMut(&CaptureReport),
+        mut each: impl FnMut(&CaptureReport, &Checkpoint),
     ) -> Result<(), Unable> {
         let end = Instant::now() + duration;
         let mut next = Instant::now();
         while next < end {
             std::thread::sleep(next.saturating_duration_since(Instant::now()));
-            each(&self.capture()?);
+            let report = self.capture()?;
+            each(&report, &self.checkpoint);
             // One that came late is not made up for: the epoch was longer.
             next = (next + interval).max(Instant::now());
         }

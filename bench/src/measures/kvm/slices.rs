@@ -1,8 +1,12 @@
 //! Slices of a guest's life, protected and not, in turn: what it gets done in each.
 
+use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use romulus_guest_core::dirty::Dirtying;
+use romulus_hypervisor::source::Checkpoint;
+use romulus_page_codec::{HeldPages, SessionEncoder};
+use romulus_types::{PAGE_BYTES, PageIndex, Session as SessionNumber};
 
 use super::guest::{Done, Guest, Wanted};
 use super::session::Session;
@@ -10,8 +14,10 @@ use crate::run::{Run, Unable};
 use crate::stats::float;
 
 const PAGES_A_MIB: u64 = 256;
+/// As the replicator has it by default.
+const PREVIOUS_BYTES_MAX: u64 = 64 << 20;
 /// A set that is larger than this allows is measured cold.
-const WARM_UP_LIMIT: Duration = Duration::from_secs(10);
+const WARM_UP_LIMIT: Duration = Duration::from_secs(3);
 const WARM_UP_POLL: Duration = Duration::from_millis(20);
 
 /// Its progress before and after a slice.
@@ -77,6 +83,30 @@ pub(super) fn words(dirty: &str) -> String {
     format!("progress=on work=on check=off log=off dirty={dirty}")
 }
 
+/// What the replicator does to the pages of a checkpoint before it sends them. Here nobody gets them.
+struct Encoder(SessionEncoder);
+
+impl Encoder {
+    fn new(memory_mib: u32) -> Self {
+        let held = HeldPages::new(SessionNumber(1), u64::from(memory_mib) * PAGES_A_MIB);
+        Self(SessionEncoder::new(held, PREVIOUS_BYTES_MAX))
+    }
+
+    fn checkpoint(&mut self, checkpoint: &Checkpoint) {
+        for (index, page) in checkpoint.page_contents() {
+            black_box(self.0.encode(index, page));
+        }
+    }
+
+    /// Pages that follow each other.
+    fn run_of(&mut self, first: PageIndex, bytes: &[u8]) {
+        let (pages, _) = bytes.as_chunks::<PAGE_BYTES>();
+        for (index, page) in (first.0..).map(PageIndex).zip(pages) {
+            black_box(self.0.encode(index, page));
+        }
+    }
+}
+
 /// Lets a new guest work for a slice alone and one under protection.
 pub(super) fn both(wanted: &Wanted, slice: Duration, interval: Duration) -> Result<Both, Unable> {
     let mut guest = Guest::start(wanted)?;
@@ -87,14 +117,18 @@ pub(super) fn both(wanted: &Wanted, slice: Duration, interval: Duration) -> Resu
         before,
         after: guest.done()?,
     };
-    let mut session = Session::begin(&guest, |_, _| {})?;
+    let mut encoder = Encoder::new(wanted.memory_mib);
+    let mut session = Session::begin(&guest, |first, bytes| encoder.run_of(first, bytes))?;
     // Until the pace is even: hot pages have become hot.
-    session.captures(interval, slice / 4, |_| {})?;
+    session.captures(interval, slice / 4, |_, checkpoint| {
+        encoder.checkpoint(checkpoint)
+    })?;
     let before = guest.done()?;
     let (mut dirty_pages, mut pauses_ns) = (Vec::new(), Vec::new());
-    session.captures(interval, slice, |report| {
+    session.captures(interval, slice, |report, checkpoint| {
         dirty_pages.push(report.dirty_pages);
         pauses_ns.push(report.pause_ns);
+        encoder.checkpoint(checkpoint);
     })?;
     let protected = Slice {
         before,

@@ -33,7 +33,7 @@ pub(crate) struct Speed {
 pub(super) fn dirty() -> Vec<String> {
     [
         "off",
-        "random:64:25:64",
+        "random:64:25:4",
         "random:1024:25:64",
         "hotcold:1024:25:64",
         "random:2048:25:64",
