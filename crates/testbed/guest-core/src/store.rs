@@ -4,7 +4,7 @@
 //!   arena: buckets (u32 each) | blocks of 32 << class bytes, one an entry
 //!   block: next u32 | class u32 | key bytes u32 | value bytes u32 | key | value
 //! ```
-//! `next` and buckets hold the number of a block's first 32-byte unit, or [`NONE`]. A freed block goes to its class's
+//! `next` and buckets hold the number of a block's first 32-byte unit, or `NONE`. A freed block goes to its class's
 //! list and may be split for smaller ones; it grows together again only when everything is removed. So a store whose
 //! values change size wildly may be full while it holds half of what it could: it then says so.
 
