@@ -137,18 +137,17 @@ fn all_is_well(stage: &mut Stage) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn when_the_replicator_dies_the_old_kvm_guest_is_mute_but_not_paused() -> Result<()> {
+fn replicator_gone(signal: Signal) -> Result<()> {
     let mut stage = protected()?;
     let at = Stamp::now();
-    let replicator = stage
-        .replicator
-        .as_ref()
-        .ok_or_else(|| anyhow!("no replicator"))?;
-    replicator.signal(Signal::KILL)?;
+    replicator_of(&stage)?.signal(signal)?;
     let activated = stage.timeline.wait("activated", at, SOON)?;
     assert!(stage.guest.runs(&stage.lab)?, "the old guest is left paused");
     stage.wait_ack_after(activated.at, SOON)?;
+    if signal == Signal::STOP {
+        // It wakes up in a world that has moved on, and must not speak.
+        replicator_of(&stage)?.signal(Signal::CONT).ok();
+    }
     sleep(Duration::from_secs(3));
     assert_eq!(
         stage.from_primary.count_after(activated.at),
@@ -156,6 +155,38 @@ fn when_the_replicator_dies_the_old_kvm_guest_is_mute_but_not_paused() -> Result
         "the old primary spoke after the takeover"
     );
     all_is_well(&mut stage)
+}
+
+fn replicator_of(stage: &Stage) -> Result<&romulus_e2e::Process> {
+    stage.replicator.as_ref().ok_or_else(|| anyhow!("no replicator"))
+}
+
+#[test]
+fn when_the_replicator_dies_the_old_kvm_guest_is_mute_but_not_paused() -> Result<()> {
+    replicator_gone(Signal::KILL)
+}
+
+#[test]
+fn when_the_replicator_is_stopped_the_old_kvm_guest_is_mute_but_not_paused() -> Result<()> {
+    replicator_gone(Signal::STOP)
+}
+
+#[test]
+fn a_kvm_guest_that_powers_off_ends_its_protection_and_is_never_taken_over() -> Result<()> {
+    let mut stage = protected()?;
+    let at = Stamp::now();
+    stage.tell_guest(&["SHUTDOWN"])?;
+    let mut replicator = stage.replicator.take().ok_or_else(|| anyhow!("no replicator"))?;
+    let ended = replicator.wait(SOON)?;
+    assert!(ended.success(), "{ended}: {}", replicator.tail());
+    sleep(Duration::from_secs(2));
+    assert!(
+        stage.timeline.first("activated", at).is_none(),
+        "the backup took over"
+    );
+    let records = stage.lab.records()?;
+    assert!(records.contains("Ended"), "the witness has: {records}");
+    Ok(())
 }
 
 #[test]
@@ -192,4 +223,20 @@ fn a_kvm_guest_that_panics_goes_on_at_the_backup_from_before_the_panic() -> Resu
     );
     assert!(activated.at > at);
     Ok(())
+}
+
+#[test]
+fn a_planned_failover_moves_the_kvm_guest_and_loses_nothing() -> Result<()> {
+    let mut stage = protected()?;
+    let at = Stamp::now();
+    stage.lab.romulus(Host::Primary, &["failover"])?;
+    let activated = stage.timeline.wait("activated", at, SOON)?;
+    stage.wait_ack_after(activated.at, SOON)?;
+    sleep(Duration::from_secs(2));
+    assert_eq!(
+        stage.from_primary.count_after(activated.at),
+        0,
+        "the old primary spoke after the failover"
+    );
+    all_is_well(&mut stage)
 }

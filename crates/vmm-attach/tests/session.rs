@@ -314,6 +314,18 @@ fn what_was_posted_before_the_server_ends_is_told() {
 }
 
 #[test]
+fn what_a_vmm_said_before_its_end_is_heard_although_the_next_request_fails() {
+    let vmm = running(|_| {});
+    let (mut client, _) = armed(&vmm);
+    vmm.events.post(Event::PoweredOff);
+    drop(vmm);
+    let error = client.pause(LONG).unwrap_err();
+    assert!(!matches!(error, ClientError::PauseExpired(_)), "{error}");
+    assert_eq!(client.poll_event().unwrap(), Some(Event::PoweredOff));
+    assert!(client.poll_event().is_err(), "nobody is there any more");
+}
+
+#[test]
 fn a_socket_is_taken_over_from_a_vmm_that_ended_and_from_no_other() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");

@@ -399,11 +399,21 @@ impl Client {
         let number = self.number.wrapping_add(1).max(1);
         let message = request.encode(number)?;
         if let Err(error) = self.channel.send(&message, descriptors, self.reply_limit) {
+            self.hear_out();
             self.broken = true;
             return Err(error.into());
         }
         self.number = number;
         Ok(())
+    }
+
+    /// Keeps the events of a VMM that is gone already: they may say why.
+    fn hear_out(&mut self) {
+        while self.events.len() < EVENTS_MAX
+            && let Ok(Some((_, Reply::Event(event), _))) = self.receive_one(Duration::ZERO)
+        {
+            self.events.push_back(event);
+        }
     }
 
     /// Waits for the answer with this number. Events that come before it are kept.

@@ -275,7 +275,12 @@ impl KvmSource {
 
     /// The connection broke: with the VMM, or without it; then its guest runs on and can be attached to again.
     fn lost(&mut self, error: &ClientError) {
-        self.attached = None;
+        // What it said before its end may say why it ended.
+        if let Some(mut attached) = self.attached.take() {
+            while let Ok(Some(event)) = attached.client.poll_event() {
+                self.take_event(event);
+            }
+        }
         self.armed = false;
         self.stale = true;
         if self.ended {
