@@ -13,7 +13,7 @@ use romulus_vmm_attach::client::{Attachment, Client, ClientError};
 use romulus_vmm_attach::fake::fake_info;
 use romulus_vmm_attach::memfd;
 use romulus_vmm_attach::proto::{
-    Captured, Event, MachineInfo, Paused, Refusal, Reply, Role, VERSION, Welcome,
+    Captured, ErrorCode, Event, MachineInfo, Paused, Refusal, Reply, Role, VERSION, Welcome,
 };
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
@@ -254,6 +254,18 @@ fn a_vmm_that_hangs_up_is_told_from_one_that_refuses() {
         client.arm(),
         Err(ClientError::Channel(ChannelError::Closed))
     ));
+}
+
+#[test]
+fn a_vmm_that_has_no_place_is_heard_although_it_hung_up_before_the_hello() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let busy = Reply::Error(Refusal::new(
+        ErrorCode::Busy,
+        "another client is attached".to_owned(),
+    ));
+    Channel::new(theirs).send(&say(0, &busy), &[], LONG).unwrap();
+    let refused = Client::over(ours, "late", LONG);
+    assert!(matches!(refused, Err(ClientError::Busy { .. })), "{refused:?}");
 }
 
 #[test]

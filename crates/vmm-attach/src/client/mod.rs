@@ -1,6 +1,7 @@
 //! The sidecar's end: one method a request. A failure of the connection breaks the client for good; a refusal does not.
 
 mod error;
+mod open;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -12,7 +13,6 @@ use std::path::Path;
 use std::time::Duration;
 
 use romulus_host_sys::socket_peer_pid;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use crate::channel::{Channel, ChannelError};
 use crate::memfd::{self, Seals};
@@ -22,6 +22,7 @@ use crate::proto::{
 };
 
 pub use error::ClientError;
+use open::open;
 
 /// How long a VMM may take to answer, beyond a pause's limit, when nothing else was set.
 pub const REPLY_LIMIT: Duration = Duration::from_secs(5);
@@ -106,8 +107,8 @@ impl Client {
 
     fn greet(&mut self, hello: &Request) -> Result<Attachment, ClientError> {
         // A VMM that has no place for us says so and hangs up, perhaps before it has read this.
-        match self.send(hello, &[]) {
-            Ok(_) | Err(ClientError::Channel(ChannelError::Closed)) => self.broken = false,
+        match self.post(hello, &[]) {
+            Ok(()) | Err(ClientError::Channel(ChannelError::Closed)) => {}
             Err(error) => return Err(error),
         }
         let (reply, files) = match self.answer(hello.name(), self.number, self.reply_limit) {
@@ -396,13 +397,19 @@ impl Client {
         if self.broken {
             return Err(ClientError::Broken);
         }
-        let number = self.number.wrapping_add(1).max(1);
-        let message = request.encode(number)?;
-        if let Err(error) = self.channel.send(&message, descriptors, self.reply_limit) {
+        let posted = self.post(request, descriptors);
+        if let Err(ClientError::Channel(_)) = &posted {
             self.hear_out();
             self.broken = true;
-            return Err(error.into());
         }
+        posted
+    }
+
+    /// Sends, and leaves what has come meanwhile where it is.
+    fn post(&mut self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
+        let number = self.number.wrapping_add(1).max(1);
+        let message = request.encode(number)?;
+        self.channel.send(&message, descriptors, self.reply_limit)?;
         self.number = number;
         Ok(())
     }
@@ -488,12 +495,4 @@ impl Client {
             reply: reply.name(),
         }
     }
-}
-
-/// Connects without waiting: a VMM that does not accept has a full queue at some time, and then this fails.
-fn open(path: &Path) -> io::Result<UnixStream> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    connect(&socket, &SocketAddrUnix::new(path)?)?;
-    Ok(socket.into())
 }
