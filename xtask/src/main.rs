@@ -14,6 +14,7 @@ mod setup;
 mod sh;
 mod soak;
 mod tasks;
+mod trial;
 
 use std::process::ExitCode;
 

@@ -62,7 +62,8 @@ pub(crate) fn has(program: &str) -> bool {
     })
 }
 
-fn show(command: &Command) -> String {
+/// A command as one would type it.
+pub(crate) fn show(command: &Command) -> String {
     let mut text = command.get_program().to_string_lossy().into_owned();
     for word in command.get_args() {
         text.push(' ');

@@ -5,6 +5,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::trial::Suite;
 use crate::{demo, kvm, setup, sh};
 
 /// What `cargo xtask test` can be told.
@@ -19,9 +20,12 @@ pub(crate) struct TestArgs {
     /// The shapes of machines that are tried end to end: those of the CI, or only shapes, but every one
     #[arg(long, value_name = "WHICH", default_value = "ci", value_parser = ["ci", "all"], conflicts_with = "no_e2e")]
     shapes: String,
+    /// Up to so many failed tests are run again, each alone; the run fails only if one fails again. Those that pass are told
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) flaky_max: usize,
     /// Only tests whose names contain this
     #[arg(value_name = "NAME")]
-    name: Option<String>,
+    pub(crate) name: Option<String>,
 }
 
 /// What `cargo xtask fuzz` can be told.
@@ -35,21 +39,16 @@ pub(crate) struct FuzzArgs {
     seconds: u64,
 }
 
-/// Runs every test.
+/// Runs every test, also when some fail, so that one run tells all of them.
 pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
     // The hypervisor's own tests boot the guest, too.
     setup::need_lab_rights()?;
     setup::prepare()?;
-    let name = args.name.as_deref();
+    let mut suite = Suite::new(args);
     let every_shape = args.shapes == "all";
-    let mut ran = 0;
     if !args.only_e2e && !every_shape {
         sh::step("tests of the workspace");
-        ran += run_tests(
-            || Ok(sh::cargo(&["test", "--workspace", "--no-fail-fast"])),
-            &[],
-            name,
-        )?;
+        suite.run(&|| Ok(sh::cargo(&["test", "--workspace", "--no-fail-fast"])), &[])?;
     }
     if !args.no_e2e {
         demo::clean_up_on_signals(romulus_e2e::TEST_LAB);
@@ -57,37 +56,12 @@ pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
         let over_kvm = kvm::need().inspect_err(|error| println!("LEAVING OUT the tests over KVM: {error:#}"));
         let over_kvm = over_kvm.is_ok();
         sh::step("end-to-end tests, one at a time");
-        ran += run_tests(
-            || end_to_end(every_shape, over_kvm),
+        suite.run(
+            &|| end_to_end(every_shape, over_kvm),
             &["--test-threads=1", "--nocapture"],
-            name,
         )?;
     }
-    if let Some(name) = name {
-        if ran == 0 {
-            bail!("no test's name contains {name:?}: nothing ran");
-        }
-        sh::step(&format!("tests: all {ran} of {name:?} passed"));
-    } else {
-        sh::step("tests: all passed");
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Runs the tests whose names contain `name`, or all. Says how many `name` chose: a name that chooses none must not
-/// look like a pass.
-fn run_tests(tests: impl Fn() -> Result<Command>, flags: &[&str], name: Option<&str>) -> Result<usize> {
-    let mut command = tests()?;
-    let Some(name) = name else {
-        sh::run(command.arg("--").args(flags))?;
-        return Ok(0);
-    };
-    let listed = sh::output(tests()?.args(["--", "--list"]).arg(name))?;
-    let chosen = listed.lines().filter(|line| line.ends_with(": test")).count();
-    if chosen > 0 {
-        sh::run(command.arg("--").args(flags).arg(name))?;
-    }
-    Ok(chosen)
+    suite.finish()
 }
 
 /// Each file of `tests/tests` by name: cargo then fails when one of them is not built, instead of leaving it out.
