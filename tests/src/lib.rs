@@ -37,6 +37,7 @@ pub mod sniffer;
 pub mod soak;
 pub mod stage;
 mod stamp;
+pub mod systemd;
 pub mod timeline;
 
 pub use guest::Vmm;

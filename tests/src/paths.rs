@@ -68,6 +68,12 @@ impl Paths {
         })
     }
 
+    /// The small Debian that containers with systemd share.
+    #[must_use]
+    pub fn systemd_tree(&self) -> PathBuf {
+        self.assets.join("systemd")
+    }
+
     /// A release binary of the workspace.
     ///
     /// # Errors

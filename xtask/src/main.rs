@@ -13,6 +13,7 @@ mod packages;
 mod setup;
 mod sh;
 mod soak;
+mod systemd_tree;
 mod tasks;
 mod trial;
 

@@ -20,9 +20,14 @@ const NEEDED: &[(&str, &str)] = &[
     ("libc6-dev", "/usr/lib/x86_64-linux-gnu/libc.a"),
 ];
 
-/// Installs what is missing.
+/// Installs what is missing of all that the demo and most tests need.
 pub(crate) fn install() -> Result<()> {
-    let missing: Vec<&str> = NEEDED
+    need(NEEDED)
+}
+
+/// Installs what is missing of these: packages, each with a file that shows it is there.
+pub(crate) fn need(wanted: &[(&str, &str)]) -> Result<()> {
+    let missing: Vec<&str> = wanted
         .iter()
         .filter(|(_, proof)| !present(proof))
         .map(|(name, _)| *name)
@@ -44,7 +49,7 @@ pub(crate) fn install() -> Result<()> {
         update()?;
         apt_install(&missing)?;
     }
-    let still: Vec<&str> = NEEDED
+    let still: Vec<&str> = wanted
         .iter()
         .filter(|(_, proof)| !present(proof))
         .map(|(_, proof)| *proof)

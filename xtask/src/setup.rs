@@ -8,11 +8,12 @@ use std::time::SystemTime;
 use anyhow::{Context as _, Result, bail};
 use romulus_e2e::{Kernel, Paths};
 
-use crate::{initramfs, kernel, packages, sh};
+use crate::{initramfs, kernel, packages, sh, systemd_tree};
 
 /// Runs the task.
 pub(crate) fn run() -> Result<ExitCode> {
-    prepare()?;
+    let paths = prepare()?;
+    systemd_tree::build(&paths)?;
     sh::step("setup: done");
     Ok(ExitCode::SUCCESS)
 }

@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result, bail};
 
 use crate::trial::Suite;
-use crate::{demo, kvm, setup, sh};
+use crate::{demo, kvm, setup, sh, systemd_tree};
 
 /// What `cargo xtask test` can be told.
 #[derive(clap::Args, Debug)]
@@ -43,7 +43,7 @@ pub(crate) struct FuzzArgs {
 pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
     // The hypervisor's own tests boot the guest, too.
     setup::need_lab_rights()?;
-    setup::prepare()?;
+    let paths = setup::prepare()?;
     let mut suite = Suite::new(args);
     let every_shape = args.shapes == "all";
     if !args.only_e2e && !every_shape {
@@ -53,6 +53,7 @@ pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
     if !args.no_e2e {
         demo::clean_up_on_signals(romulus_e2e::TEST_LAB);
         demo::build_daemons()?;
+        systemd_tree::build(&paths)?;
         let over_kvm = kvm::need().inspect_err(|error| println!("LEAVING OUT the tests over KVM: {error:#}"));
         let over_kvm = over_kvm.is_ok();
         sh::step("end-to-end tests, one at a time");
