@@ -1,6 +1,7 @@
 //! Taking a machine from one process into another, as a replicator and an agent do: a live copy of all memory, some
 //! checkpoints of what has changed, a last one; then the first process is killed and the second one goes on.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -11,6 +12,7 @@ use romulus_host_sys::SharedWords;
 use romulus_vmm_attach::client::{Attachment, Client};
 use romulus_vmm_attach::memfd;
 use romulus_vmm_attach::proto::{MachineInfo, Region};
+use rustix::fs::{SeekFrom, seek};
 
 use super::vmm::Vmm;
 
@@ -28,6 +30,8 @@ pub struct Session {
     bitmap: SharedWords,
     image: Vec<File>,
     state: Vec<u8>,
+    /// Pages of each region that checkpoints have copied.
+    pub copied: Vec<usize>,
 }
 
 impl Session {
@@ -49,6 +53,7 @@ impl Session {
         let memory = regions.into_iter().map(File::from).collect();
         let mut session = Session {
             client,
+            copied: vec![0; info.regions.len()],
             info,
             memory,
             bitmap,
@@ -56,71 +61,70 @@ impl Session {
             state: Vec::new(),
         };
         session.client.arm().unwrap();
-        let mut piece = vec![0; PIECE_BYTES];
-        for (index, region) in session.info.regions.iter().enumerate() {
-            for at in (0..region.bytes).step_by(PIECE_BYTES) {
-                let piece = &mut piece[..PIECE_BYTES.min(usize::try_from(region.bytes - at).unwrap())];
-                session.memory[index]
-                    .read_exact_at(piece, region.fd_offset + at)
-                    .unwrap();
-                session.image[index].write_all_at(piece, at).unwrap();
-            }
-        }
+        session.copy_all();
         session
     }
 
-    /// One checkpoint, after which the guest runs on. Returns the pages that were copied.
-    pub fn checkpoint(&mut self) -> usize {
-        let pages = self.capture();
+    /// What holds data of all memory, piece by piece: most of a large guest's is not even there.
+    fn copy_all(&self) {
+        let mut piece = vec![0; PIECE_BYTES];
+        for (index, region) in self.info.regions.iter().enumerate() {
+            for (at, bytes) in pieces(&self.memory[index], region.fd_offset, region.bytes) {
+                let piece = &mut piece[..bytes];
+                self.memory[index]
+                    .read_exact_at(piece, region.fd_offset + at)
+                    .unwrap();
+                self.image[index].write_all_at(piece, at).unwrap();
+            }
+        }
+    }
+
+    /// One checkpoint, after which the guest runs on.
+    pub fn checkpoint(&mut self) {
+        self.capture();
         self.client.resume().unwrap();
-        pages
     }
 
     /// The last checkpoint, after which the guest never runs on there.
-    pub fn last_checkpoint(&mut self) -> usize {
-        let pages = self.capture();
+    pub fn last_checkpoint(&mut self) {
+        self.capture();
         self.client.halt(true).unwrap();
-        pages
     }
 
-    fn capture(&mut self) -> usize {
+    fn capture(&mut self) {
         self.client.pause(PAUSE).unwrap();
-        let pages = self.copy_dirty(|_| true);
+        self.copy_dirty();
         let captured = self.client.captured().unwrap();
         self.client.read_state(&captured, &mut self.state).unwrap();
-        pages
     }
 
-    /// Copies what the bitmap says. `wanted` can leave pages out, to see that it is noticed.
-    fn copy_dirty(&mut self, wanted: impl Fn(usize) -> bool) -> usize {
+    /// Copies what the bitmap says.
+    fn copy_dirty(&mut self) {
         let mut page = vec![0; PAGE_BYTES];
-        let mut copied = 0;
         for index in 0..self.bitmap.len() {
             let mut word = self.bitmap[index].swap(0, Ordering::SeqCst);
             while word != 0 {
                 let number = index * 64 + word.trailing_zeros() as usize;
                 word &= word - 1;
-                if !wanted(number) {
-                    continue;
-                }
                 let (region, at) = place(&self.info, number);
                 self.memory[region]
                     .read_exact_at(&mut page, self.info.regions[region].fd_offset + at)
                     .unwrap();
                 self.image[region].write_all_at(&page, at).unwrap();
-                copied += 1;
+                self.copied[region] += 1;
             }
         }
-        copied
     }
 
     /// Numbers of the pages in which the image is not what the memory, which stands still, is.
     pub fn differences(&self) -> Vec<u64> {
         let (mut ours, mut theirs) = (vec![0; PIECE_BYTES], vec![0; PIECE_BYTES]);
-        let mut wrong = Vec::new();
+        let mut wrong = BTreeSet::new();
         for (index, region) in self.info.regions.iter().enumerate() {
-            for at in (0..region.bytes).step_by(PIECE_BYTES) {
-                let bytes = PIECE_BYTES.min(usize::try_from(region.bytes - at).unwrap());
+            // What neither of them holds is zeros in both.
+            let held = pieces(&self.memory[index], region.fd_offset, region.bytes);
+            let also = pieces(&self.image[index], 0, region.bytes);
+            for (at, bytes) in held.into_iter().chain(also) {
                 self.memory[index]
                     .read_exact_at(&mut theirs[..bytes], region.fd_offset + at)
                     .unwrap();
@@ -130,7 +134,7 @@ impl Session {
                 wrong.extend(differ.map(|(page, _)| (region.gpa + at) / 4096 + page as u64));
             }
         }
-        wrong
+        wrong.into_iter().collect()
     }
 
     /// Has a standby build this machine on the image.
@@ -153,6 +157,23 @@ impl Session {
         standby.activate().unwrap();
         standby.detach().unwrap();
     }
+}
+
+/// The parts of a region of a file that hold data: offset in the region and size, at most [`PIECE_BYTES`].
+fn pieces(file: &File, start: u64, bytes: u64) -> Vec<(u64, usize)> {
+    let (mut at, end, mut pieces) = (start, start + bytes, Vec::new());
+    while let Ok(data) = seek(file, SeekFrom::Data(at)) {
+        let hole = seek(file, SeekFrom::Hole(data)).unwrap().min(end);
+        for from in (data..hole).step_by(PIECE_BYTES) {
+            let bytes = usize::try_from(hole - from).unwrap().min(PIECE_BYTES);
+            pieces.push((from - start, bytes));
+        }
+        at = hole;
+        if at >= end {
+            break;
+        }
+    }
+    pieces
 }
 
 /// Region and offset of a page of the bitmap.

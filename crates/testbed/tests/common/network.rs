@@ -9,6 +9,7 @@ use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
     BridgeStpState, InfoBridge, InfoData, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
+use romulus_host_sys::tap::Tap;
 use rustix::net::{AddressFamily, SocketType, netdevice, socket};
 
 const BRIDGE: &str = "testbed0";
@@ -53,20 +54,32 @@ impl Network {
             .netlink
             .change(Route::NewAddress(address), NLM_F_CREATE | NLM_F_EXCL)
             .unwrap();
-        network.set(BRIDGE, None);
+        network.set(BRIDGE, None, true);
         network
     }
 
-    /// Makes a tap, which a VMM holds open, a port of the bridge, and switches it on.
-    pub fn join(&mut self, tap: &str) {
-        self.set(tap, Some(index(BRIDGE)));
+    /// Makes a tap that outlives the VMMs which take it, a port of the bridge, and switches it on. The kernel tells
+    /// the bridge at once when a VMM takes a tap that is on; of a tap that is new it may tell a second late, and all
+    /// frames until then are lost.
+    pub fn add_tap(&mut self, name: &str) {
+        let tap = Tap::create_or_attach_without_offloads(name).unwrap();
+        tap.persist().unwrap();
+        self.set(name, Some(index(BRIDGE)), true);
     }
 
-    fn set(&mut self, name: &str, controller: Option<u32>) {
+    /// Has the bridge forget who was behind a tap, as it would a second after its VMM has ended.
+    pub fn forget(&mut self, tap: &str) {
+        self.set(tap, None, false);
+        self.set(tap, None, true);
+    }
+
+    fn set(&mut self, name: &str, controller: Option<u32>, on: bool) {
         let mut message = LinkMessage::default();
         message.header.index = index(name);
         message.header.change_mask = LinkFlags::Up;
-        message.header.flags = LinkFlags::Up;
+        if on {
+            message.header.flags = LinkFlags::Up;
+        }
         message.attributes = controller.map(LinkAttribute::Controller).into_iter().collect();
         self.netlink.change(Route::SetLink(message), 0).unwrap();
     }

@@ -1,11 +1,13 @@
 //! A client of the guest's service.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
-const PORT: u16 = 6379;
+/// The guest's address.
+pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+/// Where it serves: keys and values by TCP, an echo by UDP.
+pub const PORT: u16 = 6379;
 /// How long an answer may take on a busy machine.
 const ANSWER: Duration = Duration::from_secs(20);
 /// How long a guest may take to start to serve.
@@ -48,7 +50,7 @@ impl Service {
         let line = self.line();
         match line.split_at_checked(1) {
             Some(("$", "-1")) => "(none)".to_owned(),
-            Some(("$", _)) => self.line(),
+            Some(("$", bytes)) => self.bulk(bytes.parse().unwrap()),
             Some(("*", count)) => {
                 let count: usize = count.parse().unwrap();
                 (0..count).map(|_| self.reply()).collect::<Vec<_>>().join(" ")
@@ -62,6 +64,25 @@ impl Service {
     pub fn ask(&mut self, command: &str) -> String {
         self.send(command);
         self.reply()
+    }
+
+    /// A figure of `INFO`: what the guest has done so far.
+    pub fn figure(&mut self, name: &str) -> u64 {
+        let report = self.ask("INFO");
+        let mut values = report
+            .lines()
+            .filter_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        let value = values
+            .next()
+            .unwrap_or_else(|| panic!("INFO has no {name}: {report}"));
+        value.parse().unwrap()
+    }
+
+    fn bulk(&mut self, bytes: usize) -> String {
+        let mut text = vec![0; bytes + 2];
+        self.stream.read_exact(&mut text).expect("the connection lives");
+        text.truncate(bytes);
+        String::from_utf8(text).unwrap()
     }
 
     fn line(&mut self) -> String {

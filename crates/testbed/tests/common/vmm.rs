@@ -1,11 +1,12 @@
 //! A process of the VMM, ended with the test.
 
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
+use romulus_host_sys::child::die_with_thread;
 use romulus_vmm_attach::client::{Attachment, Client};
+use rustix::process::{Pid, Signal, kill_process};
 
 /// How long a VMM may take to listen, or to end.
 const SOON: Duration = Duration::from_secs(30);
@@ -19,7 +20,7 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// Starts `program COMMAND --attach FOLDER/NAME.sock [--tap TAP] --serial FOLDER/serial WORDS`.
+    /// Starts, to end with this thread at the latest, `program COMMAND --attach FOLDER/NAME.sock [--tap TAP] --serial FOLDER/serial WORDS`.
     pub fn start(
         program: &Path,
         folder: &Path,
@@ -40,8 +41,8 @@ impl Vmm {
         if let Some(tap) = tap {
             start.args(["--tap", tap]);
         }
-        start.args(words).process_group(0);
-        let child = start.spawn().unwrap();
+        start.args(words);
+        let child = die_with_thread(&mut start).spawn().unwrap();
         Vmm {
             child,
             socket,
@@ -80,10 +81,21 @@ impl Vmm {
         }
     }
 
-    /// Ends it as a power cut would.
-    pub fn kill(&mut self) {
+    /// Stops it like a process that gets no time, or lets it go on.
+    pub fn stop(&self, stop: bool) {
+        let signal = if stop { Signal::STOP } else { Signal::CONT };
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Ends it as a power cut would, without waiting for the end.
+    pub fn strike(&mut self) {
         // It may have ended by itself.
         let _ = self.child.kill();
+    }
+
+    /// Ends it as a power cut would.
+    pub fn kill(&mut self) {
+        self.strike();
         let _ = self.child.wait();
     }
 }
