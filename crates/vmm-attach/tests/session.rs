@@ -167,6 +167,42 @@ fn what_fails_in_the_vmm_is_told_and_the_guest_runs() {
 }
 
 #[test]
+fn a_client_that_resumes_ahead_hears_of_both_and_keeps_step_when_the_state_could_not_be_saved() {
+    let vmm = running(|_| {});
+    let (mut client, _) = vmm.client();
+    client.arm().unwrap();
+    for fails in [false, true, false] {
+        if fails {
+            vmm.machine.fail_next(Call::Save);
+        }
+        client.pause(LONG).unwrap();
+        client.resume_ahead().unwrap();
+        assert_eq!(client.captured().is_err(), fails);
+        if !fails {
+            client.resume().unwrap();
+        }
+        vmm.runs();
+        assert!(matches!(client.poll_event(), Ok(None)));
+    }
+    // Also when nobody asks what became of it.
+    client.pause(LONG).unwrap();
+    client.resume_ahead().unwrap();
+    client.resume().unwrap();
+    client.harvest().unwrap();
+}
+
+#[test]
+fn a_halt_after_a_resume_that_was_sent_ahead_stops_the_guest() {
+    let vmm = running(|_| {});
+    let mut client = paused(&vmm);
+    client.resume_ahead().unwrap();
+    client.halt(false).unwrap();
+    assert!(!vmm.machine.is_running());
+    client.go().unwrap();
+    vmm.runs();
+}
+
+#[test]
 fn a_state_over_its_limit_is_refused_and_the_guest_runs() {
     let vmm = running(|options| options.state_bytes_max = 10);
     let mut client = paused(&vmm);

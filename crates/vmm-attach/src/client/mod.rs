@@ -1,6 +1,7 @@
 //! The sidecar's end: one method a request. A failure of the connection breaks the client for good; a refusal does not.
 
 mod error;
+mod greet;
 mod open;
 
 use std::collections::VecDeque;
@@ -14,11 +15,11 @@ use std::time::Duration;
 
 use romulus_host_sys::socket_peer_pid;
 
-use crate::channel::{Channel, ChannelError};
-use crate::memfd::{self, Seals};
+use crate::channel::Channel;
+use crate::memfd;
 use crate::proto::{
-    Activated, Captured, ErrorCode, Event, Halt, Harvested, Hello, MachineInfo, Pause, Paused, Prepare,
-    ProtoError, Reply, Request, Restore, Restored, Resumed, VERSION, Versions, Welcome,
+    Activated, Captured, Event, Halt, Harvested, Hello, MachineInfo, Pause, Paused, Prepare, ProtoError,
+    Reply, Request, Restore, Restored, Resumed, VERSION, Versions, Welcome,
 };
 
 pub use error::ClientError;
@@ -51,6 +52,8 @@ pub struct Client {
     number: u32,
     /// The pause whose `Captured` is to come.
     capture_number: Option<u32>,
+    /// The `Resume` that was sent ahead, whose answer is to come.
+    resume_number: Option<u32>,
     events: VecDeque<Event>,
     vmm_pid: u32,
     reply_limit: Duration,
@@ -88,6 +91,7 @@ impl Client {
             state: None,
             number: 0,
             capture_number: None,
+            resume_number: None,
             events: VecDeque::new(),
             vmm_pid,
             reply_limit: limit,
@@ -103,63 +107,6 @@ impl Client {
         let attachment = client.greet(&hello)?;
         client.reply_limit = REPLY_LIMIT;
         Ok((client, attachment))
-    }
-
-    fn greet(&mut self, hello: &Request) -> Result<Attachment, ClientError> {
-        // A VMM that has no place for us says so and hangs up, perhaps before it has read this.
-        match self.post(hello, &[]) {
-            Ok(()) | Err(ClientError::Channel(ChannelError::Closed)) => {}
-            Err(error) => return Err(error),
-        }
-        let (reply, files) = match self.answer(hello.name(), self.number, self.reply_limit) {
-            Ok(answer) => answer,
-            Err(ClientError::Refused {
-                code: ErrorCode::Busy,
-                text,
-                ..
-            }) => {
-                return Err(ClientError::Busy {
-                    pid: self.vmm_pid,
-                    text,
-                });
-            }
-            Err(error) => return Err(error),
-        };
-        let Reply::Welcome(welcome) = reply else {
-            return Err(self.unexpected(hello.name(), &reply));
-        };
-        self.take_files(welcome, files)
-    }
-
-    fn take_files(&mut self, welcome: Welcome, files: Vec<OwnedFd>) -> Result<Attachment, ClientError> {
-        let mut files = files.into_iter();
-        let no_regions = Vec::new();
-        let regions = welcome
-            .machine
-            .as_ref()
-            .map_or(&no_regions, |machine| &machine.regions);
-        let region_files: Vec<OwnedFd> = files.by_ref().take(regions.len()).collect();
-        for (region, file) in regions.iter().zip(&region_files) {
-            let needed = region.fd_offset.saturating_add(region.bytes);
-            let what = format!("memory region {:?}", region.name);
-            memfd::check(file, &what, needed, Seals::IfPossible)?;
-        }
-        let bitmap = if welcome.bitmap_bytes > 0 {
-            files.next()
-        } else {
-            None
-        };
-        if let Some(file) = &bitmap {
-            memfd::check(file, "the dirty bitmap", welcome.bitmap_bytes, Seals::Needed)?;
-        }
-        let state = files.next().expect("the number of files was checked");
-        memfd::check(&state, "the state", welcome.state_bytes_max, Seals::NotNeeded)?;
-        self.state = Some(state.into());
-        Ok(Attachment {
-            welcome,
-            regions: region_files,
-            bitmap,
-        })
     }
 
     /// The VMM's process, as the kernel says; 0 when it can't be seen from here.
@@ -219,10 +166,32 @@ impl Client {
     /// Without a `pause` before it.
     pub fn captured(&mut self) -> Result<Captured, ClientError> {
         let number = self.capture_number.take().expect("captured comes after pause");
-        match self.answer("Pause", number, self.reply_limit)?.0 {
-            Reply::Captured(captured) => Ok(captured),
-            other => Err(self.unexpected("Pause", &other)),
+        match self.answer("Pause", number, self.reply_limit) {
+            Ok((Reply::Captured(captured), _)) => Ok(captured),
+            Ok((other, _)) => Err(self.unexpected("Pause", &other)),
+            Err(error) => {
+                // The guest runs: what was sent ahead is refused, which says nothing new.
+                if let Some(resume) = self.resume_number.take().filter(|_| !self.broken) {
+                    let _ = self.answer("Resume", resume, self.reply_limit);
+                }
+                Err(error)
+            }
         }
+    }
+
+    /// Asks for the end of the pause before [`Self::captured`]: the guest runs as soon as its state was saved, without a word from us
+    /// in between. `captured` and [`Self::resume`] come next.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    ///
+    /// # Panics
+    /// Without a `pause` before it.
+    pub fn resume_ahead(&mut self) -> Result<(), ClientError> {
+        assert!(self.capture_number.is_some(), "resume_ahead comes after pause");
+        self.send(&Request::Resume, &[])?;
+        self.resume_number = Some(self.number);
+        Ok(())
     }
 
     /// Copies the state that was saved.
@@ -252,7 +221,11 @@ impl Client {
         if self.capture_number.is_some() {
             self.captured()?;
         }
-        match self.ask(&Request::Resume, &[], Duration::ZERO)? {
+        let answer = match self.resume_number.take() {
+            Some(number) => self.answer("Resume", number, self.reply_limit)?.0,
+            None => self.ask(&Request::Resume, &[], Duration::ZERO)?,
+        };
+        match answer {
             Reply::Resumed(resumed) => Ok(resumed),
             other => Err(self.unexpected("Resume", &other)),
         }
@@ -264,11 +237,15 @@ impl Client {
     /// # Errors
     /// [`ClientError::PauseExpired`] from a pause that is over; the guest runs. [`ClientError`].
     pub fn halt(&mut self, for_good: bool) -> Result<(), ClientError> {
+        let mut owed = Ok(());
         if self.capture_number.is_some() {
-            let captured = self.captured();
-            if !for_good {
-                captured?;
-            }
+            owed = self.captured().map(drop);
+        }
+        if self.resume_number.is_some() {
+            owed = owed.and(self.resume().map(drop));
+        }
+        if !for_good {
+            owed?;
         }
         match self.ask(&Request::Halt(Halt { for_good }), &[], Duration::ZERO)? {
             Reply::Halted => Ok(()),
@@ -369,8 +346,8 @@ impl Client {
         if let Some(event) = self.events.pop_front() {
             return Ok(Some(event));
         }
-        if self.capture_number.is_some() {
-            // What is there may be the answer that `captured` waits for.
+        if self.capture_number.is_some() || self.resume_number.is_some() {
+            // What is there may be the answer that `captured` or `resume` waits for.
             return Ok(None);
         }
         match self.receive("nothing", Duration::ZERO)? {

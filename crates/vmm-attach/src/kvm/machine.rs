@@ -232,6 +232,11 @@ impl<D: DeviceState> Live<D> {
     }
 
     fn go(&mut self) -> u64 {
+        // Done already, unless the pause ended before its state was saved.
+        if let Err(error) = self.tracker().protect() {
+            // The client is told at its next harvest: it has to begin afresh.
+            tracing::warn!(%error, "dirty pages could not be protected again");
+        }
         self.devices.unquiesce();
         self.vcpus.run()
     }
@@ -313,9 +318,15 @@ impl<D: DeviceState> Machine for KvmMachine<D> {
 
     fn harvest(&self) -> Result<u64, MachineError> {
         let mut state = self.lock();
-        let moment = if state.held { Moment::Paused } else { Moment::Live };
+        let held = state.held;
         let live = state.live()?;
-        let harvested = live.tracker().harvest(moment, live.ram.bitmap());
+        let harvested = if held {
+            // It has stood still since the last harvest of this pause, if there was one.
+            let protected = live.tracker().protect();
+            protected.and_then(|()| live.tracker().harvest_still(live.ram.bitmap()))
+        } else {
+            live.tracker().harvest(Moment::Live, live.ram.bitmap())
+        };
         harvested.map_err(|error| {
             MachineError::because(
                 "the dirty pages could not be harvested; arm tracking again and copy everything",
@@ -340,6 +351,14 @@ impl<D: DeviceState> Machine for KvmMachine<D> {
 
     fn save(&self, into: &mut StateWriter<'_>) -> Result<(), MachineError> {
         let mut state = self.lock();
+        // While the client copies what the harvest told of.
+        let protected = state.live()?.tracker().protect();
+        protected.map_err(|error| {
+            MachineError::because(
+                "the dirty pages could not be protected again; arm tracking again and copy everything",
+                error,
+            )
+        })?;
         let mut blob = std::mem::take(&mut state.blob);
         let saved = state.live()?.save(&mut blob);
         let put = saved

@@ -6,8 +6,9 @@
 //! | `Manual` | the dirty log; pages are protected again one by one, and hot ones are not | the same, hot pages excepted |
 //! | `Ring` | a ring a vCPU, in which the kernel writes the pages | the same, and a full ring stops the vCPU |
 //!
-//! Invariant, in all of them: a bit reaches the shared bitmap only after its page is protected again. Whoever takes
-//! the bit then copies the page sees every write that was made under it; a later one is told of again.
+//! Invariant, in all of them: a bit reaches the shared bitmap only after its page is protected again, or while the guest
+//! stands still. Whoever takes the bit then copies the page sees every write that was made under it; a later one is told of
+//! again. A page that was told of and not protected is told of at the next harvest, whether it was written or not.
 //!
 //! What the VMM itself writes is not here: it is in the bitmap already ([`crate::memory::SharedBitmap`]).
 
@@ -153,6 +154,8 @@ pub struct DirtyTracker {
     armed: bool,
     /// A harvest failed: pages may have been lost with it.
     broken: bool,
+    /// When the pages in the regions' bits were gathered, which are to be protected again.
+    owed: Option<Moment>,
 }
 
 #[derive(Debug)]
@@ -171,7 +174,11 @@ enum Mode {
         /// What is to be protected again.
         clear: Vec<u64>,
     },
-    Ring(Vec<DirtyRing>),
+    Ring {
+        rings: Vec<DirtyRing>,
+        /// Entries that were taken out and not handed back yet.
+        taken: usize,
+    },
 }
 
 impl DirtyTracker {
@@ -206,7 +213,10 @@ impl DirtyTracker {
             Tracking::Ring { entries } => {
                 let entries = usize::try_from(entries).expect("64-bit hosts only");
                 let rings = vcpus.into_iter().map(|vcpu| DirtyRing::map(vcpu, entries));
-                Mode::Ring(rings.collect::<Result<_, _>>()?)
+                Mode::Ring {
+                    rings: rings.collect::<Result<_, _>>()?,
+                    taken: 0,
+                }
             }
         };
         Ok(Self {
@@ -215,6 +225,7 @@ impl DirtyTracker {
             mode,
             armed: false,
             broken: false,
+            owed: None,
         })
     }
 
@@ -245,8 +256,9 @@ impl DirtyTracker {
     pub fn disarm(&mut self) -> Result<(), TrackError> {
         if self.armed {
             self.slots.set_logging(false)?;
+            self.owed = None;
             // Nothing of this time may be told of later.
-            self.take_rings()?;
+            self.empty_rings()?;
             self.armed = false;
         }
         Ok(())
@@ -257,7 +269,7 @@ impl DirtyTracker {
         match self.mode {
             Mode::Log => proto::Tracking::Log,
             Mode::Manual { .. } => proto::Tracking::Manual,
-            Mode::Ring(_) => proto::Tracking::Ring,
+            Mode::Ring { .. } => proto::Tracking::Ring,
         }
     }
 
@@ -265,7 +277,8 @@ impl DirtyTracker {
     /// harvest says so.
     pub(super) fn drain(&mut self) {
         self.broken = true;
-        if let Err(error) = self.take_rings() {
+        self.owed = None;
+        if let Err(error) = self.empty_rings() {
             tracing::warn!(%error, "a dirty ring could not be emptied; the guest runs slowly");
         }
     }
@@ -281,50 +294,95 @@ impl DirtyTracker {
     /// # Errors
     /// The kernel's. Pages may have been lost with it, so there is no other harvest before tracking is armed again.
     pub fn harvest(&mut self, moment: Moment, into: &DirtyBitmap) -> Result<(), TrackError> {
+        self.gather(moment)?;
+        self.protect()?;
+        self.tell(into);
+        Ok(())
+    }
+
+    /// The same of a guest that stands still, without protecting the pages again: that takes longest, and they can be copied
+    /// meanwhile. [`DirtyTracker::protect`] comes next, before the guest runs.
+    ///
+    /// # Errors
+    /// As [`DirtyTracker::harvest`].
+    pub fn harvest_still(&mut self, into: &DirtyBitmap) -> Result<(), TrackError> {
+        self.gather(Moment::Paused)?;
+        self.tell(into);
+        Ok(())
+    }
+
+    /// Protects again what [`DirtyTracker::harvest_still`] told of, if that has not been done.
+    ///
+    /// # Errors
+    /// As [`DirtyTracker::harvest`].
+    pub fn protect(&mut self) -> Result<(), TrackError> {
+        let Some(moment) = self.owed.take() else {
+            return Ok(());
+        };
+        self.broken = true;
+        match &mut self.mode {
+            Mode::Log => {}
+            Mode::Manual { hot, clear } => {
+                for (slot, (region, hot)) in self.regions.iter().zip(hot).enumerate() {
+                    hot.choose(moment, &region.log, clear);
+                    clear_chosen(&self.slots, slot, clear)?;
+                }
+            }
+            Mode::Ring { .. } => self.hand_rings_back()?,
+        }
+        self.broken = false;
+        Ok(())
+    }
+
+    /// Reads what was written into the regions' bits.
+    fn gather(&mut self, moment: Moment) -> Result<(), TrackError> {
         if !self.armed || self.broken {
             return Err(TrackError::NotArmed);
         }
         self.broken = true;
-        self.gather(moment)?;
-        self.broken = false;
-        for region in &mut self.regions {
-            into.merge(region.first_page, &region.log);
-        }
-        Ok(())
-    }
-
-    /// Reads what was written into the regions' bits, and protects the pages again.
-    fn gather(&mut self, moment: Moment) -> Result<(), TrackError> {
-        for region in &mut self.regions {
-            region.log.fill(0);
-        }
-        if matches!(self.mode, Mode::Ring(_)) {
-            return self.take_rings();
-        }
-        for (slot, region) in self.regions.iter_mut().enumerate() {
-            self.slots.dirty_log(slot, &mut region.log)?;
-            if let Mode::Manual { hot, clear } = &mut self.mode {
-                hot[slot].choose(moment, &region.log, clear);
-                clear_chosen(&self.slots, slot, clear)?;
+        match &self.mode {
+            Mode::Ring { .. } => self.take_rings(),
+            Mode::Log | Mode::Manual { .. } => {
+                for (slot, region) in self.regions.iter_mut().enumerate() {
+                    self.slots.dirty_log(slot, &mut region.log)?;
+                }
             }
         }
+        self.broken = false;
+        self.owed = Some(moment);
         Ok(())
     }
 
-    /// Empties the rings into the regions' bits and hands the entries back.
-    fn take_rings(&mut self) -> Result<(), TrackError> {
-        let Mode::Ring(rings) = &mut self.mode else {
-            return Ok(());
+    fn tell(&self, into: &DirtyBitmap) {
+        for region in &self.regions {
+            into.merge(region.first_page, &region.log);
+        }
+    }
+
+    /// Empties the rings into the regions' bits.
+    fn take_rings(&mut self) {
+        let Mode::Ring { rings, taken } = &mut self.mode else {
+            return;
         };
-        let mut taken = 0;
+        if self.owed.is_none() {
+            self.regions.iter_mut().for_each(|region| region.log.fill(0));
+        }
         for ring in rings {
-            taken += ring.harvest(|slot, page| {
+            *taken += ring.harvest(|slot, page| {
                 let word = usize::try_from(page / 64).expect("64-bit hosts only");
                 let slot = usize::try_from(slot).expect("64-bit hosts only");
                 // The kernel knows our slots only, and only the pages in them.
                 self.regions[slot].log[word] |= 1 << (page % 64);
             });
         }
+    }
+
+    /// Hands back what was taken out of the rings: the kernel protects those pages again.
+    fn hand_rings_back(&mut self) -> Result<(), TrackError> {
+        let Mode::Ring { taken, .. } = &mut self.mode else {
+            return Ok(());
+        };
+        let taken = std::mem::take(taken);
         let reset = if taken > 0 {
             self.slots.reset_dirty_rings()?
         } else {
@@ -336,6 +394,11 @@ impl DirtyTracker {
             return Err(TrackError::RingReset { taken, reset });
         }
         Ok(())
+    }
+
+    fn empty_rings(&mut self) -> Result<(), TrackError> {
+        self.take_rings();
+        self.hand_rings_back()
     }
 
     /// The log begins with all pages dirty and none protected: protects them all.

@@ -2,7 +2,7 @@
 //! any of them alone for longer than its limit.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,13 @@ enum End {
     Refused(String),
     #[error("it did not read the events that waited for it")]
     EventsLost,
+}
+
+/// A request, as it came.
+struct Asked {
+    number: u32,
+    request: Request,
+    descriptors: Vec<OwnedFd>,
 }
 
 /// A connection.
@@ -188,7 +195,7 @@ impl Visitor<'_> {
     }
 
     /// Refuses, and ends the connection.
-    fn turn_away(&self, number: u32, code: ErrorCode, text: String) -> Result<(), End> {
+    fn turn_away<T>(&self, number: u32, code: ErrorCode, text: String) -> Result<T, End> {
         // It may not be there any more to read it.
         let _ = self.say(number, &Reply::Error(Refusal::new(code, text.clone())), &[]);
         Err(End::Refused(text))
@@ -211,9 +218,24 @@ impl Visitor<'_> {
 
     /// Reads a request, does it, and answers.
     fn serve_one(&mut self) -> Result<(), End> {
+        let Some(asked) = self.read()? else {
+            return Ok(());
+        };
+        match asked.request {
+            Request::Hello(hello) if !self.greeted => self.greet(asked.number, hello),
+            request if !self.greeted => {
+                let text = format!("{} came before Hello", request.name());
+                self.turn_away(asked.number, ErrorCode::WrongOrder, text)
+            }
+            _ => self.answer(asked),
+        }
+    }
+
+    /// Reads the request that is there, if one is.
+    fn read(&self) -> Result<Option<Asked>, End> {
         let incoming = match self.channel.receive(Duration::ZERO, self.options.message_limit) {
             Ok(Some(incoming)) => incoming,
-            Ok(None) => return Ok(()),
+            Ok(None) => return Ok(None),
             Err(ChannelError::Proto(error)) => {
                 return self.turn_away(0, ErrorCode::Malformed, error.to_string());
             }
@@ -238,14 +260,11 @@ impl Visitor<'_> {
             let text = format!("{} brought {came} file descriptors, not {wanted}", request.name());
             return self.turn_away(header.number, ErrorCode::WrongDescriptors, text);
         }
-        match request {
-            Request::Hello(hello) if !self.greeted => self.greet(header.number, hello),
-            request if !self.greeted => {
-                let text = format!("{} came before Hello", request.name());
-                self.turn_away(header.number, ErrorCode::WrongOrder, text)
-            }
-            request => self.answer(header.number, request, descriptors),
-        }
+        Ok(Some(Asked {
+            number: header.number,
+            request,
+            descriptors,
+        }))
     }
 
     fn greet(&mut self, number: u32, hello: Hello) -> Result<(), End> {
@@ -308,12 +327,12 @@ impl Visitor<'_> {
         }
     }
 
-    fn answer(
-        &mut self,
-        number: u32,
-        request: Request,
-        descriptors: Vec<std::os::fd::OwnedFd>,
-    ) -> Result<(), End> {
+    fn answer(&mut self, asked: Asked) -> Result<(), End> {
+        let Asked {
+            number,
+            request,
+            descriptors,
+        } = asked;
         let tracks = matches!(request, Request::Arm | Request::Harvest | Request::Pause(_));
         if tracks && let Err(refusal) = self.check_tracking() {
             return self.say(number, &Reply::Error(refusal), &[]);
@@ -328,11 +347,29 @@ impl Visitor<'_> {
         if detaches {
             return Err(End::Detached);
         }
-        if pauses {
-            let captured = self.shared.at_desk(|desk| desk.capture());
-            self.say(number, &captured.unwrap_or_else(Reply::Error), &[])?;
+        if pauses { self.capture(number) } else { Ok(()) }
+    }
+
+    /// The second half of a pause. A `Resume` that has come meanwhile is done before anything is said: the guest waits for nothing
+    /// else.
+    fn capture(&mut self, number: u32) -> Result<(), End> {
+        let captured = self.shared.at_desk(|desk| desk.capture());
+        let next = if captured.is_ok() { self.read()? } else { None };
+        let captured = captured.unwrap_or_else(Reply::Error);
+        match next {
+            Some(asked) if asked.request == Request::Resume => {
+                let done = self
+                    .shared
+                    .at_desk(|desk| desk.carry_out(asked.request, Vec::new()));
+                self.say(number, &captured, &[])?;
+                let resumed = done.map(|reply| reply.expect("a Resume is answered"));
+                self.say(asked.number, &resumed.unwrap_or_else(Reply::Error), &[])
+            }
+            next => {
+                self.say(number, &captured, &[])?;
+                next.map_or(Ok(()), |asked| self.answer(asked))
+            }
         }
-        Ok(())
     }
 
     /// Whether the client's bitmap is that of the machine.

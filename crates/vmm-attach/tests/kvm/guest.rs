@@ -131,16 +131,27 @@ pub fn info(program: &[u8], vcpus: u16) -> MachineInfo {
 impl Guest {
     /// A machine with its guest loaded, running.
     pub fn run(program: &[u8], vcpus: u16, tracking: Tracking) -> Self {
+        let (parts, outside) = Self::parts(program, vcpus, tracking);
+        let guest = Self::of(parts, outside);
+        guest.machine.start().unwrap();
+        guest
+    }
+
+    /// The parts of a machine with its guest loaded, which stands still.
+    pub fn parts(program: &[u8], vcpus: u16, tracking: Tracking) -> (KvmParts<Devices>, Outside) {
         let info = info(program, vcpus);
         let ram = GuestRam::create(&info.regions).unwrap();
         load(&ram, program);
         let outside = Outside::default();
-        let parts = build(&info, ram.clone(), tracking, &outside).unwrap();
+        let parts = build(&info, ram, tracking, &outside).unwrap();
         switch_clocks_on(&parts.vcpus);
-        let machine = KvmMachine::new(parts, KvmLimits::default());
-        machine.start().unwrap();
+        (parts, outside)
+    }
+
+    pub fn of(parts: KvmParts<Devices>, outside: Outside) -> Self {
+        let ram = parts.ram.clone();
         Self {
-            machine,
+            machine: KvmMachine::new(parts, KvmLimits::default()),
             ram,
             outside,
         }

@@ -12,7 +12,7 @@ use crate::guest::{ASK, Guest, SLEEP, WORK, info, wait_for};
 use crate::stopping::asleep;
 use crate::tracking::whole;
 
-fn saved(guest: &Guest) -> Vec<u8> {
+pub fn saved(guest: &Guest) -> Vec<u8> {
     let file = tempfile::tempfile().unwrap();
     let mut out = StateWriter::new(&file, 4 << 20);
     guest.machine.save(&mut out).unwrap();

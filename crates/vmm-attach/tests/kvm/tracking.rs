@@ -1,6 +1,8 @@
 //! Dirty tracking against a full compare of guest memory: what a sidecar would have is what the guest has.
 
-use romulus_vmm_attach::kvm::{HotPageRule, Tracking};
+use std::time::Duration;
+
+use romulus_vmm_attach::kvm::{HotPageRule, KvmParts, Tracking};
 use romulus_vmm_attach::memory::GuestRam;
 use romulus_vmm_attach::proto::PAGE_BYTES;
 use romulus_vmm_attach::server::Machine;
@@ -114,6 +116,10 @@ fn nothing_is_missed(tracking: Tracking, vcpus: u16) {
         let pages = copy.update(&guest);
         assert_eq!(copy.wrong(&guest), [0usize; 0], "epoch {epoch}: missed");
         assert!(!pages.is_empty());
+        if epoch % 2 == 0 {
+            // Pages are protected again when the state is saved, or else when the guest runs.
+            crate::state::saved(&guest);
+        }
         guest.machine.resume();
     }
     guest.machine.disarm();
@@ -275,6 +281,30 @@ fn hot_pages_are_told_of_in_every_epoch_and_cool_down_when_they_are_left_alone()
         [0usize; 0],
         "a page that cooled down is protected"
     );
+}
+
+#[test]
+fn pages_that_were_not_protected_before_the_guest_ran_are_told_of_again() {
+    let mut random = Random(11);
+    for tracking in [Tracking::default(), Tracking::Ring { entries: 65_536 }] {
+        let (mut parts, outside) = Guest::parts(WORK, 1, tracking);
+        let bitmap = parts.ram.bitmap().clone();
+        parts.tracker.arm().unwrap();
+        let mut epoch = |parts: &mut KvmParts<_>| {
+            parts.vcpus.run();
+            std::thread::sleep(Duration::from_millis(5 + random.below(10)));
+            parts.vcpus.stop(Duration::from_secs(60)).unwrap();
+            parts.tracker.harvest_still(&bitmap).unwrap();
+        };
+        epoch(&mut parts);
+        let bytes = whole(&parts.ram);
+        bitmap.clear();
+        epoch(&mut parts);
+        let guest = Guest::of(parts, outside);
+        let mut copy = Copy { bytes };
+        copy.update(&guest);
+        assert_eq!(copy.wrong(&guest), [0usize; 0], "{tracking:?}: missed");
+    }
 }
 
 #[test]

@@ -153,16 +153,20 @@ impl KvmSource {
         let paused = attached.client.pause(attached.pause_limit)?;
         fault::point("capture.holding");
         let taken = attached.take(barrier, limit_pages, sent_ns, into);
-        let captured = match taken {
-            Ok(marks) => attached.client.captured().map(|captured| (marks, captured)),
+        let marks = match taken {
+            Ok(marks) => marks,
             Err(error) => {
                 // The guest goes on. If we can't say so, the VMM's deadline or the end of the connection does it.
                 let _ = attached.client.resume();
                 return Err(error);
             }
         };
+        if !stops {
+            // From here on the guest waits for its state alone, and not for us to have heard of it.
+            attached.client.resume_ahead()?;
+        }
         // A VMM that could not save the state has let the guest run.
-        let (marks, captured) = captured?;
+        let captured = attached.client.captured()?;
         let drained_ns = monotonic_ns();
         fault::point("capture.after_drain");
         let resumed_ns = if stops {

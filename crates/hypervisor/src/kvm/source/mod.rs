@@ -1,13 +1,13 @@
 //! The source side: attach to a running VMM, take checkpoints of its guest, leave no trace.
 //!
 //! ```text
-//!   us:   Pause ─────►            barrier ─ take bits ─ copy pages ─►  Resume ─────►
-//!   VMM:         kick, harvest ─► Paused    save state ──► Captured             ─► Resumed
-//!   guest: ██████████░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░██████
+//!   us:   Pause ─────►            barrier ─ take bits ─ copy pages ─► Resume ─►
+//!   VMM:         kick, harvest ─► Paused    protect pages, save state          ─► Captured, Resumed
+//!   guest: ██████████░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░██████
 //! ```
 //!
 //! The barrier comes after `Paused`: vCPUs and device threads stand still then, so every frame of the epoch has passed the gate and
-//! none of the next one has.
+//! none of the next one has. `Resume` is sent ahead, before we know that the state was saved: if it was not, the guest runs all the same.
 //!
 //! The VMM's deadline lets the guest run when we are late: then `Resume` is answered by `PauseExpired`, what was copied is void, and
 //! its pages stay taken (see `memory`). Our death or a lost connection lets it run, too, so there is neither guardian nor kill timer here.
