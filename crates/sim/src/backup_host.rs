@@ -8,7 +8,7 @@ use romulus_protocol::{
     Ask, Backup, BackupCommand, BackupConfig, BackupEvent, BackupMessage, BackupOrder, Hello, ImageStatus,
     Notice, Remembered, ToBackup, ToPrimary, Weakness,
 };
-use romulus_types::{HostId, Session, Term, Time};
+use romulus_types::{HostId, Session, Term, Time, VmId};
 use romulus_wire::{FrameDecoder, FrameType, WireError, decode_control, decode_message, encode_control};
 
 use crate::context::{BackupWork, Context, Event, PrimaryWork};
@@ -18,7 +18,7 @@ use crate::network::Stream;
 use crate::plan::{Line, MS, Moment};
 use crate::primary_host::{ANY_LIFE, ask, read_frames, reply};
 use crate::receiver::{Receiver, Refused};
-use crate::store::{Store, vm};
+use crate::store::Store;
 
 mod takeover;
 
@@ -58,13 +58,13 @@ pub(crate) struct BackupHost {
 }
 
 impl BackupHost {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(vm: VmId) -> Self {
         Self {
             life: 0,
             machine: None,
             disk: None,
             timer: None,
-            store: Store::new(),
+            store: Store::new(vm),
             link: None,
             hellos: BTreeMap::new(),
             lies: BTreeSet::new(),
@@ -98,7 +98,7 @@ impl BackupHost {
         });
         context.checks.reopened(status, self.store.memory().as_ref());
         let config = BackupConfig {
-            vm: vm(),
+            vm: context.vm.clone(),
             host: HostId::new("b").expect("a name"),
             suspicion_ns: 60 * MS,
             retry_ns: 20 * MS,

@@ -5,7 +5,7 @@ use std::collections::BinaryHeap;
 
 use bytes::Bytes;
 use romulus_protocol::{GuestEvent, PrimaryOrder, Record};
-use romulus_types::{Epoch, Session, Time};
+use romulus_types::{Epoch, Session, Time, VmId};
 
 use crate::checks::Checks;
 use crate::mistake::Mistake;
@@ -97,6 +97,7 @@ impl Ord for Queued {
 
 /// The shared part of a run.
 pub(crate) struct Context {
+    pub(crate) vm: VmId,
     pub(crate) now: Time,
     queue: BinaryHeap<Reverse<Queued>>,
     order: u64,
@@ -115,11 +116,19 @@ pub(crate) struct Context {
 }
 
 impl Context {
-    pub(crate) fn new(seed: u64, mistake: Option<Mistake>, tracing: bool) -> Self {
+    pub(crate) fn new(
+        vm: VmId,
+        seed: u64,
+        keep: impl Fn(&Fault, &mut Random) -> bool,
+        mistake: Option<Mistake>,
+        tracing: bool,
+    ) -> Self {
         let mut random = Random::new(seed);
-        let plan = Plan::from_seed(&mut random);
+        let mut plan = Plan::from_seed(&mut random);
+        plan.faults.retain(|(_, fault)| keep(fault, &mut random));
         let network = Network::new(&plan, random.fork());
         let mut context = Self {
+            vm,
             now: Time::from_ns(1),
             queue: BinaryHeap::new(),
             order: 0,
@@ -158,6 +167,11 @@ impl Context {
 
     pub(crate) fn after(&mut self, ns: u64, event: Event) {
         self.at(self.now.after_ns(ns), event);
+    }
+
+    /// When the next event is.
+    pub(crate) fn next_at(&self) -> Option<Time> {
+        self.queue.peek().map(|Reverse(queued)| queued.at)
     }
 
     /// The next event; the clock moves to it.

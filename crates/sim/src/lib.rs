@@ -12,6 +12,8 @@
 //! the agent in the middle of a write), stalls, cut and slow lines, broken connections, spoilt frames, orders and events
 //! of the guest; many are aimed at a named step. Then everything is healed, and in the end the VM must be well.
 //!
+//! [`run_fleet`] runs many of them in step, as VMs of several primaries on one agent with one witness: what they share fails for all.
+//!
 //! [`Mistake`]s are planted to show that the checkers find them.
 //!
 //! Invariant 7 (the guest's clock) is not simulated: it is a matter of hypervisors.
@@ -20,6 +22,7 @@
 mod backup_host;
 mod checks;
 mod context;
+mod fleet;
 mod gate;
 mod guest;
 mod mistake;
@@ -30,8 +33,10 @@ mod random;
 mod receiver;
 mod sender;
 mod store;
+mod witness_host;
 mod world;
 
 pub use checks::{Reached, Violation};
+pub use fleet::{FaultCounts, FleetOutcome, run_fleet};
 pub use mistake::Mistake;
 pub use world::{Outcome, run};

@@ -138,6 +138,31 @@ pub(crate) enum Fault {
     },
 }
 
+impl Fault {
+    /// What it is called where faults are counted.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::CrashPrimary { .. } => "crash of a replicator",
+            Self::CrashPrimaryHost => "crash of a primary host",
+            Self::CrashBackup { .. } => "crash of the agent",
+            Self::LoseBackupHost { .. } => "loss of the backup host",
+            Self::CrashWitness { .. } => "crash of the witness",
+            Self::Cut { .. } => "a line cut one way",
+            Self::CutLink { .. } => "a link cut",
+            Self::Break => "a connection broken",
+            Self::Stall { .. } => "a stall",
+            Self::SlowLink { .. } => "a slow link",
+            Self::SlowWitness { .. } => "a slow witness",
+            Self::FlipBit => "a flipped bit",
+            Self::AbortCapture => "aborted captures",
+            Self::Guest(_) => "an event of a guest",
+            Self::Pause { .. } => "a paused guest",
+            Self::Order(_) | Self::Failover => "an order",
+            Self::Lie { .. } => "a lie",
+        }
+    }
+}
+
 /// A run.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {

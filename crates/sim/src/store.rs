@@ -20,6 +20,7 @@ const LIMITS: Limits = Limits {
 
 /// What lies on the backup's disk, and the image in the hands of the present agent.
 pub(crate) struct Store {
+    vm: VmId,
     files: MemFiles,
     fuse: Fuse,
     made: bool,
@@ -30,13 +31,10 @@ pub(crate) struct Store {
     held: Vec<(PageIndex, Page)>,
 }
 
-pub(crate) fn vm() -> VmId {
-    VmId::new("vm").expect("a name")
-}
-
 impl Store {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(vm: VmId) -> Self {
         Self {
+            vm,
             files: MemFiles::new(),
             fuse: Fuse::never(),
             made: false,
@@ -53,7 +51,7 @@ impl Store {
 
     /// The host dies, and its tmpfs with it.
     pub(crate) fn lose(&mut self) {
-        *self = Self::new();
+        *self = Self::new(self.vm.clone());
     }
 
     /// The agent starts and looks at what there is.
@@ -100,7 +98,7 @@ impl Store {
             }])
             .expect("a layout");
             let files = Crashing::new(self.files.clone(), self.fuse.clone());
-            self.image = Some(Image::create(files, &vm(), layout, LIMITS)?);
+            self.image = Some(Image::create(files, &self.vm, layout, LIMITS)?);
         }
         let image = self.image.as_mut().expect("made above");
         if mark {

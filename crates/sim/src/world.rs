@@ -1,8 +1,11 @@
-//! A run: everything that happens, in the order of the one clock.
+//! A run: everything that happens to one VM, in the order of the one clock.
+
+use std::cell::RefCell;
+use std::rc::Rc;
 
 use bytes::Bytes;
-use romulus_protocol::{GuestEvent, Mode, Record, Witness, WitnessRequest};
-use romulus_types::{Session, Time, WitnessInstance};
+use romulus_protocol::{GuestEvent, Mode, Record, WitnessRequest};
+use romulus_types::{Session, Time, VmId};
 use romulus_wire::{FrameDecoder, FrameType, decode_message, encode_message};
 
 use crate::backup_host::BackupHost;
@@ -11,7 +14,8 @@ use crate::context::{BackupWork, Context, Event, PrimaryWork};
 use crate::mistake::Mistake;
 use crate::plan::{END_MS, Fault, Line, MS, Node, ROUGH_MS};
 use crate::primary_host::{ANY_LIFE, PrimaryHost};
-use crate::store::vm;
+use crate::random::Random;
+use crate::witness_host::WitnessHost;
 
 /// How a run ended.
 #[derive(Debug)]
@@ -27,71 +31,164 @@ pub struct Outcome {
 /// Runs the schedule of `seed`, with a mistake planted or not.
 #[must_use]
 pub fn run(seed: u64, mistake: Option<Mistake>, tracing: bool) -> Outcome {
-    let mut world = World::new(seed, mistake, tracing);
+    let vm = VmId::new("vm").expect("a name");
+    let mut world = World::new(vm, seed, |_, _| true, Rc::default(), mistake, tracing);
     world.run();
-    let violation = world.context.checks.violation.clone();
     Outcome {
-        violation,
+        violation: world.violation(),
         trace: world.context.take_trace(),
-        reached: world.context.checks.reached,
+        reached: world.reached(),
     }
 }
 
-struct World {
+/// One VM, with its primary's host and its part of the backup's host. The witness may be that of other VMs as well.
+pub(crate) struct World {
     context: Context,
     primary: PrimaryHost,
     backup: BackupHost,
-    witness: Option<Witness>,
-    /// The witness's durable store.
-    record: Option<Record>,
+    witness: Rc<RefCell<WitnessHost>>,
     /// The record named a pair at some time after everything was healed.
     paired_since_heal: bool,
     stalled_until: [Time; 3],
 }
 
+/// What happened in one step that concerns more than this VM.
+#[derive(Debug, Default)]
+pub(crate) struct Step {
+    /// A fault that was planned.
+    pub(crate) fault: Option<Fault>,
+    /// Whether the agent was up before the step.
+    pub(crate) agent_was_up: bool,
+}
+
 impl World {
-    fn new(seed: u64, mistake: Option<Mistake>, tracing: bool) -> Self {
-        let mut context = Context::new(seed, mistake, tracing);
+    /// Of the faults that the seed plans only those happen which `keep` keeps.
+    pub(crate) fn new(
+        vm: VmId,
+        seed: u64,
+        keep: impl Fn(&Fault, &mut Random) -> bool,
+        witness: Rc<RefCell<WitnessHost>>,
+        mistake: Option<Mistake>,
+        tracing: bool,
+    ) -> Self {
+        let mut context = Context::new(vm.clone(), seed, keep, mistake, tracing);
         let plan = format!("{:?}", context.plan);
         context.tell("plan", || plan);
         let primary = PrimaryHost::new(&mut context);
-        let witness = Some(Witness::new(WitnessInstance(1)));
         let stalled_until = [Time::default(); 3];
         Self {
             context,
             primary,
-            backup: BackupHost::new(),
+            backup: BackupHost::new(vm),
             witness,
-            record: None,
             paired_since_heal: false,
             stalled_until,
         }
     }
 
     fn run(&mut self) {
+        self.start();
+        while self.next_at().is_some() {
+            self.step();
+        }
+        self.look_back();
+    }
+
+    /// Everything starts.
+    pub(crate) fn start(&mut self) {
         self.backup.start(&mut self.context);
         self.primary.start(&mut self.context);
         self.context.after(MS, Event::GuestRuns);
         self.context.at(Time::from_ns(ROUGH_MS * MS), Event::Heal);
-        while let Some(event) = self.context.next() {
-            if self.context.now >= Time::from_ns(END_MS * MS) {
-                break;
-            }
-            if let Some(node) = event.node()
-                && self.context.now < self.stalled_until[node as usize]
-            {
-                // In the order in which it came.
-                self.context.postpone(self.stalled_until[node as usize], event);
-                continue;
-            }
-            self.happen(event);
-            if self.context.checks.violation.is_some() {
-                return;
-            }
+    }
+
+    /// When the next thing happens; none when the run is over.
+    pub(crate) fn next_at(&self) -> Option<Time> {
+        let over = self.context.checks.violation.is_some();
+        let next = self.context.next_at().filter(|_| !over)?;
+        (next < Time::from_ns(END_MS * MS)).then_some(next)
+    }
+
+    /// The next thing happens.
+    pub(crate) fn step(&mut self) -> Step {
+        let mut step = Step {
+            fault: None,
+            agent_was_up: self.backup.is_up(),
+        };
+        let Some(event) = self.context.next() else {
+            return step;
+        };
+        if let Some(node) = event.node()
+            && self.context.now < self.stalled_until[node as usize]
+        {
+            // In the order in which it came.
+            self.context.postpone(self.stalled_until[node as usize], event);
+            return step;
         }
+        if let Event::Fault(fault) = &event {
+            step.fault = Some(*fault);
+        }
+        self.happen(event);
+        step
+    }
+
+    /// The first broken invariant.
+    pub(crate) fn violation(&self) -> Option<Violation> {
+        self.context.checks.violation.clone()
+    }
+
+    /// What was reached.
+    pub(crate) fn reached(&self) -> Reached {
+        self.context.checks.reached
+    }
+
+    /// The agent's process is up.
+    pub(crate) fn agent_is_up(&self) -> bool {
+        self.backup.is_up()
+    }
+
+    /// The agent that this VM shares with others died, or was started.
+    pub(crate) fn agent_is(&mut self, up: bool, now: Time) {
+        self.come_to(now);
+        if up {
+            self.backup.start(&mut self.context);
+        } else {
+            self.backup.crash(&mut self.context);
+        }
+    }
+
+    /// The backup's host, which this VM shares with others, died.
+    pub(crate) fn lose_backup_host(&mut self, now: Time) {
+        self.come_to(now);
+        self.backup.lose_host(&mut self.context);
+    }
+
+    /// A fault that another VM's plan has, of something that both share.
+    pub(crate) fn share(&mut self, fault: Fault, now: Time) {
+        self.come_to(now);
+        self.context.tell("fault", || format!("{fault:?}, with others"));
+        self.fail(fault);
+    }
+
+    /// Other VMs' clocks are here already; nothing of this one's comes before.
+    fn come_to(&mut self, now: Time) {
+        assert!(self.context.next_at().is_none_or(|next| next >= now), "one clock");
+        self.context.now = self.context.now.max(now);
+    }
+
+    fn record(&self) -> Option<Record> {
+        self.witness.borrow().record(&self.context.vm)
+    }
+
+    /// Judges how it is in the end.
+    pub(crate) fn look_back(&mut self) {
+        if self.context.checks.violation.is_some() {
+            return;
+        }
+        let record = self.record();
         let outlook = Outlook {
-            now: self.context.now,
-            record: self.record.as_ref(),
+            now: Time::from_ns(END_MS * MS),
+            record: record.as_ref(),
             guest_there: self.primary.guest.there && !self.primary.guest.paused,
             protecting: self.primary.is_protecting(),
             paired_since_heal: self.paired_since_heal,
@@ -152,7 +249,7 @@ impl World {
                 context.after(down_ns, Event::Restart(Node::Backup));
             }
             Fault::CrashWitness { down_ns } => {
-                self.witness = None;
+                self.witness.borrow_mut().crash();
                 context.after(down_ns, Event::Restart(Node::Witness));
             }
             Fault::Cut { line, for_ns } => context.network.cut(line, now.after_ns(for_ns)),
@@ -211,7 +308,7 @@ impl World {
 
     fn is_paired(&self) -> bool {
         matches!(
-            self.record,
+            self.record(),
             Some(Record {
                 mode: Mode::Paired { .. },
                 ..
@@ -220,17 +317,10 @@ impl World {
     }
 
     fn start_witness(&mut self) {
-        if self.witness.is_none() {
-            let mut witness = Witness::new(WitnessInstance(1));
-            if let Some(record) = &self.record {
-                witness.load(vm(), record.clone());
-            }
-            self.witness = Some(witness);
-        }
+        self.witness.borrow_mut().start();
     }
 
     fn ask_witness(&mut self, bytes: &Bytes) {
-        let Some(witness) = &mut self.witness else { return };
         let mut decoder = FrameDecoder::first_frame(FrameType::WitnessRequest);
         let taken = decoder.push(bytes);
         assert_eq!(taken, bytes.len(), "a small message");
@@ -240,11 +330,11 @@ impl World {
         let Ok(request) = decode_message::<WitnessRequest>(FrameType::WitnessRequest, &frame) else {
             return;
         };
-        let (reply, changed) = witness.handle(&request);
+        let answered = self.witness.borrow_mut().handle(&request);
+        let Some((reply, changed)) = answered else { return };
         if let Some(record) = changed {
             self.context
                 .tell("witness", || format!("term {}: {:?}", record.term, record.mode));
-            self.record = Some(record.clone());
             self.paired_since_heal |= self.is_paired();
             self.context.record = Some(record);
         }

@@ -23,7 +23,6 @@ use crate::guest::{Memory, PAGES};
 use crate::mistake::Mistake;
 use crate::plan::{Line, MS, Moment};
 use crate::sender::{Harvest, Sender};
-use crate::store::vm;
 use guest_side::Guest;
 use lines::{leave, send_control, tell};
 
@@ -98,7 +97,7 @@ impl PrimaryHost {
         self.life += 1;
         context.tell("primary", || format!("starts, life {}", self.life));
         let config = PrimaryConfig {
-            vm: vm(),
+            vm: context.vm.clone(),
             host: HostId::new("p").expect("a name"),
             backup: HostId::new("b").expect("a name"),
             register: true,
@@ -380,7 +379,7 @@ impl PrimaryHost {
             sender: None,
         });
         let hello = Hello {
-            vm: vm(),
+            vm: context.vm.clone(),
             primary: HostId::new("p").expect("a name"),
             session,
             term,
