@@ -13,7 +13,7 @@ use romulus_types::VmId;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::registry::Registry;
+use crate::registry::{ForgetError, Registry};
 use crate::status::{OrderEnd, STATUS_SCHEMA};
 
 /// Longest a failover may take before its caller is told that it goes on.
@@ -44,6 +44,7 @@ pub fn router(admin: Admin) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/events", get(events))
         .route("/v1/failover", post(failover))
+        .route("/v1/forget", post(forget))
         .with_state(admin)
 }
 
@@ -135,5 +136,28 @@ async fn failover(
             StatusCode::ACCEPTED,
             Json(json!({"done": false, "next": "the order goes on; see `romulus status`"})),
         ),
+    }
+}
+
+/// Gives a VM up: `vm`, and `force` for one that may be needed here.
+async fn forget(
+    State(Admin { registry, .. }): State<Admin>,
+    Query(wanted): Query<Parameters>,
+) -> (StatusCode, Json<Value>) {
+    let Some(vm) = wanted.vm else {
+        return (
+            StatusCode::BAD_REQUEST,
+            Json(json!({"error": "name the VM: vm=NAME"})),
+        );
+    };
+    match registry.forget(&vm, wanted.force).await {
+        Ok(()) => (StatusCode::OK, Json(json!({"done": true}))),
+        Err(error) => {
+            let code = match error {
+                ForgetError::Unknown(_) => StatusCode::NOT_FOUND,
+                ForgetError::Refused(_) => StatusCode::CONFLICT,
+            };
+            (code, Json(json!({"error": error.to_string()})))
+        }
     }
 }

@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
+use romulus_config::VmLimits;
 use romulus_hypervisor::spec::MachineSpec;
 
 use crate::standbys::Standbys;
@@ -23,8 +24,6 @@ const DEVICE_STATE_BYTES_MAX: u64 = 64 << 20;
 pub struct Admission {
     /// Bytes of all images together.
     pub image_bytes_max: u64,
-    /// Bytes of one checkpoint.
-    pub staging_bytes_max: u64,
     /// Where the images lie.
     pub image_dir: PathBuf,
     /// How standbys are made.
@@ -51,13 +50,13 @@ struct Room {
     file_system_bytes: u64,
 }
 
-impl Admission {
-    /// What checkpoints of a guest of this size may take.
-    pub fn staging_bytes(&self, image_bytes: u64) -> u64 {
-        let checkpoint = image_bytes.saturating_add(DEVICE_STATE_BYTES_MAX);
-        STAGED_CHECKPOINTS * checkpoint.min(self.staging_bytes_max)
-    }
+/// What checkpoints of a guest of this size may take.
+pub fn staging_bytes(image_bytes: u64, limits: &VmLimits) -> u64 {
+    let checkpoint = image_bytes.saturating_add(DEVICE_STATE_BYTES_MAX);
+    STAGED_CHECKPOINTS * checkpoint.min(limits.staging_bytes_max.bytes())
+}
 
+impl Admission {
     /// Whether a standby of this machine can be had here, short of starting one: rules for its command line, files,
     /// processor.
     ///
@@ -74,7 +73,7 @@ impl Admission {
     ///
     /// # Errors
     /// What is short, with the figures and what to do.
-    pub fn check_room(&self, image_bytes: u64, others: &Claims) -> anyhow::Result<()> {
+    pub fn check_room(&self, image_bytes: u64, limits: &VmLimits, others: &Claims) -> anyhow::Result<()> {
         let available_bytes = available_bytes().context("could not read /proc/meminfo")?;
         let status = rustix::fs::statvfs(&self.image_dir)
             .with_context(|| format!("could not ask for the size of {}", self.image_dir.display()))?;
@@ -82,22 +81,32 @@ impl Admission {
             available_bytes,
             file_system_bytes: status.f_blocks.saturating_mul(status.f_frsize),
         };
-        self.fits(image_bytes, others, &room)
+        self.fits(image_bytes, limits, others, &room)
     }
 
-    fn fits(&self, image_bytes: u64, others: &Claims, room: &Room) -> anyhow::Result<()> {
+    fn fits(&self, image_bytes: u64, limits: &VmLimits, others: &Claims, room: &Room) -> anyhow::Result<()> {
+        if let Some(memory_max) = limits.memory_max {
+            ensure!(
+                image_bytes <= memory_max.bytes(),
+                "the backup does not take so large a guest: it needs {} MiB, the limit for this VM is {} MiB \
+                 (settings vm_memory_max and [[vm]] memory_max of the agent)",
+                image_bytes >> 20,
+                memory_max.bytes() >> 20
+            );
+        }
         let images = others.image_bytes.saturating_add(image_bytes);
         ensure!(
             images <= self.image_bytes_max,
-            "the backup has no room: the guest has {} MiB, other images {} MiB, the limit is {} MiB \
-             (setting image_bytes_max of the agent)",
+            "the backup has no room: the guest needs {} MiB, {} MiB are free, as other images may take {} MiB of the limit \
+             of {} MiB (setting image_bytes_max of the agent)",
             image_bytes >> 20,
+            self.image_bytes_max.saturating_sub(others.image_bytes) >> 20,
             others.image_bytes >> 20,
             self.image_bytes_max >> 20
         );
         let claimed = images
             .saturating_add(others.staging_bytes)
-            .saturating_add(self.staging_bytes(image_bytes));
+            .saturating_add(staging_bytes(image_bytes, limits));
         ensure!(
             claimed <= room.file_system_bytes,
             "the file system of the backup's images is too small: images and checkpoints may come to {} MiB with this \
@@ -133,15 +142,25 @@ fn available_bytes() -> anyhow::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use romulus_config::{ByteSize, StandbyKind};
 
     const GIB: u64 = 1 << 30;
 
     fn admission() -> Admission {
         Admission {
             image_bytes_max: 16 * GIB,
-            staging_bytes_max: GIB / 4,
             image_dir: "/dev/shm".into(),
             standbys: Standbys { vmms: vec![] },
+        }
+    }
+
+    fn limits(memory_max: Option<u64>) -> VmLimits {
+        VmLimits {
+            memory_max: memory_max.map(ByteSize::from_bytes),
+            staging_bytes_max: ByteSize::from_bytes(GIB / 4),
+            bandwidth_max: None,
+            standby: StandbyKind::Warm,
+            priority: 0,
         }
     }
 
@@ -158,7 +177,7 @@ mod tests {
             available_bytes,
             file_system_bytes,
         };
-        let fits = admission().fits(4 * GIB, others, &room);
+        let fits = admission().fits(4 * GIB, &limits(None), others, &room);
         fits.err().map(|error| error.to_string())
     }
 
@@ -183,8 +202,26 @@ mod tests {
 
     #[test]
     fn a_small_guests_checkpoints_are_no_larger_than_it_is() {
-        let admission = admission();
-        assert_eq!(admission.staging_bytes(32 << 20), 2 * (96 << 20));
-        assert_eq!(admission.staging_bytes(64 * GIB), GIB / 2);
+        assert_eq!(staging_bytes(32 << 20, &limits(None)), 2 * (96 << 20));
+        assert_eq!(staging_bytes(64 * GIB, &limits(None)), GIB / 2);
+    }
+
+    #[test]
+    fn a_vm_that_does_not_fit_is_told_what_it_needs_what_is_free_and_the_limit() {
+        let refused = refusal(&claims(13 * GIB, 0), 64 * GIB, 64 * GIB).expect("no room");
+        for figure in ["needs 4096 MiB", "3072 MiB are free", "limit of 16384 MiB"] {
+            assert!(refused.contains(figure), "{refused}");
+        }
+        let room = Room {
+            available_bytes: 64 * GIB,
+            file_system_bytes: 64 * GIB,
+        };
+        let own = |memory_max| admission().fits(4 * GIB, &limits(Some(memory_max)), &claims(0, 0), &room);
+        assert!(own(4 * GIB).is_ok());
+        let refused = own(4 * GIB - 1).unwrap_err().to_string();
+        assert!(
+            refused.contains("needs 4096 MiB, the limit for this VM is 4095 MiB"),
+            "{refused}"
+        );
     }
 }

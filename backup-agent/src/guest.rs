@@ -263,6 +263,23 @@ impl Guest {
         }
     }
 
+    /// Ends what waits, and removes the folder of its hypervisor.
+    ///
+    /// # Errors
+    /// When the folder can't be removed.
+    pub fn forget(&mut self) -> anyhow::Result<()> {
+        self.announcing.clear();
+        if let Some(mut standby) = self.standby.take() {
+            standby.dismiss();
+        }
+        match std::fs::remove_dir_all(&self.config.run_dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("could not remove {}", self.config.run_dir.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The beginning of the standby's tap names: short, and different for each VM.
     fn tap_prefix(&self) -> String {
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;

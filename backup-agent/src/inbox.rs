@@ -2,7 +2,7 @@
 
 use romulus_protocol::BackupEvent;
 use romulus_types::{HostId, Term, WitnessInstance};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::session::SessionIn;
 
@@ -23,6 +23,13 @@ pub enum Input {
         term: Term,
         /// The witness instance it knows.
         instance: WitnessInstance,
+    },
+    /// An operator gives the VM up.
+    Forget {
+        /// Though a commit is kept here.
+        force: bool,
+        /// Hears the end of it: why not, or that nothing is left.
+        done: oneshot::Sender<Result<(), String>>,
     },
 }
 

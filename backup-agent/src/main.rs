@@ -7,10 +7,12 @@ mod args;
 mod guest;
 mod inbox;
 mod listener;
+mod pace;
 mod receive;
 mod registry;
 mod session;
 mod standbys;
+mod starts;
 mod status;
 mod store;
 mod vm_driver;
@@ -31,6 +33,7 @@ use crate::args::{Args, Command};
 use crate::listener::Listener;
 use crate::registry::{Registry, Shared};
 use crate::standbys::Standbys;
+use crate::starts::Starts;
 
 fn main() -> ExitCode {
     let Command::Run(options) = Args::parse().command;
@@ -74,19 +77,20 @@ async fn run(settings: romulus_config::BackupAgent, state_dir: std::path::PathBu
     let (admin_socket, listen) = (settings.admin_socket.clone(), settings.listen);
     let admission = Arc::new(Admission {
         image_bytes_max: settings.image_bytes_max.bytes(),
-        staging_bytes_max: settings.staging_bytes_max.bytes(),
         image_dir: settings.image_dir.clone(),
         standbys: Standbys {
             vmms: settings.vmm.clone(),
         },
     });
     let (hello_timeout, witness_wait) = (settings.hello_timeout, settings.witness_wait);
+    let starts = Starts::new(settings.starts_max.into(), settings.failover.suspicion_timeout);
     let registry = Registry::new(Shared {
         settings,
         host: host.clone(),
         witness,
         clock: Clock::start(),
         state_dir,
+        starts,
     });
     registry.recover()?;
     let routes = admin::router(admin::Admin {

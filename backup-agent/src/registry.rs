@@ -8,23 +8,24 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, bail};
-use romulus_config::BackupAgent;
+use romulus_config::{BackupAgent, VmLimits};
 use romulus_host_sys::durable;
 use romulus_host_sys::process_clock::Clock;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_protocol::{
-    Answer, Ask, Backup, BackupConfig, BackupEvent, BackupOrder, ImageStatus, NotProtected, Protection,
+    Answer, Ask, Backup, BackupConfig, BackupEvent, BackupOrder, ImageStatus, Mode, NotProtected, Protection,
     Remembered, WitnessRequest,
 };
 use romulus_transport::WitnessClient;
 use romulus_types::{Epoch, HostId, Nonce, VmId};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
 
-use crate::admission::{Admission, Claims};
+use crate::admission::{Admission, Claims, staging_bytes};
 use crate::guest::{Guest, GuestConfig};
 use crate::inbox::{EventSink, INBOX_MAX, Input};
 use crate::standbys::Standbys;
+use crate::starts::Starts;
 use crate::status::VmStatus;
 use crate::store::{Store, StoreSender, store_channel};
 use crate::vm_driver::VmDriver;
@@ -47,6 +48,19 @@ pub struct Shared {
     pub clock: Clock,
     /// Where state files lie.
     pub state_dir: PathBuf,
+    /// Whose guest is started when.
+    pub starts: Starts,
+}
+
+/// Why a VM is not given up.
+#[derive(Debug, thiserror::Error)]
+pub enum ForgetError {
+    /// Nothing of it is here.
+    #[error("no VM {0} is backed up here")]
+    Unknown(VmId),
+    /// It may still be needed.
+    #[error("{0}")]
+    Refused(String),
 }
 
 /// One VM's handle.
@@ -56,6 +70,7 @@ pub struct VmHandle {
     pub inbox: mpsc::Sender<Input>,
     /// Its figures.
     pub status: Arc<VmStatus>,
+    limits: VmLimits,
     image_bytes: Arc<AtomicU64>,
 }
 
@@ -153,11 +168,11 @@ impl Registry {
             if other != vm {
                 let image_bytes = handle.image_bytes.load(Ordering::Relaxed);
                 others.image_bytes += image_bytes;
-                others.staging_bytes += admission.staging_bytes(image_bytes);
+                others.staging_bytes += staging_bytes(image_bytes, &handle.limits);
             }
         }
         let image_bytes = machine.layout.bytes();
-        admission.check_room(image_bytes, &others)?;
+        admission.check_room(image_bytes, &self.shared.settings.limits_of(vm), &others)?;
         let handle = self.vm(&mut vms, vm)?;
         handle.image_bytes.fetch_max(image_bytes, Ordering::Relaxed);
         Ok(handle)
@@ -178,11 +193,12 @@ impl Registry {
 
     fn start(&self, vm: &VmId) -> anyhow::Result<VmHandle> {
         let shared = &self.shared;
+        let vm_limits = shared.settings.limits_of(vm);
         let status = Arc::new(VmStatus::new(vm.clone(), shared.host.as_str()));
         let (inbox, inputs) = mpsc::channel(INBOX_MAX);
         let events = EventSink(inbox.clone());
         let limits = romulus_image::Limits {
-            staging_bytes_max: shared.settings.staging_bytes_max.bytes(),
+            staging_bytes_max: vm_limits.staging_bytes_max.bytes(),
             ..romulus_image::Limits::default()
         };
         let mut image = VmImage::open(&shared.settings.image_dir, vm, limits)?;
@@ -221,6 +237,7 @@ impl Registry {
             crate::seed()?,
             shared.clock.now(),
         );
+        shared.starts.add(vm, vm_limits.priority);
         let store = self.start_store(vm, image, guest, &events, &status)?;
         let (witness, requests) = mpsc::channel(REQUESTS_MAX);
         tokio::spawn(ask_witness(shared.witness.clone(), requests, events.clone()));
@@ -232,6 +249,9 @@ impl Registry {
             witness,
             session: None,
             asking: Vec::new(),
+            limits: vm_limits,
+            starts: shared.starts.clone(),
+            heard: std::time::Instant::now(),
             image_bytes: Arc::clone(&image_bytes),
             status: Arc::clone(&status),
             clock: shared.clock,
@@ -253,6 +273,7 @@ impl Registry {
         Ok(VmHandle {
             inbox,
             status,
+            limits: vm_limits,
             image_bytes,
         })
     }
@@ -263,7 +284,7 @@ impl Registry {
         let settings = &self.shared.settings;
         let mut guest = Guest::new(GuestConfig {
             vm: vm.clone(),
-            standby: settings.standby,
+            standby: settings.limits_of(vm).standby,
             standbys: Standbys {
                 vmms: settings.vmm.clone(),
             },
@@ -316,6 +337,8 @@ impl Registry {
             receiver: None,
             status: Arc::clone(status),
             activation_retries_max: self.shared.settings.activation_retries_max,
+            starts: self.shared.starts.clone(),
+            vm: vm.clone(),
         };
         std::thread::Builder::new()
             .name(format!("store-{vm}"))
@@ -339,6 +362,62 @@ impl Registry {
             .values()
             .map(|handle| Arc::clone(&handle.status))
             .collect()
+    }
+
+    /// Gives a VM up that is not protected to here: removes its image, its waiting standby, what is remembered of it, and its
+    /// place. With `force` also one that this host might have to take over, or did.
+    ///
+    /// # Errors
+    /// [`ForgetError`]; nothing is removed then, or some of it and it may be tried again.
+    pub async fn forget(&self, vm: &VmId, force: bool) -> Result<(), ForgetError> {
+        let handle = self.lock().get(vm).cloned();
+        let Some(handle) = handle else {
+            return Err(ForgetError::Unknown(vm.clone()));
+        };
+        if !force {
+            self.check_not_named(vm).await?;
+        }
+        let (done, wait) = oneshot::channel();
+        let given_up = || ForgetError::Refused(format!("the agent has given {vm} up: restart it"));
+        let asked = handle.inbox.send(Input::Forget { force, done }).await;
+        asked.map_err(|_| given_up())?;
+        wait.await
+            .map_err(|_| given_up())?
+            .map_err(ForgetError::Refused)?;
+        // Not earlier: until here a hello finds a driver that has ended, is refused, and comes again.
+        self.lock().remove(vm);
+        self.shared.starts.remove(vm);
+        info!(event = "forgotten", vm = vm.as_str());
+        Ok(())
+    }
+
+    /// The witness's record must not name this host.
+    async fn check_not_named(&self, vm: &VmId) -> Result<(), ForgetError> {
+        let read = tokio::time::timeout(self.shared.settings.witness_wait, self.read_record(vm)).await;
+        let answer = match read {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) | Err(_) => {
+                return Err(ForgetError::Refused(
+                    "the witness does not say who runs the VM: try again, or with force".into(),
+                ));
+            }
+        };
+        let named = match &answer {
+            Answer::Current(record) => match &record.mode {
+                Mode::Alone { host } => *host == self.shared.host,
+                Mode::Paired { primary, backup, .. } => {
+                    *primary == self.shared.host || *backup == self.shared.host
+                }
+                Mode::Ended => false,
+            },
+            _ => false,
+        };
+        if named {
+            return Err(ForgetError::Refused(
+                "the witness's record names this host for the VM: what is here may be its last copy".into(),
+            ));
+        }
+        Ok(())
     }
 
     /// Gives an order to a VM's driver; `false` when there is no such VM.

@@ -1,10 +1,11 @@
 //! One session's connection on the backup: the answer to its `Hello`, its control stream, its page data.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use bytes::Bytes;
+use romulus_config::ByteSize;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_protocol::{BackupEvent, BackupMessage, RefuseReason, ToBackup, ToPrimary};
 use romulus_transport::{CloseCode, Connection, FrameError, FrameReader, SendStream};
@@ -15,6 +16,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use crate::inbox::EventSink;
+use crate::pace::Pace;
 use crate::registry::RefusedCount;
 use crate::status::VmStatus;
 use crate::store::StoreSender;
@@ -108,8 +110,8 @@ impl SessionIn {
         self.control.clone()
     }
 
-    /// Begins to read.
-    pub fn start(&self, store: &StoreSender, events: &EventSink) {
+    /// Begins to read, pages at no more than `bandwidth_max` a second.
+    pub fn start(&self, store: &StoreSender, events: &EventSink, bandwidth_max: Option<ByteSize>) {
         let reader = self
             .reader
             .lock()
@@ -122,6 +124,7 @@ impl SessionIn {
             store: store.clone(),
             events: events.clone(),
             status: Arc::clone(&self.status),
+            bandwidth_max,
         };
         tokio::spawn(task.run(reader));
     }
@@ -234,6 +237,7 @@ struct ReadTask {
     store: StoreSender,
     events: EventSink,
     status: Arc<VmStatus>,
+    bandwidth_max: Option<ByteSize>,
 }
 
 impl ReadTask {
@@ -285,9 +289,16 @@ impl ReadTask {
             .await
             .map_err(FrameError::Transport)?;
         let mut reader = FrameReader::for_session(stream, self.session);
+        let limit = self.bandwidth_max.map(ByteSize::bytes);
+        let mut pace = limit.map(|limit| Pace::new(limit, Instant::now()));
         while let Some(frame) = reader.next().await? {
+            let bytes = frame.payload.len();
             if !self.store.frame(self.session, frame).await {
                 bail!("the store of this VM is gone");
+            }
+            let wait = pace.as_mut().and_then(|pace| pace.read(bytes, Instant::now()));
+            if let Some(until) = wait {
+                tokio::time::sleep_until(until.into()).await;
             }
         }
         // The data stream may end first; the control stream says what the session does.

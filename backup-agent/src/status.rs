@@ -1,6 +1,8 @@
 //! What the agent tells its operator of one VM.
 
+use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use hdrhistogram::Histogram;
 use romulus_protocol::{NotProtected, Protection};
@@ -8,6 +10,9 @@ use romulus_telemetry::EventLog;
 use romulus_types::{Epoch, Session, Term, VmId};
 use serde_json::{Value, json};
 use tokio::sync::watch;
+
+/// Commits that are verified and not acknowledged yet, at most: more than a primary can have in flight.
+const UNACKED_MAX: usize = 256;
 
 /// Version of the JSON that `romulus status --json` prints.
 pub const STATUS_SCHEMA: u32 = 1;
@@ -24,6 +29,8 @@ struct Inner {
     commits: u64,
     verify: Histogram<u64>,
     apply: Histogram<u64>,
+    receive_to_ack: Histogram<u64>,
+    unacked: VecDeque<(Epoch, Instant)>,
     refused_input: u64,
     refused_session: Option<(Session, String)>,
     activation: Option<Value>,
@@ -94,6 +101,8 @@ impl VmStatus {
             commits: 0,
             verify: histogram(),
             apply: histogram(),
+            receive_to_ack: histogram(),
+            unacked: VecDeque::new(),
             refused_input: 0,
             refused_session: None,
             activation: None,
@@ -114,6 +123,11 @@ impl VmStatus {
     /// The VM.
     pub fn vm(&self) -> &str {
         self.vm.as_str()
+    }
+
+    /// The same as a name.
+    pub fn vm_id(&self) -> &VmId {
+        &self.vm
     }
 
     /// The operator's word for the state.
@@ -145,6 +159,30 @@ impl VmStatus {
         inner.verify.saturating_record(verify_ns);
         inner.apply.saturating_record(apply_ns);
         inner.image_bytes = image_bytes.unwrap_or(inner.image_bytes);
+    }
+
+    /// The last byte of this epoch's checkpoint came at `received`; it is verified now.
+    pub fn commit_received(&self, epoch: Epoch, received: Instant) {
+        let unacked = &mut self.lock().unacked;
+        if unacked.len() == UNACKED_MAX {
+            unacked.pop_front();
+        }
+        unacked.push_back((epoch, received));
+    }
+
+    /// This epoch and those before it are acknowledged at `now`.
+    pub fn commit_acked(&self, epoch: Epoch, now: Instant) {
+        let inner = &mut *self.lock();
+        while let Some((_, received)) = inner.unacked.pop_front_if(|(unacked, _)| *unacked <= epoch) {
+            let took = now.saturating_duration_since(received);
+            let took_ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+            inner.receive_to_ack.saturating_record(took_ns);
+        }
+    }
+
+    /// Another session begins: what the last one left is not acknowledged any more.
+    pub fn session_begins(&self) {
+        self.lock().unacked.clear();
     }
 
     /// Bytes of the image and of what is staged, as counted now.
@@ -220,6 +258,7 @@ impl VmStatus {
             "image_bytes": inner.image_bytes,
             "verify_us": percentiles_us(&inner.verify),
             "apply_us": percentiles_us(&inner.apply),
+            "receive_to_ack_us": percentiles_us(&inner.receive_to_ack),
             "refused_input": inner.refused_input,
             "activation": inner.activation,
         })

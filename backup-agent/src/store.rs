@@ -19,7 +19,7 @@ use romulus_hypervisor::spec::MachineSpec;
 use romulus_hypervisor::standby::StandbyError;
 use romulus_page_codec::PageHasher;
 use romulus_protocol::BackupEvent;
-use romulus_types::{Epoch, Session, Term};
+use romulus_types::{Epoch, Session, Term, VmId};
 use romulus_wire::{Frame, HeldPagesWriter};
 use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
@@ -28,6 +28,7 @@ use tracing::{debug, error, info, warn};
 use crate::guest::Guest;
 use crate::inbox::EventSink;
 use crate::receive::{Received, Receiver};
+use crate::starts::Starts;
 use crate::status::VmStatus;
 use crate::vm_image::VmImage;
 
@@ -53,8 +54,8 @@ pub enum StoreJob {
         /// Where frames go that tell the primary what the image holds already.
         held: mpsc::Sender<Bytes>,
     },
-    /// A frame of the session's data stream; the permit bounds how many wait.
-    Frame(Session, Frame, OwnedSemaphorePermit),
+    /// A frame of the session's data stream and when its last byte came; the permit bounds how many wait.
+    Frame(Session, Frame, Instant, OwnedSemaphorePermit),
     /// The session ended: what is staged and not committed is dropped.
     End(Session),
     /// The image must never be used again as it is.
@@ -79,6 +80,8 @@ pub enum StoreJob {
     StopGuest,
     /// The process of the guest that was activated has ended.
     GuestEnded,
+    /// Remove the image, the waiting standby, and whatever else there is of this VM.
+    Forget(oneshot::Sender<Result<(), String>>),
 }
 
 /// The sending end.
@@ -122,7 +125,7 @@ impl StoreSender {
             return false;
         };
         self.jobs
-            .send(StoreJob::Frame(session, frame, permit))
+            .send(StoreJob::Frame(session, frame, Instant::now(), permit))
             .await
             .is_ok()
     }
@@ -146,6 +149,10 @@ pub struct Store {
     pub status: Arc<VmStatus>,
     /// How often another standby is started when one fails before it has the whole checkpoint.
     pub activation_retries_max: u16,
+    /// Whose guest is started when.
+    pub starts: Starts,
+    /// The VM.
+    pub vm: VmId,
 }
 
 impl Store {
@@ -178,8 +185,8 @@ impl Store {
                     Err(error) => self.invalid(session, Epoch::NONE, &error),
                 }
             }
-            StoreJob::Frame(session, frame, permit) => {
-                self.frame(session, &frame);
+            StoreJob::Frame(session, frame, received, permit) => {
+                self.frame(session, &frame, received);
                 drop(permit);
             }
             StoreJob::End(session) => {
@@ -202,7 +209,21 @@ impl Store {
             StoreJob::Activate { session, epoch, term } => self.activate(session, epoch, term),
             StoreJob::StopGuest => self.guest.stop(),
             StoreJob::GuestEnded => self.guest_ended(),
+            StoreJob::Forget(done) => {
+                let forgotten = self.forget().map_err(|error| format!("{error:#}"));
+                let _ = done.send(forgotten);
+            }
         }
+    }
+
+    fn forget(&mut self) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            !self.guest.is_active(),
+            "the guest runs here: it was taken over, and nothing else is known to run it"
+        );
+        self.receiver = None;
+        self.guest.forget()?;
+        self.image.forget()
     }
 
     fn begin(
@@ -225,7 +246,7 @@ impl Store {
         Ok(())
     }
 
-    fn frame(&mut self, session: Session, frame: &Frame) {
+    fn frame(&mut self, session: Session, frame: &Frame, received: Instant) {
         let Some(receiver) = self
             .receiver
             .as_mut()
@@ -236,7 +257,7 @@ impl Store {
         let began = Instant::now();
         match receiver.frame(frame, &mut self.image) {
             Ok(Received::More) => {}
-            Ok(Received::Committed(epoch)) => self.committed(session, epoch, began),
+            Ok(Received::Committed(epoch)) => self.committed(session, epoch, received, began),
             Err(error) => {
                 let epoch = receiver.epoch();
                 self.invalid(session, epoch, &error);
@@ -244,7 +265,7 @@ impl Store {
         }
     }
 
-    fn committed(&mut self, session: Session, epoch: Epoch, began: Instant) {
+    fn committed(&mut self, session: Session, epoch: Epoch, received: Instant, began: Instant) {
         let verify_ns = elapsed_ns(began);
         // Before it can be acknowledged.
         debug!(
@@ -255,6 +276,7 @@ impl Store {
             epoch = epoch.0
         );
         fault::point("agent.after_commit");
+        self.status.commit_received(epoch, received);
         self.events.send(BackupEvent::Verified(session, epoch));
         fault::point("agent.before_apply");
         let began = Instant::now();
@@ -370,7 +392,9 @@ impl Store {
             "an activation names the session of the commit"
         );
         assert!(committed.epoch >= epoch, "a commit that was acknowledged is gone");
+        let turn = self.starts.take(&self.vm);
         let report = self.start_guest()?;
+        drop(turn);
         fault::point("agent.activated");
         Ok(report)
     }

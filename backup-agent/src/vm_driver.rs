@@ -16,10 +16,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use romulus_config::VmLimits;
 use romulus_host_sys::process_clock::Clock;
 use romulus_hypervisor::fault;
 use romulus_protocol::{
-    Backup, BackupCommand, BackupEvent, BackupMessage, Notice, Remembered, WitnessRequest,
+    Backup, BackupCommand, BackupEvent, BackupMessage, NotProtected, Notice, Protection, Remembered,
+    WitnessRequest,
 };
 use romulus_telemetry::notice_event;
 use romulus_types::{Epoch, Session, Term};
@@ -29,6 +31,7 @@ use tracing::info;
 
 use crate::inbox::{EventSink, Input};
 use crate::session::{SessionIn, words};
+use crate::starts::Starts;
 use crate::status::VmStatus;
 use crate::store::{StoreJob, StoreSender};
 
@@ -51,6 +54,12 @@ pub struct VmDriver {
     pub session: Option<SessionIn>,
     /// Connections that said hello and are not answered yet. The protocol bounds their number.
     pub asking: Vec<SessionIn>,
+    /// What this VM may use.
+    pub limits: VmLimits,
+    /// Whose guest is started when.
+    pub starts: Starts,
+    /// When its primary was last heard.
+    pub heard: Instant,
     /// Bytes of the machine's memory, as admission counts them.
     pub image_bytes: Arc<AtomicU64>,
     /// Figures.
@@ -78,6 +87,14 @@ impl VmDriver {
             tokio::select! {
                 biased;
                 input = self.inbox.recv() => match input {
+                    Some(Input::Forget { force, done }) => {
+                        let forgotten = self.forget(force).await;
+                        let ends = forgotten.is_ok();
+                        let _ = done.send(forgotten);
+                        if ends {
+                            return Ok(());
+                        }
+                    }
                     Some(input) => self.take(input),
                     None => return Ok(()),
                 },
@@ -90,6 +107,12 @@ impl VmDriver {
         let term = self.backup.term().unwrap_or(Term(0));
         let committed = self.backup.committed().map_or(Epoch::NONE, |(_, epoch)| epoch);
         self.status.set_progress(term, self.backup.session(), committed);
+        let may_start = matches!(
+            self.backup.protection(),
+            Protection::Protected | Protection::NotProtected(NotProtected::Resolving)
+        );
+        self.starts
+            .heard(self.status.vm_id(), may_start.then_some(self.heard));
     }
 
     fn deadline(&self) -> tokio::time::Instant {
@@ -105,8 +128,10 @@ impl VmDriver {
         let now = self.clock.now();
         match input {
             Input::Event(event) => {
-                if matches!(event, BackupEvent::Witness(_)) {
-                    fault::point("agent.answered");
+                match event {
+                    BackupEvent::Witness(_) => fault::point("agent.answered"),
+                    BackupEvent::Peer(..) => self.heard = Instant::now(),
+                    _ => {}
                 }
                 self.backup.handle(now, event);
             }
@@ -129,9 +154,33 @@ impl VmDriver {
                     },
                 );
             }
+            Input::Forget { .. } => unreachable!("the loop takes it"),
         }
         if self.backup.poll_timeout().is_some_and(|time| time <= now) {
             self.backup.handle_timeout(now);
+        }
+    }
+
+    /// Removes all that is kept of a VM that is not protected to here. Without `force` not while a commit is kept that may have
+    /// to be taken over.
+    async fn forget(&mut self, force: bool) -> Result<(), String> {
+        if self.session.is_some() || !self.asking.is_empty() {
+            return Err("its primary is connected: unprotect it there first".into());
+        }
+        if self.backup.committed().is_some() && !force {
+            return Err(
+                "a commit of it is kept that may have to be taken over; --force if the VM runs elsewhere, or never again".into(),
+            );
+        }
+        let gone = || "the store thread of this VM is gone: restart the agent".to_owned();
+        let (done, wait) = oneshot::channel();
+        self.store.send(StoreJob::Forget(done)).map_err(|_| gone())?;
+        wait.await.map_err(|_| gone())??;
+        match std::fs::remove_file(&self.state_file) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(format!("could not remove {}: {error}", self.state_file.display()))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -174,6 +223,7 @@ impl VmDriver {
                     }
                     current.send(message);
                     if acks {
+                        self.status.commit_acked(self.acked.get(), Instant::now());
                         fault::point("agent.after_ack");
                     }
                 }
@@ -219,6 +269,9 @@ impl VmDriver {
         let accepted = self
             .take_asking(session)
             .context("the protocol accepted nobody who asked")?;
+        self.status.session_begins();
+        self.heard = Instant::now();
+        self.starts.followed(self.status.vm_id(), accepted.primary());
         self.image_bytes
             .store(accepted.machine().layout.bytes(), Ordering::Relaxed);
         let current = self.session.insert(accepted);
@@ -228,7 +281,7 @@ impl VmDriver {
             machine: current.machine(),
             held: current.welcome(),
         })?;
-        current.start(&self.store, &self.events);
+        current.start(&self.store, &self.events, self.limits.bandwidth_max);
         fault::point("agent.accepted");
         self.status.event(
             "session",

@@ -248,12 +248,7 @@ impl VmImage {
     /// # Errors
     /// When the mark can't be removed.
     pub fn unmark_consumed(&self) -> anyhow::Result<()> {
-        match std::fs::remove_file(self.consumed_file()) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).context("could not remove the mark of a consumed image")
-            }
-            _ => Ok(()),
-        }
+        remove_file(&self.consumed_file()).context("the mark of a consumed image")
     }
 
     /// Device state of the last commit, with the primary's notes in front.
@@ -307,11 +302,37 @@ impl VmImage {
         Ok(self.image.as_ref().context("there is no image")?.ram_path(block))
     }
 
+    /// Removes everything that is kept of the VM. Without its machine an image is no checkpoint, so that goes first; the mark of
+    /// consumption goes last.
+    ///
+    /// # Errors
+    /// When a file can't be removed.
+    pub fn forget(&mut self) -> anyhow::Result<()> {
+        self.machine = None;
+        remove_file(&self.machine_file())?;
+        self.image = None;
+        if self.folder().exists() {
+            std::fs::remove_dir_all(self.folder())
+                .with_context(|| format!("could not remove {}", self.folder().display()))?;
+        }
+        remove_file(&self.consumed_file())
+    }
+
     /// Bytes that the guest has touched.
     pub fn touched_bytes(&self) -> u64 {
         self.image
             .as_ref()
             .and_then(|image| image.touched_bytes().ok())
             .unwrap_or(0)
+    }
+}
+
+/// Removes a file that may be gone already.
+fn remove_file(file: &Path) -> anyhow::Result<()> {
+    match std::fs::remove_file(file) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("could not remove {}", file.display()))
+        }
+        _ => Ok(()),
     }
 }

@@ -12,6 +12,7 @@ use crate::common::{Failover, Log, Metrics, Network};
 use crate::load::Settings;
 use crate::peer::PeerAddress;
 use crate::quantity::{ByteSize, duration};
+use crate::vms::Vm;
 
 /// Where certificates are looked for unless a setting says otherwise.
 pub const PKI_DIR: &str = "/etc/romulus/pki";
@@ -212,6 +213,14 @@ pub struct BackupAgent {
     pub staging_bytes_max: ByteSize,
     /// Most VMs that this agent backs up. Default 16.
     pub vms_max: u16,
+    /// Most memory that one guest may have, unless `[[vm]]` says otherwise. Default: what fits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vm_memory_max: Option<ByteSize>,
+    /// Bytes a second that are read of one VM's pages, unless `[[vm]]` says otherwise. Default: as fast as they come.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vm_bandwidth_max: Option<ByteSize>,
+    /// Most guests that takeovers start at the same time; the others wait, by priority. Default 4.
+    pub starts_max: u16,
     /// A host that has connected says hello within this time. Default 5 s.
     #[serde(with = "duration")]
     pub hello_timeout: Duration,
@@ -230,6 +239,8 @@ pub struct BackupAgent {
     pub bridge: Option<String>,
     /// How standbys of VMMs other than QEMU are started, one entry for each kind. No default.
     pub vmm: Vec<Vmm>,
+    /// What is different for one VM. No default.
+    pub vm: Vec<Vm>,
     /// When a silent peer counts as lost.
     pub failover: Failover,
     /// QUIC.
@@ -250,6 +261,9 @@ impl Default for BackupAgent {
             image_bytes_max: ByteSize::from_gib(16),
             staging_bytes_max: ByteSize::from_mib(256),
             vms_max: 16,
+            vm_memory_max: None,
+            vm_bandwidth_max: None,
+            starts_max: 4,
             hello_timeout: Duration::from_secs(5),
             witness_wait: Duration::from_secs(2),
             standby: StandbyKind::default(),
@@ -257,6 +271,7 @@ impl Default for BackupAgent {
             activation_retries_max: 3,
             bridge: None,
             vmm: Vec::new(),
+            vm: Vec::new(),
             failover: Failover::default(),
             network: Network::default(),
             log: Log::default(),
@@ -278,6 +293,7 @@ impl Settings for BackupAgent {
             .size("image_bytes_max", self.image_bytes_max, mib, most)?
             .size("staging_bytes_max", self.staging_bytes_max, mib, most)?
             .number("vms_max", self.vms_max.into(), 1, 1024)?
+            .number("starts_max", self.starts_max.into(), 1, 1024)?
             .duration(
                 "hello_timeout",
                 self.hello_timeout,
@@ -300,6 +316,7 @@ impl Settings for BackupAgent {
             check_interface("bridge", bridge)?;
         }
         check_vmms(&self.vmm)?;
+        self.check_vms()?;
         self.failover.check()?;
         self.network.check()?;
         self.log.check()

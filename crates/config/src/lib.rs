@@ -18,6 +18,7 @@ mod daemons;
 mod load;
 mod peer;
 mod quantity;
+mod vms;
 
 pub use check::Invalid;
 pub use common::{Failover, Log, LogFormat, Metrics, Network};
@@ -25,6 +26,7 @@ pub use daemons::{BackupAgent, Epochs, Memory, PKI_DIR, RUN_DIR, Replicator, Sta
 pub use load::{DROP_INS_MAX, FILE_BYTES_MAX, Settings, default_path, load};
 pub use peer::{PeerAddress, PeerAddressError};
 pub use quantity::{ByteSize, SizeError};
+pub use vms::{Vm, VmLimits};
 
 /// Why settings could not be used.
 #[derive(Debug, thiserror::Error)]
