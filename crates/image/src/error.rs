@@ -23,10 +23,23 @@ pub enum ImageError {
         source: io::Error,
     },
     /// Another process has the image open.
-    #[error("the image in {} is in use: stop the other agent first", folder.display())]
+    #[error("the image in {place} is in use: stop the other agent first")]
     InUse {
-        /// The folder.
-        folder: PathBuf,
+        /// Where it lies.
+        place: String,
+    },
+    /// The place of the images holds no more files.
+    #[error(
+        "the image needs {needed} files, and the fd store has room for {files_max}, of which {used} are taken: raise \
+         FileDescriptorStoreMax= (and FDSTORE) in the agent's unit"
+    )]
+    ShelfFull {
+        /// Files of this image.
+        needed: usize,
+        /// Files of all images now.
+        used: usize,
+        /// Most files.
+        files_max: usize,
     },
     /// There is a valid image already.
     #[error("there is an image already: open it, or remove it first")]

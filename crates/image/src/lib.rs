@@ -1,7 +1,7 @@
 //! The backup's heart: the memory image of one VM, in files that outlive the process that writes them.
 //!
 //! ```text
-//!   DIR/VM/
+//!   DIR/VM/         (or memory files of these names)
 //!     layout      whose image this is, and its RAM blocks
 //!     ram-0 …     the memory, sparse; a standby maps ram-0 as its RAM
 //!     staging-A   the checkpoint that is committed …
@@ -27,8 +27,9 @@
 //! - An image that a standby has activated is that guest's memory and no longer an image: whoever activates
 //!   must remember it durably and neither open nor synchronise the image again while the guest lives.
 //!
-//! What survives is as durable as the folder: on tmpfs the death of the agent, not of the host. On a disk,
-//! `sync` makes it survive a loss of power as well, at a disk's speed.
+//! What survives is as durable as the [`Shelf`] that the files lie on: in a folder on tmpfs, or as memory files that somebody
+//! keeps for us, the death of the agent, not of the host. On a disk, `sync` makes it survive a loss of power as well, at a
+//! disk's speed.
 //!
 //! Calls block on the file system. [`Image::open`] and [`Image::verify_image`] read the whole image (about a second for
 //! 4 GiB), so a daemon runs them off its event loop.
@@ -48,7 +49,10 @@ mod window;
 
 pub use commit::Expected;
 pub use error::ImageError;
-pub use files::{Area, Crashing, FileName, Files, Fuse, HostFiles, MemFiles};
+pub use files::{
+    Area, Claim, Crashing, FileName, Files, FolderShelf, Fuse, HostFiles, Keeper, KeptShelf, MemFiles,
+    NoSuchFile, Shelf,
+};
 pub use image::{Image, ImageState, Limits, UnusableReason};
 pub use recover::Recovery;
 

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Arc;
 
 use romulus_types::{Digest, RamLayout, VmId};
 
 use crate::digests::DigestTable;
 use crate::error::Named;
-use crate::files::{Area, FileName, Files, HostFiles};
+use crate::files::{Area, FileName, Files, FolderShelf, HostFiles, Shelf};
 use crate::image::{Committed, Phase};
 use crate::memory::{apply_pages, block_ids, digest_all, sync_blocks};
 use crate::slot::{self, COMMIT_FILE_BYTES, CommitRecord, Slot, Verdict};
@@ -25,22 +26,56 @@ pub struct Recovery {
     pub damaged_slots: u8,
 }
 
+/// Files of an image besides one for each RAM block.
+const FILES_BESIDES_RAM: usize = 4;
+
 impl Image<HostFiles> {
+    /// [`create`](Self::create) on a shelf.
+    ///
+    /// # Errors
+    /// As for [`create`](Self::create); [`ImageError::Folder`], [`ImageError::ShelfFull`], [`ImageError::InUse`].
+    pub fn create_on(
+        shelf: &Arc<dyn Shelf>,
+        vm: &VmId,
+        layout: RamLayout,
+        limits: Limits,
+    ) -> Result<Self, ImageError> {
+        let files = FILES_BESIDES_RAM + layout.blocks().len();
+        Self::create(
+            HostFiles::create(Arc::clone(shelf), vm, files)?,
+            vm,
+            layout,
+            limits,
+        )
+    }
+
+    /// [`open`](Self::open) on a shelf.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open); [`ImageError::Folder`], [`ImageError::InUse`].
+    pub fn open_on(shelf: &Arc<dyn Shelf>, vm: &VmId, limits: Limits) -> Result<Self, ImageError> {
+        Self::open(HostFiles::open(Arc::clone(shelf), vm)?, limits)
+    }
+
     /// [`create`](Self::create) in the folder `dir/vm`.
     ///
     /// # Errors
-    /// As for [`create`](Self::create); [`ImageError::Folder`], [`ImageError::InUse`].
+    /// As for [`create_on`](Self::create_on).
     pub fn create_in(dir: &Path, vm: &VmId, layout: RamLayout, limits: Limits) -> Result<Self, ImageError> {
-        Self::create(HostFiles::create(dir, vm)?, vm, layout, limits)
+        Self::create_on(&folder(dir), vm, layout, limits)
     }
 
     /// [`open`](Self::open) in the folder `dir/vm`.
     ///
     /// # Errors
-    /// As for [`open`](Self::open); [`ImageError::Folder`], [`ImageError::InUse`].
+    /// As for [`open_on`](Self::open_on).
     pub fn open_in(dir: &Path, vm: &VmId, limits: Limits) -> Result<Self, ImageError> {
-        Self::open(HostFiles::open(dir, vm)?, limits)
+        Self::open_on(&folder(dir), vm, limits)
     }
+}
+
+fn folder(dir: &Path) -> Arc<dyn Shelf> {
+    Arc::new(FolderShelf::new(dir))
 }
 
 impl<F: Files> Image<F> {

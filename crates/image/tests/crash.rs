@@ -10,7 +10,7 @@ use romulus_image::{
     Crashing, Files, Fuse, HostFiles, Image, ImageError, ImageState, MemFiles, UnusableReason,
 };
 use romulus_types::{Epoch, PageIndex, Session};
-use support::{Model, PAGES, assert_same, layout, limits, page, stage, vm};
+use support::{FILES, Model, PAGES, TestKeeper, assert_same, in_folder, layout, limits, page, stage, vm};
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -303,9 +303,22 @@ proptest! {
         for step in 0..steps_of(&script) {
             let dir = tmpfs_dir();
             let mut allowed = Allowed::default();
-            let files = Crashing::new(HostFiles::create(dir.path(), &vm()).unwrap(), Fuse::at(step, cut));
+            let files = Crashing::new(in_folder(dir.path()), Fuse::at(step, cut));
             run(files, &mut allowed, &script).expect_err("the fuse blows before the script ends");
-            judge(|| HostFiles::open(dir.path(), &vm()).unwrap(), &allowed, step % 7, cut);
+            judge(|| in_folder(dir.path()), &allowed, step % 7, cut);
+        }
+    }
+
+    #[test]
+    fn files_at_a_keeper_keep_the_same_promise_by_what_it_is_known_to_hold(script in script(), cut in 0..=1000u16) {
+        for step in 0..steps_of(&script) {
+            let keeper = TestKeeper::default();
+            let mut allowed = Allowed::default();
+            let files = HostFiles::create(keeper.shelf(FILES), &vm(), FILES).unwrap();
+            run(Crashing::new(files, Fuse::at(step, cut)), &mut allowed, &script)
+                .expect_err("the fuse blows before the script ends");
+            let next_life = || HostFiles::open(keeper.shelf_of_what_is_settled(FILES), &vm()).unwrap();
+            judge(next_life, &allowed, step % 7, cut);
         }
     }
 }

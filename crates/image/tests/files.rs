@@ -5,7 +5,7 @@ mod support;
 use proptest::prelude::*;
 use romulus_image::{FileName, Files, HostFiles, MemFiles};
 use romulus_types::BlockId;
-use support::vm;
+use support::{TestKeeper, in_folder, vm};
 
 const FILE: FileName = FileName::Ram(BlockId(2));
 const BYTES: u64 = 5 * 4096;
@@ -69,19 +69,22 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn memory_and_host_files_hold_the_same_after_the_same_calls(ops in prop::collection::vec(op(), 1..12)) {
+    fn files_in_memory_in_a_folder_and_at_a_keeper_hold_the_same_after_the_same_calls(ops in prop::collection::vec(op(), 1..12)) {
         let dir = tempfile::Builder::new().prefix("romulus-image-").tempdir().unwrap();
-        let mut host = HostFiles::create(dir.path(), &vm()).unwrap();
+        let mut host = in_folder(dir.path());
+        let mut kept = HostFiles::create(TestKeeper::default().shelf(1), &vm(), 1).unwrap();
         let mut mem = MemFiles::new();
-        prop_assert_eq!(host.open(FILE).unwrap(), None);
-        prop_assert_eq!(mem.open(FILE).unwrap(), None);
-        host.create(FILE, BYTES).unwrap();
-        mem.create(FILE, BYTES).unwrap();
+        for files in [&mut host as &mut dyn Files, &mut kept, &mut mem] {
+            prop_assert_eq!(files.open(FILE).unwrap(), None);
+            files.create(FILE, BYTES).unwrap();
+        }
         for op in &ops {
             run(&mut host, op);
+            run(&mut kept, op);
             run(&mut mem, op);
-            let (host, mem) = (contents(&mut host), contents(&mut mem));
+            let (host, kept, mem) = (contents(&mut host), contents(&mut kept), contents(&mut mem));
             prop_assert!(host == mem, "{:?}", op);
+            prop_assert!(kept == mem, "{:?}", op);
             prop_assert!(mem.0 == mem.1, "data outside the ranges of next_data");
         }
     }

@@ -2,9 +2,9 @@
 
 mod support;
 
-use romulus_image::{HostFiles, Image, ImageError};
+use romulus_image::{Image, ImageError};
 use romulus_types::{BlockId, Digest, PageIndex, RamBlock, RamLayout, Session, VmId};
-use support::{committed, layout, limits, page, vm};
+use support::{committed, in_folder, layout, limits, page, vm};
 
 #[test]
 fn an_image_in_a_folder_is_private_sparse_locked_and_removed_whole() {
@@ -58,7 +58,7 @@ fn a_complete_image_is_never_replaced_and_a_cut_file_is_named() {
         .prefix("romulus-image-")
         .tempdir()
         .unwrap();
-    let (image, _) = committed(HostFiles::create(dir.path(), &vm()).unwrap());
+    let (image, _) = committed(in_folder(dir.path()));
     let ram = image.ram_path(BlockId(1));
     drop(image);
     let again = Image::create_in(dir.path(), &VmId::new("guest").unwrap(), layout(), limits());

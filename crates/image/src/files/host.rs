@@ -1,92 +1,78 @@
-//! Files in a folder of the host, `DIR/VM/`, normally on tmpfs.
-//!
-//! The folder is only for its owner (mode 0700, files 0600): it holds a guest's memory. One process at a
-//! time may use it; a lock on the file `lock` sees to that and ends with the process.
+//! The files of one image on this host, wherever its [`Shelf`] has them.
 
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::fmt;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use romulus_types::VmId;
-use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
+use super::shelf::{Claim, Shelf};
 use super::{Area, FileName, Files, not_open};
 use crate::ImageError;
 
-/// The files of one image in a folder of their own.
-#[derive(Debug)]
+type Place = Option<Arc<File>>;
+
+/// The files of one image on this host.
 pub struct HostFiles {
-    folder: PathBuf,
-    layout: Option<File>,
-    commit: Option<File>,
-    staging: [Option<File>; 2],
-    ram: Vec<Option<File>>,
-    _lock: File,
+    shelf: Arc<dyn Shelf>,
+    vm: VmId,
+    layout: Place,
+    commit: Place,
+    staging: [Place; 2],
+    ram: Vec<Place>,
+    _claim: Claim,
 }
 
 impl HostFiles {
-    /// Makes the folder `dir/vm` if need be and locks it.
+    /// Claims a place for the `files` files of a VM's image that is to be made.
     ///
     /// # Errors
-    /// [`ImageError::Folder`] when it cannot be made, [`ImageError::InUse`] when another process has it.
-    pub fn create(dir: &Path, vm: &VmId) -> Result<Self, ImageError> {
-        let folder = dir.join(vm.as_str());
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&folder)
-            .map_err(|source| ImageError::Folder {
-                folder: folder.clone(),
-                source,
-            })?;
-        Self::open(dir, vm)
-    }
-
-    /// Locks the folder `dir/vm`, which must exist.
-    ///
-    /// # Errors
-    /// [`ImageError::Folder`] when it cannot be opened, [`ImageError::InUse`] when another process has it.
-    pub fn open(dir: &Path, vm: &VmId) -> Result<Self, ImageError> {
-        let folder = dir.join(vm.as_str());
-        let lock = open_file(&folder.join("lock"), true).map_err(|source| ImageError::Folder {
-            folder: folder.clone(),
-            source,
-        })?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(ImageError::InUse { folder }),
-            Err(TryLockError::Error(source)) => return Err(ImageError::Folder { folder, source }),
-        }
+    /// [`ImageError::Folder`] when it cannot be made, [`ImageError::ShelfFull`] when there is no room,
+    /// [`ImageError::InUse`] when another process has it.
+    pub fn create(shelf: Arc<dyn Shelf>, vm: &VmId, files: usize) -> Result<Self, ImageError> {
+        let claim = shelf.claim(vm, files)?;
         Ok(Self {
-            folder,
+            shelf,
+            vm: vm.clone(),
             layout: None,
             commit: None,
             staging: [None, None],
             ram: Vec::new(),
-            _lock: lock,
+            _claim: claim,
         })
     }
 
-    /// Where a file lies. A standby maps the one of [`FileName::Ram`].
+    /// Claims the files of an image that was made before.
+    ///
+    /// # Errors
+    /// [`ImageError::Folder`] when they cannot be had, [`ImageError::InUse`] when another process has them.
+    pub fn open(shelf: Arc<dyn Shelf>, vm: &VmId) -> Result<Self, ImageError> {
+        Self::create(shelf, vm, 0)
+    }
+
+    /// Where a file can be opened by another process. A standby maps the one of [`FileName::Ram`].
     pub fn path(&self, name: FileName) -> PathBuf {
-        self.folder.join(name.to_string())
+        self.shelf.path(&self.vm, name)
     }
 
     fn file(&self, name: FileName) -> io::Result<&File> {
         let file = match name {
-            FileName::Layout => self.layout.as_ref(),
-            FileName::Commit => self.commit.as_ref(),
-            FileName::Staging(Area::A) => self.staging[0].as_ref(),
-            FileName::Staging(Area::B) => self.staging[1].as_ref(),
-            FileName::Ram(block) => self.ram.get(usize::from(block.0)).and_then(Option::as_ref),
+            FileName::Layout => self.layout.as_deref(),
+            FileName::Commit => self.commit.as_deref(),
+            FileName::Staging(Area::A) => self.staging[0].as_deref(),
+            FileName::Staging(Area::B) => self.staging[1].as_deref(),
+            FileName::Ram(block) => self.ram.get(usize::from(block.0)).and_then(Option::as_deref),
         };
         file.ok_or_else(|| not_open(name))
     }
 
-    fn place(&mut self, name: FileName) -> &mut Option<File> {
+    fn place(&mut self, name: FileName) -> &mut Place {
         match name {
             FileName::Layout => &mut self.layout,
             FileName::Commit => &mut self.commit,
@@ -103,37 +89,25 @@ impl HostFiles {
     }
 }
 
-/// Opens without following a symbolic link: the folder may lie in a place that others can write to.
-fn open_file(path: &Path, create: bool) -> io::Result<File> {
-    let no_follow = i32::try_from(OFlags::NOFOLLOW.bits()).expect("open flags fit in a C int");
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(create)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(no_follow)
-        .open(path)
+impl fmt::Debug for HostFiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "files of {} on {:?}", self.vm, self.shelf)
+    }
 }
 
 impl Files for HostFiles {
     fn open(&mut self, name: FileName) -> io::Result<Option<u64>> {
-        match open_file(&self.path(name), false) {
-            Ok(file) => {
-                let bytes = file.metadata()?.len();
-                *self.place(name) = Some(file);
-                Ok(Some(bytes))
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        let Some(file) = self.shelf.open(&self.vm, name)? else {
+            return Ok(None);
+        };
+        let bytes = file.metadata()?.len();
+        *self.place(name) = Some(file);
+        Ok(Some(bytes))
     }
 
     fn create(&mut self, name: FileName, bytes: u64) -> io::Result<()> {
-        let file = open_file(&self.path(name), true)?;
-        file.set_len(0)?;
+        let file = self.shelf.create(&self.vm, name)?;
         file.set_len(bytes)?;
-        File::open(&self.folder)?.sync_all()?;
         *self.place(name) = Some(file);
         Ok(())
     }
@@ -167,7 +141,8 @@ impl Files for HostFiles {
     }
 
     fn sync(&mut self, name: FileName) -> io::Result<()> {
-        self.file(name)?.sync_data()
+        self.file(name)?.sync_data()?;
+        self.shelf.settle()
     }
 
     fn next_data(&self, name: FileName, from: u64) -> io::Result<Option<Range<u64>>> {
@@ -195,16 +170,7 @@ impl Files for HostFiles {
             *self.place(name) = None;
         }
         self.ram.clear();
-        // The layout goes first: without it what is left after a crash here is not an image any more.
-        remove_if_there(&self.path(FileName::Layout))?;
-        std::fs::remove_dir_all(&self.folder)
-    }
-}
-
-fn remove_if_there(path: &Path) -> io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
+        self.shelf.remove_all(&self.vm)
     }
 }
 

@@ -2,24 +2,31 @@
 //! tmpfs, in the simulator's memory, and with a crash at any chosen step.
 //!
 //! ```text
-//!   Image<F> ──► Files ──┬── HostFiles      a folder, normally on tmpfs
+//!   Image<F> ──► Files ──┬── HostFiles      files of the host, on a Shelf
 //!                        ├── MemFiles       the simulator's disk, with power loss
 //!                        └── Crashing<F>    any of them, dying at a chosen step
 //! ```
 
 mod crash;
+mod folder;
 mod host;
+mod kept;
 mod mem;
+mod shelf;
 
 use std::fmt;
 use std::io;
 use std::ops::Range;
+use std::str::FromStr;
 
 use romulus_types::BlockId;
 
 pub use crash::{Crashing, Fuse};
+pub use folder::FolderShelf;
 pub use host::HostFiles;
+pub use kept::{Keeper, KeptShelf};
 pub use mem::MemFiles;
+pub use shelf::{Claim, Shelf};
 
 /// One of the two staging areas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -62,6 +69,33 @@ impl fmt::Display for FileName {
             Self::Ram(block) => write!(f, "ram-{}", block.0),
             Self::Staging(Area::A) => f.write_str("staging-A"),
             Self::Staging(Area::B) => f.write_str("staging-B"),
+        }
+    }
+}
+
+/// No file of an image has this name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoSuchFile;
+
+impl FromStr for FileName {
+    type Err = NoSuchFile;
+
+    fn from_str(name: &str) -> Result<Self, NoSuchFile> {
+        let parsed = match name {
+            "layout" => Self::Layout,
+            "commit" => Self::Commit,
+            "staging-A" => Self::Staging(Area::A),
+            "staging-B" => Self::Staging(Area::B),
+            _ => {
+                let number = name.strip_prefix("ram-").and_then(|number| number.parse().ok());
+                Self::Ram(BlockId(number.ok_or(NoSuchFile)?))
+            }
+        };
+        // A number has one way to be written, and so has a name.
+        if parsed.to_string() == name {
+            Ok(parsed)
+        } else {
+            Err(NoSuchFile)
         }
     }
 }

@@ -3,10 +3,20 @@
 #![allow(dead_code, reason = "each test file uses a part of this")]
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 
-use romulus_image::{Expected, Files, Image, ImageError, Limits, device_state_digest};
+use romulus_image::{
+    Area, Expected, FileName, Files, FolderShelf, HostFiles, Image, ImageError, Keeper, KeptShelf, Limits,
+    Shelf, device_state_digest,
+};
 use romulus_page_codec::{ImageDigest, page_digest};
-use romulus_types::{Digest, Epoch, PAGE_BYTES, PageIndex, RamBlock, RamLayout, Session, Term, VmId};
+use romulus_types::{
+    BlockId, Digest, Epoch, PAGE_BYTES, PageIndex, RamBlock, RamLayout, Session, Term, VmId,
+};
 
 pub(crate) type Page = [u8; PAGE_BYTES];
 
@@ -32,6 +42,128 @@ pub(crate) fn limits() -> Limits {
         staging_bytes_kept: 8192,
     }
 }
+
+/// Systemd's place: it holds on to files while the agent is gone. Clones are the same keeper.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct TestKeeper(Arc<Mutex<Kept>>);
+
+#[derive(Debug, Default)]
+struct Kept {
+    held: Vec<(String, OwnedFd)>,
+    /// What it was told and has not done yet, in order.
+    told: Vec<Told>,
+    /// How often it was waited for.
+    settled: usize,
+}
+
+#[derive(Debug)]
+enum Told {
+    Keep(String, OwnedFd),
+    LetGo(String),
+}
+
+impl Kept {
+    fn perform(&mut self, orders: Vec<Told>) {
+        for order in orders {
+            match order {
+                Told::Keep(name, fd) => self.held.push((name, fd)),
+                Told::LetGo(gone) => self.held.retain(|(name, _)| *name != gone),
+            }
+        }
+    }
+}
+
+impl TestKeeper {
+    /// What is held.
+    pub(crate) fn held(&self) -> Vec<(String, OwnedFd)> {
+        let kept = self.0.lock().unwrap();
+        let copy = |(name, fd): &(String, OwnedFd)| (name.clone(), fd.try_clone().unwrap());
+        kept.held.iter().map(copy).collect()
+    }
+
+    /// The next life of the agent, with what is held when everything that was told so far is done.
+    pub(crate) fn shelf(&self, files_max: usize) -> Arc<dyn Shelf> {
+        self.settle().unwrap();
+        self.shelf_of_what_is_settled(files_max)
+    }
+
+    /// The same, of an agent after which nothing was done that had not been waited for.
+    pub(crate) fn shelf_of_what_is_settled(&self, files_max: usize) -> Arc<dyn Shelf> {
+        self.lose_what_is_not_done();
+        Arc::new(
+            KeptShelf::new(Box::new(self.clone()), self.held(), files_max)
+                .unwrap()
+                .0,
+        )
+    }
+
+    /// Does the first `count` things that it was told and has not done.
+    pub(crate) fn do_some(&self, count: usize) {
+        let mut kept = self.0.lock().unwrap();
+        let count = count.min(kept.told.len());
+        let some: Vec<Told> = kept.told.drain(..count).collect();
+        kept.perform(some);
+    }
+
+    fn lose_what_is_not_done(&self) {
+        self.0.lock().unwrap().told.clear();
+    }
+
+    /// Names of what is held.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let kept = self.0.lock().unwrap();
+        kept.held.iter().map(|(name, _)| name.clone()).collect()
+    }
+
+    /// How often it was waited for.
+    pub(crate) fn settled(&self) -> usize {
+        self.0.lock().unwrap().settled
+    }
+}
+
+impl Keeper for TestKeeper {
+    fn keep(&self, name: &str, file: &File) -> io::Result<()> {
+        let told = Told::Keep(name.to_owned(), file.try_clone()?.into());
+        self.0.lock().unwrap().told.push(told);
+        Ok(())
+    }
+
+    fn let_go(&self, name: &str) -> io::Result<()> {
+        self.0.lock().unwrap().told.push(Told::LetGo(name.to_owned()));
+        Ok(())
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        let mut kept = self.0.lock().unwrap();
+        kept.settled += 1;
+        let all = std::mem::take(&mut kept.told);
+        kept.perform(all);
+        Ok(())
+    }
+}
+
+/// The files of a new image of the test guest in a folder.
+pub(crate) fn in_folder(dir: &Path) -> HostFiles {
+    HostFiles::create(Arc::new(FolderShelf::new(dir)), &vm(), FILES).unwrap()
+}
+
+/// The files of an image, in the order in which it makes them, and their lengths in bytes.
+pub(crate) fn files_of(layout: &RamLayout) -> Vec<(FileName, u64)> {
+    let ram = (0..).map(|block| FileName::Ram(BlockId(block)));
+    let ram = ram.zip(layout.blocks().iter().map(|block| block.bytes));
+    [(FileName::Layout, 0)]
+        .into_iter()
+        .chain(ram)
+        .chain([
+            (FileName::Staging(Area::A), 0),
+            (FileName::Staging(Area::B), 0),
+            (FileName::Commit, 8192),
+        ])
+        .collect()
+}
+
+/// Files of an image of the test guest.
+pub(crate) const FILES: usize = 6;
 
 /// 0 is a page of zeros.
 pub(crate) fn page(content: u8) -> Page {
