@@ -11,6 +11,11 @@ fn tell(states: &[NotifyState<'_>]) {
     }
 }
 
+/// Whether systemd runs this host (or container).
+pub fn is_running() -> bool {
+    sd_notify::booted().unwrap_or(false)
+}
+
 /// The daemon does its work from now on.
 pub fn ready() {
     tell(&[NotifyState::Ready]);
