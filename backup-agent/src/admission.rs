@@ -5,10 +5,13 @@
 //! do later. So what counts is what all images and checkpoints may come to take, not what they take now.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 use romulus_config::VmLimits;
+use romulus_hypervisor::launcher::Launcher;
 use romulus_hypervisor::spec::MachineSpec;
+use romulus_image::Shelf;
 
 use crate::standbys::Standbys;
 
@@ -25,6 +28,8 @@ pub struct Admission {
     /// Bytes of all images together.
     pub image_bytes_max: u64,
     /// Where the images lie.
+    pub shelf: Arc<dyn Shelf>,
+    /// Where they lie if it is a folder, and what belongs to them.
     pub image_dir: PathBuf,
     /// How standbys are made.
     pub standbys: Standbys,
@@ -46,8 +51,8 @@ pub struct Claims {
 struct Room {
     /// Memory that could be used without swapping.
     available_bytes: u64,
-    /// Size of the file system of the images.
-    file_system_bytes: u64,
+    /// Size of the file system of the images, if they lie in one.
+    place_bytes: u64,
 }
 
 /// What checkpoints of a guest of this size may take.
@@ -64,7 +69,9 @@ impl Admission {
     /// What is missing, and what to do.
     pub fn check_machine(&self, machine: &MachineSpec) -> anyhow::Result<()> {
         let run_dir = self.image_dir.join(".admission");
-        let standby = self.standbys.prepare(machine, &run_dir, "romchk");
+        let standby = self
+            .standbys
+            .prepare(machine, &run_dir, "romchk", Launcher::Session);
         standby.map(drop).context("no standby can be had here")
     }
 
@@ -75,11 +82,12 @@ impl Admission {
     /// What is short, with the figures and what to do.
     pub fn check_room(&self, image_bytes: u64, limits: &VmLimits, others: &Claims) -> anyhow::Result<()> {
         let available_bytes = available_bytes().context("could not read /proc/meminfo")?;
-        let status = rustix::fs::statvfs(&self.image_dir)
+        let place_bytes = self.shelf.size_bytes();
+        let place_bytes = place_bytes
             .with_context(|| format!("could not ask for the size of {}", self.image_dir.display()))?;
         let room = Room {
             available_bytes,
-            file_system_bytes: status.f_blocks.saturating_mul(status.f_frsize),
+            place_bytes: place_bytes.unwrap_or(u64::MAX),
         };
         self.fits(image_bytes, limits, others, &room)
     }
@@ -108,12 +116,12 @@ impl Admission {
             .saturating_add(others.staging_bytes)
             .saturating_add(staging_bytes(image_bytes, limits));
         ensure!(
-            claimed <= room.file_system_bytes,
+            claimed <= room.place_bytes,
             "the file system of the backup's images is too small: images and checkpoints may come to {} MiB with this \
              guest, {} has {} MiB (enlarge it, name another with image_dir, or lower staging_bytes_max of the agent)",
             claimed >> 20,
             self.image_dir.display(),
-            room.file_system_bytes >> 20
+            room.place_bytes >> 20
         );
         let available = room.available_bytes.saturating_add(others.used_bytes);
         ensure!(
@@ -149,6 +157,7 @@ mod tests {
     fn admission() -> Admission {
         Admission {
             image_bytes_max: 16 * GIB,
+            shelf: Arc::new(romulus_image::FolderShelf::new("/dev/shm")),
             image_dir: "/dev/shm".into(),
             standbys: Standbys { vmms: vec![] },
         }
@@ -175,7 +184,7 @@ mod tests {
     fn refusal(others: &Claims, available_bytes: u64, file_system_bytes: u64) -> Option<String> {
         let room = Room {
             available_bytes,
-            file_system_bytes,
+            place_bytes: file_system_bytes,
         };
         let fits = admission().fits(4 * GIB, &limits(None), others, &room);
         fits.err().map(|error| error.to_string())
@@ -214,7 +223,7 @@ mod tests {
         }
         let room = Room {
             available_bytes: 64 * GIB,
-            file_system_bytes: 64 * GIB,
+            place_bytes: 64 * GIB,
         };
         let own = |memory_max| admission().fits(4 * GIB, &limits(Some(memory_max)), &claims(0, 0), &room);
         assert!(own(4 * GIB).is_ok());

@@ -6,6 +6,7 @@ use anyhow::Context;
 use net_buffer::{Announcer, Announcing, LearntAddress, Mac, join_bridge};
 use romulus_config::StandbyKind;
 use romulus_hypervisor::fault;
+use romulus_hypervisor::launcher::Launcher;
 use romulus_hypervisor::spec::Nic;
 use romulus_hypervisor::standby::{Committed, Standby, StandbyError};
 use romulus_types::{BlockId, VmId};
@@ -24,6 +25,8 @@ pub struct GuestConfig {
     pub standby: StandbyKind,
     /// How standbys are made.
     pub standbys: Standbys,
+    /// What starts them.
+    pub launcher: Launcher,
     /// The bridge that its taps join at activation.
     pub bridge: Option<String>,
     /// Compare the standby's memory with the commit before its guest runs.
@@ -112,7 +115,8 @@ impl Guest {
         if self.standby.is_none() {
             let machine = image.machine()?;
             let (run_dir, taps) = (&self.config.run_dir, self.tap_prefix());
-            let standby = self.config.standbys.prepare(machine, run_dir, &taps)?;
+            let launcher = self.config.launcher.clone();
+            let standby = self.config.standbys.prepare(machine, run_dir, &taps, launcher)?;
             for difference in standby.differences() {
                 info!(
                     vm = self.config.vm.as_str(),

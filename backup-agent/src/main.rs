@@ -8,6 +8,7 @@ mod guest;
 mod inbox;
 mod listener;
 mod pace;
+mod place;
 mod receive;
 mod registry;
 mod session;
@@ -18,12 +19,15 @@ mod store;
 mod vm_driver;
 mod vm_image;
 
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Parser;
+use romulus_host_sys::SysError;
 use romulus_host_sys::process_clock::Clock;
+use romulus_image::Shelf;
 use romulus_transport::{Endpoint, Identity, Service, WitnessClient};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info};
@@ -36,8 +40,10 @@ use crate::standbys::Standbys;
 use crate::starts::Starts;
 
 fn main() -> ExitCode {
+    // Before anything else is opened.
+    let inherited = romulus_host_sys::take_inherited_files();
     let Command::Run(options) = Args::parse().command;
-    match start(*options) {
+    match start(*options, inherited) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!(error = format!("{error:#}"), "ended");
@@ -47,17 +53,26 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(options: args::RunOptions) -> anyhow::Result<()> {
+fn start(
+    options: args::RunOptions,
+    inherited: Result<Vec<(String, OwnedFd)>, SysError>,
+) -> anyhow::Result<()> {
     let settings = options.settings()?;
     romulus_telemetry::log::init(&settings.log)?;
+    let inherited = inherited.context("what systemd handed over can't be taken")?;
+    let shelf = place::shelf(&settings, inherited)?;
     romulus_host_sys::priority::raise();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(run(settings, options.state_dir))
+    runtime.block_on(run(settings, options.state_dir, shelf))
 }
 
-async fn run(settings: romulus_config::BackupAgent, state_dir: std::path::PathBuf) -> anyhow::Result<()> {
+async fn run(
+    settings: romulus_config::BackupAgent,
+    state_dir: std::path::PathBuf,
+    shelf: Arc<dyn Shelf>,
+) -> anyhow::Result<()> {
     std::fs::create_dir_all(&state_dir).with_context(|| format!("could not make {}", state_dir.display()))?;
     let identity = Identity::load(&settings.pki_dir)?;
     let host = settings.host.clone().unwrap_or_else(|| identity.host().clone());
@@ -77,6 +92,7 @@ async fn run(settings: romulus_config::BackupAgent, state_dir: std::path::PathBu
     let (admin_socket, listen) = (settings.admin_socket.clone(), settings.listen);
     let admission = Arc::new(Admission {
         image_bytes_max: settings.image_bytes_max.bytes(),
+        shelf: Arc::clone(&shelf),
         image_dir: settings.image_dir.clone(),
         standbys: Standbys {
             vmms: settings.vmm.clone(),
@@ -91,6 +107,7 @@ async fn run(settings: romulus_config::BackupAgent, state_dir: std::path::PathBu
         clock: Clock::start(),
         state_dir,
         starts,
+        shelf,
     });
     registry.recover()?;
     let routes = admin::router(admin::Admin {

@@ -1,7 +1,7 @@
 //! The VMs of this agent: each has a driver task, a store thread and a witness task. Bounded in number.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,6 +12,7 @@ use romulus_config::{BackupAgent, VmLimits};
 use romulus_host_sys::durable;
 use romulus_host_sys::process_clock::Clock;
 use romulus_hypervisor::spec::MachineSpec;
+use romulus_image::Shelf;
 use romulus_protocol::{
     Answer, Ask, Backup, BackupConfig, BackupEvent, BackupOrder, ImageStatus, Mode, NotProtected, Protection,
     Remembered, WitnessRequest,
@@ -24,6 +25,7 @@ use tracing::{debug, error, info, warn};
 use crate::admission::{Admission, Claims, staging_bytes};
 use crate::guest::{Guest, GuestConfig};
 use crate::inbox::{EventSink, INBOX_MAX, Input};
+use crate::place;
 use crate::standbys::Standbys;
 use crate::starts::Starts;
 use crate::status::VmStatus;
@@ -50,6 +52,8 @@ pub struct Shared {
     pub state_dir: PathBuf,
     /// Whose guest is started when.
     pub starts: Starts,
+    /// Where images lie.
+    pub shelf: Arc<dyn Shelf>,
 }
 
 /// Why a VM is not given up.
@@ -114,13 +118,10 @@ impl Registry {
     pub fn recover(&self) -> anyhow::Result<()> {
         let dir = &self.shared.settings.image_dir;
         private_folder(dir)?;
-        for entry in std::fs::read_dir(dir)? {
-            let entry = entry?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if entry.file_type()?.is_dir()
-                && let Ok(vm) = VmId::new(name)
-                && let Err(error) = self.vm(&mut self.lock(), &vm)
-            {
+        let mut found: BTreeSet<VmId> = self.shared.shelf.vms()?.into_iter().collect();
+        found.extend(VmImage::consumed(dir)?);
+        for vm in found {
+            if let Err(error) = self.vm(&mut self.lock(), &vm) {
                 error!(
                     event = "image_unusable",
                     vm = vm.as_str(),
@@ -201,7 +202,7 @@ impl Registry {
             staging_bytes_max: vm_limits.staging_bytes_max.bytes(),
             ..romulus_image::Limits::default()
         };
-        let mut image = VmImage::open(&shared.settings.image_dir, vm, limits)?;
+        let mut image = VmImage::open(&shared.shelf, &shared.settings.image_dir, vm, limits)?;
         let guest = self.find_guest(vm, &mut image, &status);
         status.set_image_bytes(image.touched_bytes());
         let known = image.machine().map_or(0, |machine| machine.layout.bytes());
@@ -288,6 +289,7 @@ impl Registry {
             standbys: Standbys {
                 vmms: settings.vmm.clone(),
             },
+            launcher: place::launcher(settings.standby_units, vm),
             bridge: settings.bridge.clone(),
             verify_activation: settings.verify_activation,
             // No VM's name begins with a dot, so this is taken for no image.

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::Context;
 use romulus_config::Vmm;
 use romulus_hypervisor::kvm::standby::{KvmStandby, StandbyOptions as KvmOptions};
+use romulus_hypervisor::launcher::Launcher;
 use romulus_hypervisor::qemu::standby::{QemuStandby, StandbyOptions as QemuOptions};
 use romulus_hypervisor::spec::{Hypervisor, MachineSpec};
 use romulus_hypervisor::standby::Standby;
@@ -18,7 +19,7 @@ pub struct Standbys {
 
 impl Standbys {
     /// Checks that this host can be a standby for the machine, and prepares one in `run_dir`, with taps whose names begin
-    /// with `tap_prefix`.
+    /// with `tap_prefix` and machines that `launcher` starts.
     ///
     /// # Errors
     /// What is missing or different here, and what to do.
@@ -27,15 +28,18 @@ impl Standbys {
         machine: &MachineSpec,
         run_dir: &Path,
         tap_prefix: &str,
+        launcher: Launcher,
     ) -> anyhow::Result<Box<dyn Standby>> {
         match &machine.hypervisor {
             Hypervisor::Qemu(_) => {
-                let options = QemuOptions::new(run_dir, tap_prefix);
+                let mut options = QemuOptions::new(run_dir, tap_prefix);
+                options.launcher = launcher;
                 let standby = QemuStandby::prepare(machine, options).context("the standby's command line")?;
                 Ok(Box::new(standby))
             }
             Hypervisor::Kvm(own) => {
-                let options = KvmOptions::new(run_dir, tap_prefix, self.command(&own.vmm)?);
+                let mut options = KvmOptions::new(run_dir, tap_prefix, self.command(&own.vmm)?);
+                options.launcher = launcher;
                 Ok(Box::new(KvmStandby::prepare(machine, options)?))
             }
             Hypervisor::Fake => anyhow::bail!("a fake machine has no standby outside of tests"),

@@ -7,7 +7,7 @@ use anyhow::{Context, anyhow};
 use romulus_host_sys::durable;
 use romulus_hypervisor::fault;
 use romulus_hypervisor::spec::MachineSpec;
-use romulus_image::{HostFiles, Image, ImageError, ImageState, Limits, UnusableReason};
+use romulus_image::{HostFiles, Image, ImageError, ImageState, Limits, Shelf, UnusableReason};
 use romulus_page_codec::Page;
 use romulus_protocol::ImageStatus;
 use romulus_types::{BlockId, Digest, Epoch, PageIndex, Session, VmId};
@@ -28,8 +28,14 @@ pub struct Committed {
     pub epoch: Epoch,
 }
 
-/// One VM's image in its folder.
+/// What the name of the mark of a consumed image ends with.
+const CONSUMED: &str = ".consumed";
+
+/// One VM's image, and the notes beside it: the machine that it is of, and whether a guest was started from it. They are files in a
+/// folder wherever the image lies, so that a guest is found again even when its image is gone.
 pub struct VmImage {
+    shelf: Arc<dyn Shelf>,
+    /// Where the notes beside it lie.
     dir: PathBuf,
     vm: VmId,
     limits: Limits,
@@ -38,12 +44,13 @@ pub struct VmImage {
 }
 
 impl VmImage {
-    /// Opens what an earlier life left in `dir`, if it is whole; anything else is removed and copied again.
+    /// Opens what an earlier life left on `shelf` and in `dir`, if it is whole; anything else is removed and copied again.
     ///
     /// # Errors
     /// When the folder can't be used.
-    pub fn open(dir: &Path, vm: &VmId, limits: Limits) -> anyhow::Result<Self> {
+    pub fn open(shelf: &Arc<dyn Shelf>, dir: &Path, vm: &VmId, limits: Limits) -> anyhow::Result<Self> {
         let mut this = Self {
+            shelf: Arc::clone(shelf),
             dir: dir.into(),
             vm: vm.clone(),
             limits,
@@ -55,10 +62,10 @@ impl VmImage {
             this.machine = this.read_machine();
             return Ok(this);
         }
-        if !this.folder().exists() {
+        if !shelf.has(vm) {
             return Ok(this);
         }
-        match Image::open_in(dir, vm, limits) {
+        match Image::open_on(shelf, vm, limits) {
             Ok(image) => {
                 info!(vm = vm.as_str(), state = %image.state(), "found an image");
                 this.image = Some(image);
@@ -70,15 +77,28 @@ impl VmImage {
                 | ImageError::Version { .. }),
             ) => {
                 warn!(vm = vm.as_str(), %error, "the image of an earlier life can't be used; it will be copied again");
-                std::fs::remove_dir_all(this.folder()).context("could not remove it")?;
+                shelf.remove_all(vm).context("could not remove it")?;
             }
             Err(error) => return Err(error).context("the image of an earlier life can't be opened"),
         }
         Ok(this)
     }
 
-    fn folder(&self) -> PathBuf {
-        self.dir.join(self.vm.as_str())
+    /// The VMs from whose images guests were started, by the marks in `dir`.
+    ///
+    /// # Errors
+    /// When the folder can't be read.
+    pub fn consumed(dir: &Path) -> std::io::Result<Vec<VmId>> {
+        let mut vms = Vec::new();
+        for entry in std::fs::read_dir(dir)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            // A folder of this name is the image of a VM that is called so.
+            if entry.file_type()?.is_file() {
+                vms.extend(name.strip_suffix(CONSUMED).and_then(|vm| VmId::new(vm).ok()));
+            }
+        }
+        Ok(vms)
     }
 
     fn machine_file(&self) -> PathBuf {
@@ -86,7 +106,7 @@ impl VmImage {
     }
 
     fn consumed_file(&self) -> PathBuf {
-        self.dir.join(format!("{}.consumed", self.vm))
+        self.dir.join(format!("{}{CONSUMED}", self.vm))
     }
 
     fn read_machine(&self) -> Option<Arc<MachineSpec>> {
@@ -136,13 +156,15 @@ impl VmImage {
                     .context("could not remove the image of another machine")?;
             }
         }
-        if self.image.is_none() && self.folder().exists() {
-            std::fs::remove_dir_all(self.folder()).context("could not remove a consumed image")?;
+        if self.image.is_none() {
+            self.shelf
+                .remove_all(&self.vm)
+                .context("could not remove a consumed image")?;
         }
         let image = match &mut self.image {
             Some(image) => image,
             None => self.image.insert(
-                Image::create_in(&self.dir, &self.vm, machine.layout.clone(), self.limits)
+                Image::create_on(&self.shelf, &self.vm, machine.layout.clone(), self.limits)
                     .context("could not make the image")?,
             ),
         };
@@ -167,11 +189,13 @@ impl VmImage {
             return Ok(());
         }
         self.image = None;
-        match Image::open_in(&self.dir, &self.vm, self.limits) {
+        match Image::open_on(&self.shelf, &self.vm, self.limits) {
             Ok(image) => self.image = Some(image),
             Err(error) => {
                 warn!(vm = self.vm.as_str(), %error, "an image that could not be written is removed");
-                std::fs::remove_dir_all(self.folder()).context("could not remove an image")?;
+                self.shelf
+                    .remove_all(&self.vm)
+                    .context("could not remove an image")?;
             }
         }
         Ok(())
@@ -267,10 +291,10 @@ impl VmImage {
     /// # Errors
     /// When the image or the mark can't be read or removed.
     pub fn reclaim(&mut self) -> anyhow::Result<bool> {
-        if self.machine.is_none() || !self.folder().exists() {
+        if self.machine.is_none() || !self.shelf.has(&self.vm) {
             return Ok(false);
         }
-        let image = Image::open_in(&self.dir, &self.vm, self.limits).context("the consumed image")?;
+        let image = Image::open_on(&self.shelf, &self.vm, self.limits).context("the consumed image")?;
         if !matches!(image.state(), ImageState::Committed { .. }) {
             return Ok(false);
         }
@@ -311,10 +335,9 @@ impl VmImage {
         self.machine = None;
         remove_file(&self.machine_file())?;
         self.image = None;
-        if self.folder().exists() {
-            std::fs::remove_dir_all(self.folder())
-                .with_context(|| format!("could not remove {}", self.folder().display()))?;
-        }
+        self.shelf
+            .remove_all(&self.vm)
+            .context("could not remove the image")?;
         remove_file(&self.consumed_file())
     }
 

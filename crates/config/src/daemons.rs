@@ -179,6 +179,32 @@ pub enum StandbyKind {
     Cold,
 }
 
+/// Where the agent keeps the files of its images.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeepImages {
+    /// In systemd's fd store when the unit has one, otherwise in the folder.
+    #[default]
+    Auto,
+    /// In `image_dir`.
+    Folder,
+    /// As memory files in systemd's fd store.
+    FdStore,
+}
+
+/// What a standby's process belongs to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StandbyUnits {
+    /// A scope of its own when systemd started the agent, otherwise nothing.
+    #[default]
+    Auto,
+    /// A systemd scope of its own, so that stopping the agent's unit leaves it alone.
+    Scope,
+    /// Whatever the agent belongs to.
+    None,
+}
+
 /// `[[vmm]]` of the backup agent: how a standby of one kind of VMM is started. QEMU needs none.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -205,8 +231,13 @@ pub struct BackupAgent {
     pub pki_dir: PathBuf,
     /// The admin socket. Default `/run/romulus/backup-agent.sock`.
     pub admin_socket: PathBuf,
-    /// Where memory images are kept; a tmpfs. Default `/dev/shm/romulus`.
+    /// Where memory images are kept, unless they are in the fd store, and what belongs to them; a tmpfs. Default
+    /// `/dev/shm/romulus`.
     pub image_dir: PathBuf,
+    /// Whether the images lie in `image_dir` or in systemd's fd store. Default auto.
+    pub keep_images: KeepImages,
+    /// Whether every standby is a systemd unit of its own. Default auto.
+    pub standby_units: StandbyUnits,
     /// Bytes of all memory images together. Default 16 GiB.
     pub image_bytes_max: ByteSize,
     /// Bytes of one VM's checkpoint that is being received. Default 256 MiB.
@@ -258,6 +289,8 @@ impl Default for BackupAgent {
             pki_dir: PKI_DIR.into(),
             admin_socket: format!("{RUN_DIR}/backup-agent.sock").into(),
             image_dir: "/dev/shm/romulus".into(),
+            keep_images: KeepImages::default(),
+            standby_units: StandbyUnits::default(),
             image_bytes_max: ByteSize::from_gib(16),
             staging_bytes_max: ByteSize::from_mib(256),
             vms_max: 16,

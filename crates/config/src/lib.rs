@@ -22,7 +22,10 @@ mod vms;
 
 pub use check::Invalid;
 pub use common::{Failover, Log, LogFormat, Metrics, Network};
-pub use daemons::{BackupAgent, Epochs, Memory, PKI_DIR, RUN_DIR, Replicator, StandbyKind, Vmm, Witness};
+pub use daemons::{
+    BackupAgent, Epochs, KeepImages, Memory, PKI_DIR, RUN_DIR, Replicator, StandbyKind, StandbyUnits, Vmm,
+    Witness,
+};
 pub use load::{DROP_INS_MAX, FILE_BYTES_MAX, Settings, default_path, load};
 pub use peer::{PeerAddress, PeerAddressError};
 pub use quantity::{ByteSize, SizeError};

@@ -15,6 +15,7 @@ pub mod fake;
 pub mod fault;
 mod host;
 pub mod kvm;
+pub mod launcher;
 mod memory_check;
 mod process;
 pub mod qemu;

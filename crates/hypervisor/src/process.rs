@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use romulus_host_sys::PidFd;
 
+use crate::launcher::Launcher;
 use crate::standby::StandbyError;
 
 /// How much of stderr is kept, in bytes.
@@ -43,12 +44,13 @@ impl Process {
     /// anything of ours. `what` it is stands in messages.
     pub(crate) fn spawn(
         what: &str,
-        launcher: &[String],
+        launcher: &Launcher,
         argv: &[String],
         folder: &Path,
     ) -> Result<Self, StandbyError> {
-        let words: Vec<&String> = launcher.iter().chain(argv).collect();
-        let mut child = Command::new(words[0])
+        let mut words = launcher.words()?;
+        words.extend_from_slice(argv);
+        let mut child = Command::new(&words[0])
             .args(&words[1..])
             .current_dir(folder)
             .env_clear()

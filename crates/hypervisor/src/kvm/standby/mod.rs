@@ -27,6 +27,7 @@ use romulus_vmm_attach::proto::{MachineInfo, Region};
 
 use crate::fault;
 use crate::host::processor;
+use crate::launcher::Launcher;
 use crate::memory_check::{add_file, judge, shared_mappings, unreadable};
 use crate::process::Process;
 use crate::spec::{Hypervisor, KvmMachine, MachineSpec};
@@ -42,8 +43,8 @@ pub struct StandbyOptions {
     pub tap_prefix: String,
     /// The operator's command for a standby of this kind of VMM: a program by its absolute path, and its first arguments.
     pub command: Vec<String>,
-    /// What starts it: it must exec, so that the process stays the same. By default `setsid`.
-    pub launcher: Vec<String>,
+    /// What starts it.
+    pub launcher: Launcher,
     /// How long it may take to start.
     pub start_timeout: Duration,
     /// How long it may take to build a machine, to load a checkpoint and to run it, each.
@@ -57,7 +58,7 @@ impl StandbyOptions {
             run_dir: run_dir.as_ref().to_owned(),
             tap_prefix: tap_prefix.into(),
             command,
-            launcher: vec!["setsid".into()],
+            launcher: Launcher::Session,
             start_timeout: Duration::from_secs(15),
             load_timeout: Duration::from_secs(15),
         }

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use crate::fault;
 use crate::host::processor;
+use crate::launcher::Launcher;
 use crate::process::Process;
 use crate::qemu::cmdline::{Derived, Plan, derive, taps_needed};
 use crate::qemu::qmp::{Monitor, Qmp, QmpError};
@@ -39,8 +40,8 @@ pub struct StandbyOptions {
     pub name: String,
     /// Log the guest's first serial line to `serial` in the machine's folder. The log grows without limit.
     pub log_serial: bool,
-    /// What starts QEMU, before its command line: it must exec, so that the process stays the same. By default `setsid`.
-    pub launcher: Vec<String>,
+    /// What starts it.
+    pub launcher: Launcher,
     /// How long QEMU may take to start.
     pub start_timeout: Duration,
     /// How long it may take to load a checkpoint.
@@ -55,7 +56,7 @@ impl StandbyOptions {
             tap_prefix: tap_prefix.into(),
             name: "standby".into(),
             log_serial: false,
-            launcher: vec!["setsid".into()],
+            launcher: Launcher::Session,
             start_timeout: Duration::from_secs(15),
             load_timeout: Duration::from_secs(15),
         }
