@@ -166,9 +166,12 @@ impl Alone {
         let mut out = BlobWriter::begin(&mut self.state, vcpus);
         for index in 0..vcpus {
             let (saver, vm) = (&mut parts.saver, &parts.vm);
+            let delivered = parts.vcpus.timer_delivered(index.into());
             parts
                 .vcpus
-                .with(index.into(), |fd| saver.save_vcpu(vm, index, fd, &mut out))
+                .with(index.into(), |fd| {
+                    saver.save_vcpu(vm, index, fd, delivered, &mut out)
+                })
                 .map_err(Unable::failed("reaching a vCPU"))?
                 .map_err(Unable::failed("saving a vCPU"))?;
         }

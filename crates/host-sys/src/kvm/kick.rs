@@ -8,7 +8,10 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_ioctls::VcpuFd;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::time::{ClockId, Timespec};
 
+use super::signals::SignalsWait;
+use super::{ioctl, request};
 use crate::SysError;
 
 /// Bytes of the run page that are mapped: its first page has all that is needed here.
@@ -85,6 +88,58 @@ pub fn allow_kicks() -> Result<(), SysError> {
         return Err(SysError::last("sigaction"));
     }
     Ok(())
+}
+
+/// Has `run` call `KVM_RUN` with a kick pending that nothing but `KVM_RUN` sees: each call does all that comes before
+/// entering the guest and after leaving it, such as moving the interrupt of a timer that has expired into the local
+/// APIC, and ends with EINTR. With `immediate_exit` it would end before that.
+///
+/// On the vCPU's own thread, as the kernel remembers who ran a vCPU last.
+///
+/// # Errors
+/// The kernel's, and then `run` was not called, or the vCPU has kept its mask of signals: no `KVM_RUN` can be ended by a
+/// signal any more.
+pub fn with_kick_pending<R>(vcpu: &mut VcpuFd, run: impl FnOnce(&mut VcpuFd) -> R) -> Result<R, SysError> {
+    // Taken when this ends, at the latest: its handler does nothing.
+    let waits = SignalsWait::new()?;
+    set_signal_mask(vcpu, Some(waits.all_but(libc::SIGRTMIN())))?;
+    kick_thread(current_thread_id());
+    let result = run(vcpu);
+    set_signal_mask(vcpu, None)?;
+    Ok(result)
+}
+
+/// Waits until the kernel has done what timers of this CPU have to do that expired before. Between the moment at which
+/// a timer expires and its interrupt the hardware, or the host of a nested one, takes its time.
+pub fn settle_timers() {
+    // A sleep that is over before it begins is a timer that has expired: it is served together with the others, or after.
+    let begin = Timespec {
+        tv_sec: 0,
+        tv_nsec: 1,
+    };
+    // An interruption comes from the same kernel, after its interrupts.
+    let _ = rustix::thread::clock_nanosleep_absolute(ClockId::Monotonic, &begin);
+}
+
+/// `struct kvm_signal_mask`, for a kernel's set of 64 signals.
+#[repr(C)]
+struct SignalMask {
+    bytes: u32,
+    blocked: [u8; 8],
+}
+
+/// The size that the ioctl carries in its number: that of the struct without its flexible end.
+const KVM_SET_SIGNAL_MASK: u64 = request(1, 0x8b, size_of::<u32>());
+
+/// Which signals (bit n: number n + 1) wait while the vCPU is in `KVM_RUN`; `None`: those that wait otherwise, too.
+fn set_signal_mask(vcpu: &VcpuFd, blocked: Option<u64>) -> Result<(), SysError> {
+    let mask = blocked.map(|blocked| SignalMask {
+        bytes: 8,
+        blocked: blocked.to_ne_bytes(),
+    });
+    let argument = mask.as_ref().map_or(0, |mask| std::ptr::from_ref(mask) as u64);
+    // SAFETY: null, or a live struct that is followed by as many bytes of a mask as it says.
+    unsafe { ioctl("KVM_SET_SIGNAL_MASK", vcpu, KVM_SET_SIGNAL_MASK, argument) }.map(drop)
 }
 
 /// The id of the calling thread, for [`kick_thread`].

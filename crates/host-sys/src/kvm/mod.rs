@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `slots` | a VM's memory slots: mapping, dirty logging on and off, the dirty log |
 //! | `ring` | a vCPU's dirty ring |
-//! | `kick` | making a vCPU leave the guest: the run page's `immediate_exit` and a signal |
+//! | `kick` | making a vCPU leave the guest, or not enter it: the run page's `immediate_exit` and a signal |
 //! | `registers` | XSAVE of any size, the TSC offset |
 //!
 //! Source of all layouts and numbers: the kernel's documentation of its API, `Documentation/virt/kvm/api.rst`
@@ -20,7 +20,7 @@ use std::os::fd::AsRawFd;
 
 use crate::SysError;
 
-pub use kick::{RunPage, allow_kicks, current_thread_id, kick_thread};
+pub use kick::{RunPage, allow_kicks, current_thread_id, kick_thread, settle_timers, with_kick_pending};
 pub use registers::{get_tsc_offset, get_xsave, set_tsc_offset, set_xsave, xsave_area_bytes};
 pub use ring::DirtyRing;
 pub use slots::KvmSlots;

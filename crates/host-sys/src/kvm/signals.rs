@@ -33,6 +33,11 @@ impl SignalsWait {
             _on_this_thread: PhantomData,
         })
     }
+
+    /// The kernel's mask of all signals but one: bit n stands for signal n + 1.
+    pub(super) fn all_but(&self, signal: libc::c_int) -> u64 {
+        !(1 << (signal - 1))
+    }
 }
 
 impl Drop for SignalsWait {

@@ -4,8 +4,8 @@
 //! time in between. So a timer counts as lost only when it was seen overdue twice, [`GRACE_NS`] and [`LOOKS`] looks
 //! apart: no single jump makes both.
 //!
-//! An interrupt that nobody asked for, or that comes before its time, is counted as spurious and taken for no timer's: a
-//! restored local APIC of KVM fires a one-shot timer again that had fired before.
+//! An interrupt that nobody asked for, or that comes before its time, is wrong as well: a timer that had fired before was
+//! restored as if it had not.
 
 use core::fmt;
 
@@ -16,16 +16,30 @@ pub const LOOKS: u32 = 16;
 /// By how much an interrupt may come before its time: this, in nanoseconds, and a hundredth of the time it was armed for.
 pub const EARLY_NS: u64 = 100_000;
 
-/// A timer's interrupt does not come.
+/// A timer does not do what it was armed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TimerLost {
-    /// For how long it is overdue, in nanoseconds.
-    pub overdue_ns: u64,
+pub enum TimerWrong {
+    /// Its interrupt does not come.
+    Lost {
+        /// For how long it is overdue, in nanoseconds.
+        overdue_ns: u64,
+    },
+    /// An interrupt comes too early for it.
+    Early {
+        /// How much too early, in nanoseconds.
+        early_ns: u64,
+    },
+    /// An interrupt comes when none is armed.
+    Unasked,
 }
 
-impl fmt::Display for TimerLost {
+impl fmt::Display for TimerWrong {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the timer interrupt is {} ns overdue", self.overdue_ns)
+        match self {
+            TimerWrong::Lost { overdue_ns } => write!(f, "the timer interrupt is {overdue_ns} ns overdue"),
+            TimerWrong::Early { early_ns } => write!(f, "the timer interrupt is {early_ns} ns early"),
+            TimerWrong::Unasked => write!(f, "a timer interrupt came that was not asked for"),
+        }
     }
 }
 
@@ -51,7 +65,6 @@ impl Overdue {
 #[derive(Debug, Clone, Default)]
 pub struct TimerWatch {
     armed: u64,
-    spurious: u64,
     /// Interrupts that are accounted for.
     seen: u64,
     pending: Option<Pending>,
@@ -71,19 +84,18 @@ impl TimerWatch {
         self.armed
     }
 
-    /// Interrupts that were no timer's.
-    #[must_use]
-    pub fn spurious(&self) -> u64 {
-        self.spurious
-    }
-
     /// When the pending timer will fire, in nanoseconds of kvmclock.
     #[must_use]
     pub fn deadline(&self) -> Option<u64> {
         self.pending.map(|pending| pending.deadline_ns)
     }
 
-    /// Notes that the timer is about to be armed at `now_ns` for `deadline_ns`, instead of what is pending.
+    /// Notes that the timer was taken back, if it had not fired: [`TimerWatch::observe`] has looked since.
+    pub fn take_back(&mut self) {
+        self.pending = None;
+    }
+
+    /// Notes that the timer, which is not pending, is about to be armed at `now_ns` for `deadline_ns`.
     pub fn arm(&mut self, now_ns: u64, deadline_ns: u64) {
         self.armed += 1;
         self.pending = Some(Pending {
@@ -96,21 +108,18 @@ impl TimerWatch {
     /// Looks at the count of interrupts; `now_ns` must have been read after it.
     ///
     /// # Errors
-    /// [`TimerLost`] when the pending timer does not fire.
-    pub fn observe(&mut self, now_ns: u64, fired: u64) -> Result<(), TimerLost> {
+    /// [`TimerWrong`]; nothing it says afterwards means anything.
+    pub fn observe(&mut self, now_ns: u64, fired: u64) -> Result<(), TimerWrong> {
         while self.seen < fired {
             self.seen += 1;
-            if self.pending.is_some_and(|pending| pending.may_have_fired(now_ns)) {
-                self.pending = None;
-            } else {
-                self.spurious += 1;
-            }
+            let pending = self.pending.take().ok_or(TimerWrong::Unasked)?;
+            pending.fire(now_ns)?;
         }
         let Some(pending) = &mut self.pending else {
             return Ok(());
         };
         if now_ns >= pending.deadline_ns && pending.overdue.look(now_ns) {
-            return Err(TimerLost {
+            return Err(TimerWrong::Lost {
                 overdue_ns: now_ns - pending.deadline_ns,
             });
         }
@@ -119,9 +128,13 @@ impl TimerWatch {
 }
 
 impl Pending {
-    fn may_have_fired(&self, now_ns: u64) -> bool {
-        let early_ns = EARLY_NS + self.deadline_ns.saturating_sub(self.armed_at_ns) / 100;
-        now_ns.saturating_add(early_ns) >= self.deadline_ns
+    fn fire(&self, now_ns: u64) -> Result<(), TimerWrong> {
+        let early_ns = self.deadline_ns.saturating_sub(now_ns);
+        let allowed_ns = EARLY_NS + self.deadline_ns.saturating_sub(self.armed_at_ns) / 100;
+        if early_ns > allowed_ns {
+            return Err(TimerWrong::Early { early_ns });
+        }
+        Ok(())
     }
 }
 
@@ -148,24 +161,29 @@ mod tests {
         assert_eq!(watch.observe(10 * MS, 1), Ok(()));
         watch.arm(11 * MS, 12 * MS);
         assert_eq!(watch.observe(13 * MS, 2), Ok(()));
-        assert_eq!((watch.armed(), watch.spurious(), watch.deadline()), (2, 0, None));
+        assert_eq!((watch.armed(), watch.deadline()), (2, None));
     }
 
     #[test]
-    fn an_interrupt_too_many_is_counted() {
-        let mut watch = armed();
-        assert_eq!(watch.observe(10 * MS, 2), Ok(()));
-        assert_eq!(watch.spurious(), 1);
+    fn an_interrupt_too_many_is_found() {
+        assert_eq!(armed().observe(10 * MS, 2), Err(TimerWrong::Unasked));
     }
 
     #[test]
-    fn an_early_interrupt_is_counted_and_the_timer_still_waited_for() {
+    fn an_early_interrupt_is_found() {
+        assert_eq!(
+            armed().observe(5 * MS, 1),
+            Err(TimerWrong::Early { early_ns: 5 * MS })
+        );
+        assert_eq!(armed().observe(10 * MS - EARLY_NS, 1), Ok(()));
+    }
+
+    #[test]
+    fn a_timer_that_was_taken_back_must_not_fire() {
         let mut watch = armed();
-        assert_eq!(watch.observe(5 * MS, 1), Ok(()));
-        assert_eq!((watch.spurious(), watch.deadline()), (1, Some(10 * MS)));
-        assert!(lost(&mut watch.clone(), 1));
-        assert_eq!(watch.observe(10 * MS, 2), Ok(()));
-        assert_eq!(watch.deadline(), None);
+        watch.take_back();
+        assert_eq!(watch.observe(60 * MS, 0), Ok(()));
+        assert_eq!(watch.observe(61 * MS, 1), Err(TimerWrong::Unasked));
     }
 
     #[test]

@@ -260,10 +260,6 @@ impl Machine for Host {
             ),
             ("timers", sum(|figures| figures.timers.load(Ordering::Relaxed))),
             (
-                "timers_spurious",
-                sum(|figures| figures.timers_spurious.load(Ordering::Relaxed)),
-            ),
-            (
                 "pages_written",
                 sum(|figures| figures.pages_written.load(Ordering::Relaxed)),
             ),

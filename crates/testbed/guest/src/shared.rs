@@ -15,8 +15,6 @@ pub struct Figures {
     pub rounds: AtomicU64,
     /// Timer interrupts that were asked for.
     pub timers: AtomicU64,
-    /// Timer interrupts that were no timer's.
-    pub timers_spurious: AtomicU64,
     /// Pages that its dirtier has written.
     pub pages_written: AtomicU64,
     /// Periods that its dirtier has completed.
@@ -34,7 +32,6 @@ impl Figures {
         Figures {
             rounds: AtomicU64::new(0),
             timers: AtomicU64::new(0),
-            timers_spurious: AtomicU64::new(0),
             pages_written: AtomicU64::new(0),
             dirty_rounds: AtomicU64::new(0),
             pages_skipped: AtomicU64::new(0),

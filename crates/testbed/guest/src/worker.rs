@@ -111,11 +111,21 @@ impl Worker {
             }
             return;
         }
-        let now_ns = self.look();
+        let mut now_ns = self.look();
         if wake_ns <= now_ns {
             return;
         }
-        if wake_ns != u64::MAX && self.timer.deadline().is_none_or(|deadline| deadline > wake_ns) {
+        let pending = self.timer.deadline();
+        if wake_ns != u64::MAX && pending.is_none_or(|deadline| deadline > wake_ns) {
+            if pending.is_some() {
+                // Otherwise it could fire before it is armed anew, and be taken for the new one.
+                lapic::disarm();
+                now_ns = self.look();
+                self.timer.take_back();
+                if wake_ns <= now_ns {
+                    return;
+                }
+            }
             let delay = u32::try_from((wake_ns - now_ns).min(SLEEP_NS_MAX)).unwrap_or(u32::MAX);
             self.timer.arm(now_ns, now_ns + u64::from(delay));
             self.figures.timers.store(self.timer.armed(), Ordering::Relaxed);
@@ -148,9 +158,6 @@ impl Worker {
         self.timer
             .observe(ns, fired)
             .unwrap_or_else(|wrong| failed(vcpu, format_args!("{wrong}")));
-        self.figures
-            .timers_spurious
-            .store(self.timer.spurious(), Ordering::Relaxed);
         ns
     }
 

@@ -37,8 +37,6 @@ pub struct Plan<'a> {
 pub struct Found {
     /// Timers of the guest.
     pub timers: u64,
-    /// Timer interrupts that were no timer's.
-    pub timers_spurious: u64,
     /// Records on its disk that were read back.
     pub records: u64,
     /// Datagrams that were sent to it, and that came back.
@@ -217,7 +215,6 @@ impl<'a> Tour<'a> {
         assert_eq!(self.service.figure("datagrams_again"), 0);
         Found {
             timers: self.service.figure("timers"),
-            timers_spurious: self.service.figure("timers_spurious"),
             records: self.service.figure("records_verified"),
             datagrams,
             pages: self.pages,

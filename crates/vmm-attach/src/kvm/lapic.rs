@@ -1,4 +1,4 @@
-//! What has to be changed in the registers of a local APIC before they are given to another VM.
+//! What the registers of a local APIC say about its timer, and what has to be changed in them for another VM.
 
 use kvm_bindings::kvm_lapic_state;
 
@@ -13,15 +13,28 @@ const CURRENT_COUNT: usize = 0x390;
 /// Bits of [`TIMER`] that say periodic or TSC-deadline; one-shot is neither.
 const TIMER_MODE: u32 = 3 << 17;
 
-/// Takes back a one-shot timer whose interrupt is on its way. The kernel starts a timer anew that has an initial count, and
-/// at once when the current count is 0: the interrupt would come twice. Where the interrupt is not to be seen, it may not
-/// have been delivered yet; then it has to come again.
-pub(super) fn stop_fired_timer(lapic: &mut kvm_lapic_state) {
-    let timer = register(lapic, TIMER);
-    let fired = timer & TIMER_MODE == 0 && register(lapic, CURRENT_COUNT) == 0;
-    if fired && (pending(lapic, REQUESTED, timer & 0xff) || pending(lapic, IN_SERVICE, timer & 0xff)) {
-        lapic.regs[INITIAL_COUNT..INITIAL_COUNT + 4].fill(0);
-    }
+/// Whether the LAPIC's timer is a one-shot timer that was armed and has expired. KVM never takes its initial count back:
+/// the registers do not say whether the interrupt is still to come, on its way, or long served.
+pub(super) fn expired(lapic: &kvm_lapic_state) -> bool {
+    register(lapic, TIMER) & TIMER_MODE == 0
+        && register(lapic, INITIAL_COUNT) != 0
+        && register(lapic, CURRENT_COUNT) == 0
+}
+
+/// Whether the timer's interrupt waits in the LAPIC.
+pub(super) fn requested(lapic: &kvm_lapic_state) -> bool {
+    pending(lapic, REQUESTED, register(lapic, TIMER) & 0xff)
+}
+
+/// Whether the guest serves the timer's interrupt.
+pub(super) fn in_service(lapic: &kvm_lapic_state) -> bool {
+    pending(lapic, IN_SERVICE, register(lapic, TIMER) & 0xff)
+}
+
+/// Takes a timer back whose interrupt was delivered: whoever is given an initial count without a current one starts the
+/// timer anew, and it fires at once.
+pub(super) fn take_back(lapic: &mut kvm_lapic_state) {
+    lapic.regs[INITIAL_COUNT..INITIAL_COUNT + 4].fill(0);
 }
 
 fn pending(lapic: &kvm_lapic_state, bank: usize, vector: u32) -> bool {
@@ -45,29 +58,42 @@ mod tests {
                 *to = from.cast_signed();
             }
         }
-        stop_fired_timer(&mut lapic);
         lapic
     }
 
     #[test]
-    fn a_timer_whose_interrupt_is_on_its_way_does_not_fire_again() {
-        for bank in [REQUESTED, IN_SERVICE] {
-            let lapic = lapic(&[(bank + 16, 1 << (VECTOR % 32))]);
-            assert_eq!(register(&lapic, INITIAL_COUNT), 0);
+    fn only_a_one_shot_timer_that_was_armed_and_has_no_time_left_has_expired() {
+        assert!(expired(&lapic(&[])));
+        for changes in [
+            (CURRENT_COUNT, 7),
+            (INITIAL_COUNT, 0),
+            (TIMER, VECTOR | 1 << 17),
+            (TIMER, VECTOR | 2 << 17),
+        ] {
+            assert!(!expired(&lapic(&[changes])), "{changes:?}");
         }
     }
 
     #[test]
-    fn a_timer_that_may_still_have_to_fire_is_left_alone() {
-        let requested = (REQUESTED + 16, 1 << (VECTOR % 32));
-        for changes in [
-            &[][..],
-            &[(REQUESTED + 16, 1 << 5)],
-            &[requested, (CURRENT_COUNT, 7)],
-            &[requested, (TIMER, VECTOR | 1 << 17)],
-            &[requested, (TIMER, VECTOR | 2 << 17)],
-        ] {
-            assert_eq!(register(&lapic(changes), INITIAL_COUNT), 1000, "{changes:?}");
-        }
+    fn an_interrupt_is_seen_where_it_is_and_only_the_timers_own() {
+        let (own, other) = (1 << (VECTOR % 32), 1 << 5);
+        let seen = |bank: usize, bits| {
+            let lapic = lapic(&[(bank + 16, bits)]);
+            (requested(&lapic), in_service(&lapic))
+        };
+        assert_eq!(seen(REQUESTED, own), (true, false));
+        assert_eq!(seen(IN_SERVICE, own), (false, true));
+        assert_eq!(
+            (seen(REQUESTED, other), seen(IN_SERVICE, other)),
+            ((false, false), (false, false))
+        );
+    }
+
+    #[test]
+    fn a_timer_that_was_taken_back_is_not_armed() {
+        let mut lapic = lapic(&[]);
+        take_back(&mut lapic);
+        assert!(!expired(&lapic));
+        assert_eq!(register(&lapic, TIMER), VECTOR);
     }
 }

@@ -249,7 +249,8 @@ impl<D: DeviceState> Live<D> {
         let mut out = BlobWriter::begin(blob, self.info.vcpus);
         for index in 0..self.info.vcpus {
             let (saver, vm) = (&mut self.saver, &self.vm);
-            let save = |fd: &_| saver.save_vcpu(vm, index, fd, &mut out);
+            let delivered = self.vcpus.timer_delivered(usize::from(index));
+            let save = |fd: &_| saver.save_vcpu(vm, index, fd, delivered, &mut out);
             self.vcpus.with(usize::from(index), save)??;
         }
         self.saver.save_vm(&self.vm, &mut out)?;

@@ -135,7 +135,7 @@ impl StateSaver {
         })
     }
 
-    /// Saves one vCPU that stands still.
+    /// Saves one vCPU that stands still; `timer_delivered` is what [`super::Vcpus::timer_delivered`] says of it.
     ///
     /// # Errors
     /// The kernel's.
@@ -144,6 +144,7 @@ impl StateSaver {
         vm: &VmFd,
         index: u16,
         vcpu: &VcpuFd,
+        timer_delivered: bool,
         out: &mut BlobWriter<'_>,
     ) -> Result<(), StateError> {
         // First, as asking for it settles what is pending for the others.
@@ -164,11 +165,11 @@ impl StateSaver {
             return Err(StateError::MsrUnreadable(entry.index));
         }
         out.section(Kind::Msrs, index, self.msrs.as_slice().as_bytes());
-        out.plain(
-            Kind::Lapic,
-            index,
-            &vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?,
-        );
+        let mut lapic = vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;
+        if timer_delivered {
+            lapic::take_back(&mut lapic);
+        }
+        out.plain(Kind::Lapic, index, &lapic);
         let events = vcpu.get_vcpu_events().map_err(kvm("KVM_GET_VCPU_EVENTS"))?;
         out.plain(Kind::Events, index, &events);
         let debug = vcpu.get_debug_regs().map_err(kvm("KVM_GET_DEBUGREGS"))?;
@@ -231,8 +232,7 @@ impl StateSaver {
         let xcrs: kvm_xcrs = from.plain(Kind::Xcrs, index)?;
         vcpu.set_xcrs(&xcrs).map_err(kvm("KVM_SET_XCRS"))?;
         set_xsave(vm, vcpu, from.section(Kind::Xsave, index)?)?;
-        let mut lapic: kvm_lapic_state = from.plain(Kind::Lapic, index)?;
-        lapic::stop_fired_timer(&mut lapic);
+        let lapic: kvm_lapic_state = from.plain(Kind::Lapic, index)?;
         vcpu.set_lapic(&lapic).map_err(kvm("KVM_SET_LAPIC"))?;
         self.restore_msrs(index, vcpu, from, step)?;
         let mp_state: kvm_mp_state = from.plain(Kind::MpState, index)?;

@@ -19,9 +19,12 @@ use std::time::Duration;
 
 use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use romulus_host_sys::kvm::{RunPage, allow_kicks, current_thread_id, kick_thread};
+use romulus_host_sys::kvm::{
+    RunPage, allow_kicks, current_thread_id, kick_thread, settle_timers, with_kick_pending,
+};
 use romulus_host_sys::{SysError, monotonic_ns};
 
+use super::lapic;
 use crate::server::Stopped;
 
 /// Why vCPUs could not be started, stopped or looked at.
@@ -98,6 +101,8 @@ struct Vcpu {
     fd: Mutex<VcpuFd>,
     page: RunPage,
     thread_id: AtomicI32,
+    /// See [`Vcpus::timer_delivered`].
+    timer_delivered: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -137,6 +142,7 @@ impl Vcpus {
                 page: RunPage::map(&fd).map_err(kernel(index))?,
                 fd: Mutex::new(fd),
                 thread_id: AtomicI32::new(0),
+                timer_delivered: AtomicBool::new(false),
             });
         }
         let gate = Gate {
@@ -263,6 +269,16 @@ impl Vcpus {
         }
     }
 
+    /// Whether the LAPIC's timer of a vCPU that stands still is a one-shot timer that has expired, and whose interrupt had
+    /// reached the LAPIC when the vCPU came to stand: then it must not be started anew elsewhere. Any other timer must,
+    /// one that expires while the vCPU stands still among them.
+    ///
+    /// # Panics
+    /// When there is no such vCPU.
+    pub fn timer_delivered(&self, index: usize) -> bool {
+        self.shared.vcpus[index].timer_delivered.load(Ordering::SeqCst)
+    }
+
     /// Says what harvests the dirty rings when one is full: it runs on that vCPU's thread, and the vCPU goes on after it.
     /// Without it the handler of exits gets to see `KVM_EXIT_DIRTY_RING_FULL`.
     ///
@@ -317,6 +333,11 @@ impl Shared {
             if self.run(&mut fd, &vcpu.page, &mut handler) == Next::End {
                 return;
             }
+            match self.deliver_timer(&mut fd, &vcpu.page, &mut handler) {
+                Ok(delivered) => vcpu.timer_delivered.store(delivered, Ordering::SeqCst),
+                Err(Next::Run) => vcpu.timer_delivered.store(false, Ordering::SeqCst),
+                Err(Next::End) => return,
+            }
         }
     }
 
@@ -345,33 +366,95 @@ impl Shared {
     {
         page.set_immediate_exit(false);
         while !self.stop.load(Ordering::SeqCst) {
-            let next = match fd.run() {
-                Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) if self.ring_full.get().is_some() => {
-                    self.ring_full.get().expect("looked at just now")();
-                    Next::Run
-                }
-                Ok(exit) => handler(Ok(exit)),
-                Err(error) if interrupted(error) => Next::Run,
-                Err(error) => handler(Err(error)),
-            };
-            if next == Next::End {
+            if let Step::Exit(Next::End) | Step::Failed(Next::End) = self.step(fd, handler) {
                 return Next::End;
             }
         }
         page.set_immediate_exit(true);
         // Completes the input or output of the last exit without entering the guest. One instruction can take
         // several exits.
+        self.until_interrupted(fd, handler)
+    }
+
+    /// One `KVM_RUN`, with what its handler says.
+    fn step<H>(&self, fd: &mut VcpuFd, handler: &mut H) -> Step
+    where
+        H: FnMut(Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Next,
+    {
+        match fd.run() {
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) if self.ring_full.get().is_some() => {
+                self.ring_full.get().expect("looked at just now")();
+                Step::Exit(Next::Run)
+            }
+            Ok(exit) => Step::Exit(handler(Ok(exit))),
+            Err(error) if interrupted(error) => Step::Interrupted,
+            Err(error) => Step::Failed(handler(Err(error))),
+        }
+    }
+
+    fn until_interrupted<H>(&self, fd: &mut VcpuFd, handler: &mut H) -> Next
+    where
+        H: FnMut(Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Next,
+    {
         loop {
-            let next = match fd.run() {
-                Ok(exit) => handler(Ok(exit)),
-                Err(error) if interrupted(error) => return Next::Run,
-                Err(error) => return handler(Err(error)),
-            };
-            if next == Next::End {
-                return Next::End;
+            match self.step(fd, handler) {
+                Step::Interrupted => return Next::Run,
+                Step::Exit(Next::Run) => {}
+                Step::Exit(Next::End) => return Next::End,
+                Step::Failed(next) => return next,
             }
         }
     }
+
+    /// Finds out whether the one-shot timer of the vCPU, which has just come to stand, has expired, and has its interrupt
+    /// delivered to the LAPIC then. Costs one look at the LAPIC, and more only when the registers leave a doubt.
+    fn deliver_timer<H>(&self, fd: &mut VcpuFd, page: &RunPage, handler: &mut H) -> Result<bool, Next>
+    where
+        H: FnMut(Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Next,
+    {
+        // Without a LAPIC of the kernel's there is no timer. Whoever saves the vCPU is told when this fails.
+        let Ok(lapic) = fd.get_lapic() else {
+            return Ok(false);
+        };
+        if !lapic::expired(&lapic) {
+            return Ok(false);
+        }
+        if lapic::requested(&lapic) {
+            return Ok(true);
+        }
+        if timers_need_entry() {
+            return Ok(lapic::in_service(&lapic));
+        }
+        settle_timers();
+        page.set_immediate_exit(false);
+        let ran = with_kick_pending(fd, |fd| self.until_interrupted(fd, handler));
+        page.set_immediate_exit(true);
+        match ran {
+            Ok(Next::Run) => Ok(true),
+            Ok(Next::End) => Err(Next::End),
+            Err(error) => {
+                tracing::warn!(%error, "a timer of the guest may fire twice after a takeover");
+                Ok(false)
+            }
+        }
+    }
+}
+
+/// What one `KVM_RUN` came to.
+enum Step {
+    /// It did not enter the guest, or was made to leave it.
+    Interrupted,
+    /// An exit, handled.
+    Exit(Next),
+    /// An error, told to the handler.
+    Failed(Next),
+}
+
+/// Whether KVM may have left a timer to the processor (the preemption timer of VMX): that one expires at an entry into the
+/// guest and not before, so a `KVM_RUN` that does not enter says nothing about it.
+fn timers_need_entry() -> bool {
+    const VMX: u32 = 1 << 5;
+    std::arch::x86_64::__cpuid(1).ecx & VMX != 0
 }
 
 /// `KVM_RUN` ended because of a signal, the flag, or because the vCPU waits for a start-up message.

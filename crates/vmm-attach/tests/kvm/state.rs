@@ -2,13 +2,14 @@
 
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use romulus_vmm_attach::kvm::Tracking;
 use romulus_vmm_attach::proto::MachineInfo;
 use romulus_vmm_attach::server::{Machine, StateWriter};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::guest::{ASK, Guest, SLEEP, WORK, info, wait_for};
+use crate::guest::{ASK, Guest, SLEEP, TIMER, WORK, info, wait_for};
 use crate::stopping::asleep;
 use crate::tracking::whole;
 
@@ -87,6 +88,35 @@ fn a_sleeping_guest_and_its_pending_interrupt_survive_a_hop() {
             guest.counter(0) == round
         });
     }
+}
+
+/// Whether the hop finds the timer running, expired with its interrupt still to come, or fired before.
+#[test]
+fn a_one_shot_timer_fires_once_across_hops_and_never_twice() {
+    let info = info(TIMER, 1);
+    let mut guest = Guest::run(TIMER, 1, Tracking::default());
+    for round in 0..60u64 {
+        guest.progress(1, 1);
+        // So that hops find it at all moments of its period.
+        std::thread::sleep(Duration::from_micros(round * 130 % 1700));
+        guest = hop(guest, &info);
+    }
+    guest.progress(1, 5);
+}
+
+#[test]
+fn a_timer_that_expires_while_its_vcpu_stands_still_is_not_lost_when_that_hardly_runs_before_a_hop() {
+    let info = info(TIMER, 1);
+    let mut guest = Guest::run(TIMER, 1, Tracking::default());
+    for _ in 0..40 {
+        guest.progress(1, 1);
+        guest.machine.pause().unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+        // Mostly the vCPU's thread finds that it has to stand still again before it has entered the guest.
+        guest.machine.resume();
+        guest = hop(guest, &info);
+    }
+    guest.progress(1, 5);
 }
 
 #[test]

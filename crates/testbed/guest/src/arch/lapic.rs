@@ -19,7 +19,12 @@ pub fn start(vcpu: u32) {
     write(LVT_TIMER, timer_vector(vcpu).into());
 }
 
-/// Has the timer fire once, in `delay_ns` from now, instead of what it was armed for before.
+/// Takes the timer back. An interrupt of it that was on its way has come when this is over.
+pub fn disarm() {
+    write(INITIAL_COUNT, 0);
+}
+
+/// Has the timer, which is not armed, fire once, in `delay_ns` from now.
 pub fn arm(delay_ns: u32) {
     write(INITIAL_COUNT, delay_ns.max(1));
 }
