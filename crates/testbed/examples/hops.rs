@@ -36,7 +36,7 @@ struct Options {
     #[arg(long, default_value_t = 48, value_name = "MIB")]
     memory: u64,
     /// How long one step of a hop may take.
-    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 120, value_name = "SECONDS")]
     step_limit: u64,
     /// While there is such a file no hop begins, and the machine stands still: somebody measures something here.
     #[arg(long, value_name = "FILE")]

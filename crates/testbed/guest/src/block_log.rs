@@ -9,8 +9,8 @@ use crate::virtio::blk::{Ask, Blk, REQUESTS};
 
 /// Time between two records, in nanoseconds.
 const PERIOD_NS: u64 = 5_000_000;
-/// After how long an unanswered request is late, in nanoseconds.
-const LATE_NS: u64 = 1_000_000_000;
+/// After how long an unanswered request is late, in nanoseconds. A busy host's disk takes seconds for a flush.
+const LATE_NS: u64 = 30_000_000_000;
 /// Records between two flushes.
 const FLUSH_EVERY: u64 = 64;
 /// Fewest records that a disk must hold to be used.

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use romulus_host_sys::SharedWords;
-use romulus_vmm_attach::client::{Attachment, Client};
+use romulus_vmm_attach::client::{Attachment, Client, ClientError};
 use romulus_vmm_attach::memfd;
 use romulus_vmm_attach::proto::{MachineInfo, Region};
 use rustix::fs::{SeekFrom, seek};
@@ -18,7 +18,7 @@ use super::vmm::Vmm;
 
 const PAGE_BYTES: usize = 4096;
 const PIECE_BYTES: usize = 1 << 20;
-/// How long a pause may last. Long, as the test's machine may be busy.
+/// How long a pause may last: as long as the VMM allows.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// A replicator's view of a machine, and a backup's image of it.
@@ -81,21 +81,36 @@ impl Session {
 
     /// One checkpoint, after which the guest runs on.
     pub fn checkpoint(&mut self) {
-        self.capture();
-        self.client.resume().unwrap();
+        self.capture(|client| client.resume().map(drop));
     }
 
     /// The last checkpoint, after which the guest never runs on there.
     pub fn last_checkpoint(&mut self) {
-        self.capture();
+        // For good only when it did not run meanwhile: the other word is never refused.
+        self.capture(|client| client.halt(false));
         self.client.halt(true).unwrap();
     }
 
-    fn capture(&mut self) {
-        self.client.pause(PAUSE).unwrap();
+    /// Captures, and then has the guest do what `end` says; again when the VMM let the guest go before, as it does on a
+    /// machine that is so busy that a pause lasts too long.
+    fn capture(&mut self, end: impl Fn(&mut Client) -> Result<(), ClientError>) {
+        loop {
+            match self.try_capture(&end) {
+                Err(ClientError::PauseExpired(_)) => {}
+                captured => return captured.unwrap(),
+            }
+        }
+    }
+
+    fn try_capture(
+        &mut self,
+        end: impl Fn(&mut Client) -> Result<(), ClientError>,
+    ) -> Result<(), ClientError> {
+        self.client.pause(PAUSE)?;
         self.copy_dirty();
-        let captured = self.client.captured().unwrap();
-        self.client.read_state(&captured, &mut self.state).unwrap();
+        let captured = self.client.captured()?;
+        self.client.read_state(&captured, &mut self.state)?;
+        end(&mut self.client)
     }
 
     /// Copies what the bitmap says.
