@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{Query, State};
+use axum::Json;
+use axum::extract::State;
 use axum::http::StatusCode;
-use axum::routing::{get, post};
-use axum::{Json, Router};
 use romulus_protocol::BackupOrder;
-use romulus_transport::Endpoint;
+use romulus_telemetry::{Api, ApiQuery, refusal};
+use romulus_transport::{Certificates, Endpoint};
 use romulus_types::VmId;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -19,14 +19,36 @@ use crate::status::{OrderEnd, STATUS_SCHEMA};
 /// Longest a failover may take before its caller is told that it goes on.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What may be asked with a request.
+/// Which VM is meant; without one all of them.
 #[derive(Debug, Deserialize)]
-pub struct Parameters {
+#[serde(deny_unknown_fields)]
+struct Wanted {
+    vm: Option<VmId>,
+}
+
+/// No parameters.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
+/// How to fail over.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FailoverParameters {
     vm: Option<VmId>,
     #[serde(default)]
     force: bool,
     #[serde(default)]
     fenced: bool,
+}
+
+/// Which VM to give up.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ForgetParameters {
+    vm: VmId,
+    #[serde(default)]
+    force: bool,
 }
 
 /// What the handlers need.
@@ -36,19 +58,21 @@ pub struct Admin {
     pub registry: Registry,
     /// Where primaries connect.
     pub endpoint: Arc<Endpoint>,
+    /// This host's certificates.
+    pub certificates: Arc<Certificates>,
 }
 
-/// The routes.
-pub fn router(admin: Admin) -> Router {
-    Router::new()
-        .route("/v1/status", get(status))
-        .route("/v1/events", get(events))
-        .route("/v1/failover", post(failover))
-        .route("/v1/forget", post(forget))
-        .with_state(admin)
+/// The routes; each is in `docs/openapi.json`.
+pub fn api() -> Api<Admin> {
+    Api::new()
+        .get("/v1/status", status)
+        .get("/v1/events", events)
+        .post("/v1/failover", failover)
+        .post("/v1/forget", forget)
+        .post("/v1/reload-certificates", reload_certificates)
 }
 
-async fn status(State(admin): State<Admin>, Query(wanted): Query<Parameters>) -> Json<Value> {
+async fn status(State(admin): State<Admin>, ApiQuery(wanted): ApiQuery<Wanted>) -> Json<Value> {
     let handshakes = admin.endpoint.accept_counts();
     Json(json!({
         "schema": STATUS_SCHEMA,
@@ -62,11 +86,12 @@ async fn status(State(admin): State<Admin>, Query(wanted): Query<Parameters>) ->
         },
         "witness": if admin.registry.witness_connected() { "connected" } else { "unreachable" },
         "refused_connections": admin.registry.refused(),
+        "refused_not_allowed": admin.registry.refused_not_allowed(),
         "vms": chosen(&admin.registry, &wanted, |status| status.json()),
     }))
 }
 
-async fn events(State(admin): State<Admin>, Query(wanted): Query<Parameters>) -> Json<Value> {
+async fn events(State(admin): State<Admin>, ApiQuery(wanted): ApiQuery<Wanted>) -> Json<Value> {
     let mut all = Vec::new();
     for answer in chosen(&admin.registry, &wanted, |status| status.events()) {
         for event in answer["events"].as_array().into_iter().flatten() {
@@ -81,7 +106,7 @@ async fn events(State(admin): State<Admin>, Query(wanted): Query<Parameters>) ->
 
 fn chosen(
     registry: &Registry,
-    wanted: &Parameters,
+    wanted: &Wanted,
     view: impl Fn(&crate::status::VmStatus) -> Value,
 ) -> Vec<Value> {
     let statuses = registry.statuses();
@@ -95,7 +120,7 @@ fn chosen(
 
 async fn failover(
     State(Admin { registry, .. }): State<Admin>,
-    Query(wanted): Query<Parameters>,
+    ApiQuery(wanted): ApiQuery<FailoverParameters>,
 ) -> (StatusCode, Json<Value>) {
     let statuses = registry.statuses();
     let vm = match (wanted.vm, statuses.as_slice()) {
@@ -103,7 +128,7 @@ async fn failover(
         (None, [only]) => VmId::new(only.vm()).expect("it was a name before"),
         (None, _) => {
             let text = "name the VM with --vm: this agent has none or several";
-            return (StatusCode::BAD_REQUEST, Json(json!({"error": text})));
+            return refusal(StatusCode::BAD_REQUEST, text);
         }
     };
     let order = if wanted.force {
@@ -114,15 +139,12 @@ async fn failover(
         BackupOrder::Failover
     };
     let Some(status) = statuses.iter().find(|status| status.vm() == vm.as_str()) else {
-        return (
-            StatusCode::NOT_FOUND,
-            Json(json!({"error": format!("no VM {vm} is backed up here")})),
-        );
+        return refusal(StatusCode::NOT_FOUND, &format!("no VM {vm} is backed up here"));
     };
     let mut ends = status.order_ends();
     if !registry.order(&vm, order).await {
         let text = format!("the agent has given {vm} up: restart it");
-        return (StatusCode::GONE, Json(json!({"error": text})));
+        return refusal(StatusCode::GONE, &text);
     }
     let ended = tokio::time::timeout(ORDER_TIMEOUT, ends.changed()).await;
     let end = ended.ok().and_then(|_| ends.borrow_and_update().clone());
@@ -131,7 +153,7 @@ async fn failover(
             StatusCode::OK,
             Json(json!({"done": true, "status": status.json()})),
         ),
-        Some(OrderEnd::Refused(why)) => (StatusCode::CONFLICT, Json(json!({"error": why}))),
+        Some(OrderEnd::Refused(why)) => refusal(StatusCode::CONFLICT, &why),
         None => (
             StatusCode::ACCEPTED,
             Json(json!({"done": false, "next": "the order goes on; see `romulus status`"})),
@@ -142,22 +164,54 @@ async fn failover(
 /// Gives a VM up: `vm`, and `force` for one that may be needed here.
 async fn forget(
     State(Admin { registry, .. }): State<Admin>,
-    Query(wanted): Query<Parameters>,
+    ApiQuery(wanted): ApiQuery<ForgetParameters>,
 ) -> (StatusCode, Json<Value>) {
-    let Some(vm) = wanted.vm else {
-        return (
-            StatusCode::BAD_REQUEST,
-            Json(json!({"error": "name the VM: vm=NAME"})),
-        );
-    };
-    match registry.forget(&vm, wanted.force).await {
+    match registry.forget(&wanted.vm, wanted.force).await {
         Ok(()) => (StatusCode::OK, Json(json!({"done": true}))),
         Err(error) => {
             let code = match error {
                 ForgetError::Unknown(_) => StatusCode::NOT_FOUND,
                 ForgetError::Refused(_) => StatusCode::CONFLICT,
             };
-            (code, Json(json!({"error": error.to_string()})))
+            refusal(code, &error.to_string())
         }
+    }
+}
+
+/// Reads the certificates again; sessions go on.
+async fn reload_certificates(
+    State(admin): State<Admin>,
+    ApiQuery(Nothing {}): ApiQuery<Nothing>,
+) -> (StatusCode, Json<Value>) {
+    let certificates = Arc::clone(&admin.certificates);
+    let reloaded = tokio::task::spawn_blocking(move || certificates.reload()).await;
+    match reloaded.expect("reading certificates does not panic") {
+        Ok(host) => {
+            tracing::info!(event = "reloaded", "the certificates were read again");
+            (StatusCode::OK, Json(json!({"done": true, "host": host})))
+        }
+        Err(error) => {
+            tracing::error!(%error, "the certificates were not read again, the earlier ones stay");
+            refusal(StatusCode::CONFLICT, &error.to_string())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_admin_api_is_what_its_document_says() {
+        let api = api();
+        let served = api
+            .routes()
+            .iter()
+            .map(|(method, path)| ((*method).to_owned(), (*path).to_owned()));
+        let served: std::collections::BTreeSet<_> = served.collect();
+        assert_eq!(
+            served,
+            romulus_telemetry::openapi::Document::shipped().routes("backup-agent")
+        );
     }
 }

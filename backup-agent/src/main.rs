@@ -28,7 +28,7 @@ use clap::Parser;
 use romulus_host_sys::SysError;
 use romulus_host_sys::process_clock::Clock;
 use romulus_image::Shelf;
-use romulus_transport::{Endpoint, Identity, Service, WitnessClient};
+use romulus_transport::{Certificates, Endpoint, Identity, Service, WitnessClient};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info};
 
@@ -88,8 +88,13 @@ async fn run(
         settings.listen,
     )?);
     let witness_endpoint = Arc::new(Endpoint::client(&identity, &settings.network, Service::Witness)?);
+    let certificates = Arc::new(Certificates::new(
+        &identity,
+        vec![Arc::clone(&endpoint), Arc::clone(&witness_endpoint)],
+    ));
     let witness = WitnessClient::new(witness_endpoint, settings.witness.clone());
     let (admin_socket, listen) = (settings.admin_socket.clone(), settings.listen);
+    let (admin_group, allow) = (settings.admin_group.clone(), settings.allow.clone());
     let admission = Arc::new(Admission {
         image_bytes_max: settings.image_bytes_max.bytes(),
         shelf: Arc::clone(&shelf),
@@ -110,16 +115,19 @@ async fn run(
         shelf,
     });
     registry.recover()?;
-    let routes = admin::router(admin::Admin {
+    let state = admin::Admin {
         registry: registry.clone(),
         endpoint: Arc::clone(&endpoint),
-    });
-    let admin = romulus_telemetry::serve_admin(&admin_socket, routes)?;
+        certificates,
+    };
+    let routes = admin::api().into_router(state);
+    let admin = romulus_telemetry::serve_admin(&admin_socket, admin_group.as_deref(), routes)?;
     let listener = Arc::new(Listener {
         endpoint: Arc::clone(&endpoint),
         registry,
         admission,
         host: host.clone(),
+        allow,
         hello_timeout,
         witness_wait,
     });

@@ -80,12 +80,20 @@ pub struct VmHandle {
 
 /// Connections that were refused, whoever refused them.
 #[derive(Clone, Default)]
-pub struct RefusedCount(Arc<AtomicU64>);
+pub struct RefusedCount {
+    all: Arc<AtomicU64>,
+    not_allowed: Arc<AtomicU64>,
+}
 
 impl RefusedCount {
     /// One more.
     pub fn count(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.all.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// One of them was for a VM that the settings do not allow its host; it is counted by [`RefusedCount::count`] as well.
+    pub fn count_not_allowed(&self) {
+        self.not_allowed.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -355,7 +363,12 @@ impl Registry {
 
     /// Connections refused so far.
     pub fn refused(&self) -> u64 {
-        self.refused.0.load(Ordering::Relaxed)
+        self.refused.all.load(Ordering::Relaxed)
+    }
+
+    /// Those among them that the settings do not allow.
+    pub fn refused_not_allowed(&self) -> u64 {
+        self.refused.not_allowed.load(Ordering::Relaxed)
     }
 
     /// The statuses, by name.

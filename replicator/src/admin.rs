@@ -3,11 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use axum::routing::{get, post};
-use axum::{Json, Router};
 use romulus_protocol::PrimaryOrder;
+use romulus_telemetry::{Api, ApiQuery, refusal};
+use romulus_transport::Certificates;
+use romulus_types::VmId;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 
@@ -24,55 +27,124 @@ pub struct Admin {
     pub status: Arc<Status>,
     /// The driver's inbox.
     pub inbox: mpsc::Sender<Input>,
+    /// This host's certificates.
+    pub certificates: Arc<Certificates>,
 }
 
-/// The routes.
-pub fn router(admin: Admin) -> Router {
-    Router::new()
-        .route("/v1/status", get(status))
-        .route("/v1/events", get(events))
-        .route("/v1/unprotect", post(unprotect))
-        .route("/v1/failover", post(failover))
-        .with_state(admin)
+/// Which VM is meant: an order for another one must not be carried out on this one.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Wanted {
+    vm: Option<VmId>,
 }
 
-async fn status(State(admin): State<Admin>) -> Json<Value> {
-    Json(admin.status.json())
+/// No parameters.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
+type Reply = (StatusCode, Json<Value>);
+
+impl Admin {
+    /// # Errors
+    /// The answer, when another VM is meant.
+    fn check(&self, wanted: &Wanted) -> Result<(), Reply> {
+        match &wanted.vm {
+            Some(vm) if vm.as_str() != self.status.vm() => {
+                let text = format!("this is the replicator of {}, not of {vm}", self.status.vm());
+                Err(refusal(StatusCode::NOT_FOUND, &text))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
-async fn events(State(admin): State<Admin>) -> Json<Value> {
-    Json(admin.status.events())
+/// The routes; each is in `docs/openapi.json`.
+pub fn api() -> Api<Admin> {
+    Api::new()
+        .get("/v1/status", status)
+        .get("/v1/events", events)
+        .post("/v1/unprotect", unprotect)
+        .post("/v1/failover", failover)
+        .post("/v1/reload-certificates", reload_certificates)
 }
 
-async fn unprotect(State(admin): State<Admin>) -> (StatusCode, Json<Value>) {
-    order(admin, PrimaryOrder::Unprotect).await
+async fn status(
+    State(admin): State<Admin>,
+    ApiQuery(wanted): ApiQuery<Wanted>,
+) -> Result<Json<Value>, Reply> {
+    admin.check(&wanted)?;
+    Ok(Json(admin.status.json()))
 }
 
-async fn failover(State(admin): State<Admin>) -> (StatusCode, Json<Value>) {
-    order(admin, PrimaryOrder::HandOver).await
+async fn events(
+    State(admin): State<Admin>,
+    ApiQuery(wanted): ApiQuery<Wanted>,
+) -> Result<Json<Value>, Reply> {
+    admin.check(&wanted)?;
+    Ok(Json(admin.status.events()))
 }
 
-async fn order(admin: Admin, order: PrimaryOrder) -> (StatusCode, Json<Value>) {
+async fn unprotect(State(admin): State<Admin>, ApiQuery(wanted): ApiQuery<Wanted>) -> Result<Reply, Reply> {
+    admin.check(&wanted)?;
+    Ok(order(admin, PrimaryOrder::Unprotect).await)
+}
+
+async fn failover(State(admin): State<Admin>, ApiQuery(wanted): ApiQuery<Wanted>) -> Result<Reply, Reply> {
+    admin.check(&wanted)?;
+    Ok(order(admin, PrimaryOrder::HandOver).await)
+}
+
+async fn order(admin: Admin, order: PrimaryOrder) -> Reply {
     let (sender, done) = oneshot::channel();
     if admin.inbox.send(Input::Order(order, sender)).await.is_err() {
-        return (
-            StatusCode::GONE,
-            Json(json!({"error": "the replicator is ending"})),
-        );
+        return refusal(StatusCode::GONE, "the replicator is ending");
     }
     match tokio::time::timeout(ORDER_TIMEOUT, done).await {
         Ok(Ok(Ok(()))) => (
             StatusCode::OK,
             Json(json!({"done": true, "status": admin.status.json()})),
         ),
-        Ok(Ok(Err(why))) => (StatusCode::CONFLICT, Json(json!({"error": why}))),
-        Ok(Err(_)) => (
-            StatusCode::GONE,
-            Json(json!({"error": "the replicator ended first"})),
-        ),
+        Ok(Ok(Err(why))) => refusal(StatusCode::CONFLICT, &why),
+        Ok(Err(_)) => refusal(StatusCode::GONE, "the replicator ended first"),
         Err(_) => (
             StatusCode::ACCEPTED,
             Json(json!({"done": false, "next": "the order goes on; see `romulus status`"})),
         ),
+    }
+}
+
+/// Reads the certificates again; sessions go on.
+async fn reload_certificates(State(admin): State<Admin>, ApiQuery(Nothing {}): ApiQuery<Nothing>) -> Reply {
+    let certificates = Arc::clone(&admin.certificates);
+    let reloaded = tokio::task::spawn_blocking(move || certificates.reload()).await;
+    match reloaded.expect("reading certificates does not panic") {
+        Ok(host) => {
+            tracing::info!(event = "reloaded", "the certificates were read again");
+            (StatusCode::OK, Json(json!({"done": true, "host": host})))
+        }
+        Err(error) => {
+            tracing::error!(%error, "the certificates were not read again, the earlier ones stay");
+            refusal(StatusCode::CONFLICT, &error.to_string())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_admin_api_is_what_its_document_says() {
+        let api = api();
+        let served = api
+            .routes()
+            .iter()
+            .map(|(method, path)| ((*method).to_owned(), (*path).to_owned()));
+        let served: std::collections::BTreeSet<_> = served.collect();
+        assert_eq!(
+            served,
+            romulus_telemetry::openapi::Document::shipped().routes("replicator")
+        );
     }
 }

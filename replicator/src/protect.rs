@@ -19,13 +19,13 @@ use romulus_hypervisor::kvm::{self, source::KvmSource};
 use romulus_hypervisor::qemu::source::{AttachOptions, GuardianProgram, QemuSource};
 use romulus_hypervisor::source::{Allowances, GuestSource};
 use romulus_protocol::{Primary, PrimaryConfig, Remembered};
-use romulus_transport::{Endpoint, Identity, Service, WitnessClient};
+use romulus_transport::{Certificates, Endpoint, Identity, Service, WitnessClient};
 use romulus_types::{HostId, PAGE_BYTES};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::admin::{Admin, router};
+use crate::admin::{Admin, api};
 use crate::args::ProtectOptions;
 use crate::buffers::buffer_pool;
 use crate::capture::CaptureThread;
@@ -202,10 +202,14 @@ async fn drive(
         .spawn(move || capture.run())?;
 
     let witness_endpoint = Arc::new(Endpoint::client(identity, &settings.network, Service::Witness)?);
+    let endpoint = Arc::new(Endpoint::client(identity, &settings.network, Service::Pair)?);
+    let certificates = Arc::new(Certificates::new(
+        identity,
+        vec![Arc::clone(&witness_endpoint), Arc::clone(&endpoint)],
+    ));
     let witness = WitnessClient::new(witness_endpoint, settings.witness.clone());
     let (asks, requests) = mpsc::channel(witness_task::REQUESTS_MAX);
     tokio::spawn(witness_task::run(witness, requests, events.clone()));
-    let endpoint = Arc::new(Endpoint::client(identity, &settings.network, Service::Pair)?);
     let link_config = LinkConfig {
         vm: options.vm.clone(),
         host: host.clone(),
@@ -220,11 +224,12 @@ async fn drive(
     let config = protocol(options, settings, host, backup);
     let primary = Primary::new(config, remembered, random::random_u128()?, clock.now());
     let admin_socket = settings.admin_socket(&options.vm);
-    let routes = router(Admin {
+    let routes = api().into_router(Admin {
         status: Arc::clone(&status),
         inbox: inbox_sender.clone(),
+        certificates,
     });
-    let admin = romulus_telemetry::serve_admin(&admin_socket, routes)?;
+    let admin = romulus_telemetry::serve_admin(&admin_socket, settings.admin_group.as_deref(), routes)?;
     forward_signals(inbox_sender.clone())?;
     let (watched, seen, lost) = (gates.clone(), Arc::clone(&status), inbox_sender.clone());
     std::thread::Builder::new()

@@ -122,6 +122,11 @@ impl Status {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    /// The VM.
+    pub fn vm(&self) -> &str {
+        &self.vm
+    }
+
     /// The operator's word for the state, with what else there is to say.
     pub fn set_protection(&self, protection: Protection) {
         let mut inner = self.lock();

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use axum::extract::{Query, State};
+use axum::Json;
+use axum::extract::State;
 use axum::http::StatusCode;
-use axum::routing::{get, post};
-use axum::{Json, Router};
 use romulus_protocol::Record;
-use romulus_telemetry::{Metrics, mode_json};
+use romulus_telemetry::{Api, ApiQuery, Metrics, mode_json, refusal};
+use romulus_transport::Certificates;
 use romulus_types::{VmId, WitnessInstance};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -24,20 +24,28 @@ const SCHEMA: u32 = 1;
 pub(crate) struct Admin {
     pub(crate) desk: Arc<Desk>,
     pub(crate) counts: Arc<Counts>,
+    pub(crate) certificates: Arc<Certificates>,
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Wanted {
     vm: VmId,
 }
 
-/// The routes.
-pub(crate) fn router(admin: Admin) -> Router {
-    Router::new()
-        .route("/v1/status", get(status))
-        .route("/v1/records", get(records))
-        .route("/v1/forget", post(forget))
-        .with_state(admin)
+/// No parameters.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
+/// The routes; each is in `docs/openapi.json`.
+pub(crate) fn api(metrics: &Metrics) -> Api<Admin> {
+    Api::new()
+        .get("/v1/status", status)
+        .get("/v1/records", records)
+        .post("/v1/forget", forget)
+        .post("/v1/reload-certificates", reload_certificates)
+        .merge(&[("GET", "/metrics")], metrics.router().with_state(()))
 }
 
 /// Counters and gauges, read from the counts.
@@ -53,6 +61,10 @@ pub(crate) fn metrics(admin: &Admin) -> Metrics {
         "witness_bad_requests",
         "Requests that were malformed or for another host",
     );
+    let not_allowed = metrics.counter(
+        "witness_not_allowed",
+        "Requests for a VM that the settings do not allow the host",
+    );
     let admin = admin.clone();
     metrics.on_read(move || {
         vms.set(i64::try_from(admin.desk.records().len()).unwrap_or(i64::MAX));
@@ -60,6 +72,7 @@ pub(crate) fn metrics(admin: &Admin) -> Metrics {
             (&answered, &admin.counts.answered),
             (&granted, &admin.counts.granted),
             (&bad, &admin.counts.bad),
+            (&not_allowed, &admin.counts.not_allowed),
         ] {
             counter.inner().store(load(count), Ordering::Relaxed);
         }
@@ -71,7 +84,7 @@ fn load(count: &AtomicU64) -> u64 {
     count.load(Ordering::Relaxed)
 }
 
-async fn status(State(admin): State<Admin>) -> Json<Value> {
+async fn status(State(admin): State<Admin>, ApiQuery(Nothing {}): ApiQuery<Nothing>) -> Json<Value> {
     Json(json!({
         "schema": SCHEMA,
         "role": "witness",
@@ -80,16 +93,17 @@ async fn status(State(admin): State<Admin>) -> Json<Value> {
         "answered": load(&admin.counts.answered),
         "granted": load(&admin.counts.granted),
         "bad": load(&admin.counts.bad),
+        "not_allowed": load(&admin.counts.not_allowed),
     }))
 }
 
-async fn records(State(admin): State<Admin>) -> Json<Value> {
+async fn records(State(admin): State<Admin>, ApiQuery(Nothing {}): ApiQuery<Nothing>) -> Json<Value> {
     Json(view(admin.desk.instance(), &admin.desk.records()))
 }
 
 async fn forget(
     State(admin): State<Admin>,
-    Query(Wanted { vm }): Query<Wanted>,
+    ApiQuery(Wanted { vm }): ApiQuery<Wanted>,
 ) -> (StatusCode, Json<Value>) {
     let desk = admin.desk.clone();
     let name = vm.clone();
@@ -101,7 +115,26 @@ async fn forget(
             tracing::warn!(event = "forgotten", vm = %name, "an operator removed a record");
             (StatusCode::OK, Json(json!({"done": true})))
         }
-        Err(error) => (StatusCode::NOT_FOUND, Json(json!({"error": error.to_string()}))),
+        Err(error) => refusal(StatusCode::NOT_FOUND, &error.to_string()),
+    }
+}
+
+/// Reads the certificates again; sessions go on.
+async fn reload_certificates(
+    State(admin): State<Admin>,
+    ApiQuery(Nothing {}): ApiQuery<Nothing>,
+) -> (StatusCode, Json<Value>) {
+    let certificates = Arc::clone(&admin.certificates);
+    let reloaded = tokio::task::spawn_blocking(move || certificates.reload()).await;
+    match reloaded.expect("reading certificates does not panic") {
+        Ok(host) => {
+            tracing::info!(event = "reloaded", "the certificates were read again");
+            (StatusCode::OK, Json(json!({"done": true, "host": host})))
+        }
+        Err(error) => {
+            tracing::error!(%error, "the certificates were not read again, the earlier ones stay");
+            refusal(StatusCode::CONFLICT, &error.to_string())
+        }
     }
 }
 
@@ -146,5 +179,19 @@ mod tests {
         let shown = view(instance, &[(VmId::new("web").unwrap(), record)]);
         assert_eq!(shown["records"][0]["mode"]["paired"]["session"], "f".repeat(32));
         assert_eq!(shown["records"][0]["term"], u64::MAX);
+    }
+
+    #[test]
+    fn the_admin_api_is_what_its_document_says() {
+        let api = api(&Metrics::new());
+        let served = api
+            .routes()
+            .iter()
+            .map(|(method, path)| ((*method).to_owned(), (*path).to_owned()));
+        let served: std::collections::BTreeSet<_> = served.collect();
+        assert_eq!(
+            served,
+            romulus_telemetry::openapi::Document::shipped().routes("witness")
+        );
     }
 }

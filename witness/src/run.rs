@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use romulus_config::Witness;
 use romulus_telemetry::{serve_admin, serve_metrics, systemd};
-use romulus_transport::{Endpoint, Identity, Service};
+use romulus_transport::{Certificates, Endpoint, Identity, Service};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{error, info};
@@ -37,19 +37,31 @@ pub(crate) fn run(settings: &Witness) -> anyhow::Result<()> {
 }
 
 async fn serve(settings: &Witness, identity: &Identity, desk: Arc<Desk>) -> anyhow::Result<()> {
-    let endpoint = Endpoint::server(identity, &settings.network, Service::Witness, settings.listen)?;
+    let endpoint = Arc::new(Endpoint::server(
+        identity,
+        &settings.network,
+        Service::Witness,
+        settings.listen,
+    )?);
+    let certificates = Arc::new(Certificates::new(identity, vec![Arc::clone(&endpoint)]));
     let (fatal, mut failures) = mpsc::channel(1);
     let counts = Arc::new(Counts::default());
     let server = Server {
         desk: desk.clone(),
         counts: counts.clone(),
+        allow: settings.allow.clone().into(),
         fatal,
     };
-    let admin = Admin { desk, counts };
+    let admin = Admin {
+        desk,
+        counts,
+        certificates: Arc::clone(&certificates),
+    };
     let metrics = admin::metrics(&admin);
     let _socket = serve_admin(
         &settings.admin_socket,
-        admin::router(admin).merge(metrics.router()),
+        settings.admin_group.as_deref(),
+        admin::api(&metrics).into_router(admin),
     )?;
     let _metrics = match settings.metrics.listen {
         Some(address) => Some(serve_metrics(address, metrics.router()).await?),
@@ -72,7 +84,7 @@ async fn serve(settings: &Witness, identity: &Identity, desk: Arc<Desk>) -> anyh
             }
             _ = terminate.recv() => break Ok(()),
             _ = interrupt.recv() => break Ok(()),
-            _ = hangup.recv() => reload(settings, &endpoint),
+            _ = hangup.recv() => reload(&certificates),
             _ = tick.tick() => systemd::watchdog(),
         }
     };
@@ -83,13 +95,10 @@ async fn serve(settings: &Witness, identity: &Identity, desk: Arc<Desk>) -> anyh
 }
 
 /// New certificates; settings need a restart.
-fn reload(settings: &Witness, endpoint: &Endpoint) {
+fn reload(certificates: &Certificates) {
     systemd::reloading();
-    match Identity::load(&settings.pki_dir)
-        .map_err(Into::into)
-        .and_then(|identity| endpoint.reload(&identity))
-    {
-        Ok(()) => info!(event = "reloaded"),
+    match certificates.reload() {
+        Ok(_) => info!(event = "reloaded"),
         Err(error) => error!(%error, "the certificates were not reloaded, the earlier ones stay"),
     }
     systemd::ready();

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use romulus_config::{Allow, is_allowed};
 use romulus_protocol::{Answer, WitnessReply, WitnessRequest};
 use romulus_transport::{CloseCode, Connection, Control, FrameReader};
 use romulus_types::Session;
@@ -24,6 +25,7 @@ pub(crate) struct Counts {
     pub(crate) answered: AtomicU64,
     pub(crate) granted: AtomicU64,
     pub(crate) bad: AtomicU64,
+    pub(crate) not_allowed: AtomicU64,
 }
 
 /// What a connection's tasks share.
@@ -31,6 +33,8 @@ pub(crate) struct Counts {
 pub(crate) struct Server {
     pub(crate) desk: Arc<Desk>,
     pub(crate) counts: Arc<Counts>,
+    /// Which host may ask for which VMs.
+    pub(crate) allow: Arc<[Allow]>,
     /// Where an error of the store goes; the process ends with it.
     pub(crate) fatal: mpsc::Sender<StoreError>,
 }
@@ -94,16 +98,33 @@ impl Server {
         if frame.session != Session(request.nonce.0) {
             return Err(Bad::OtherNonce);
         }
-        let Some(reply) = self.ask_desk(request.clone()).await else {
-            return Ok(());
+        let reply = if is_allowed(&self.allow, &request.host, &request.vm) {
+            let Some(reply) = self.ask_desk(request.clone()).await else {
+                return Ok(());
+            };
+            self.note(&request, &reply);
+            reply
+        } else {
+            self.not_allowed(&request)
         };
-        self.note(&request, &reply);
         let bytes = encode_message(FrameType::WitnessReply, frame.session, &reply)?;
         // An asker that is gone asks again.
         if sender.send(bytes).await.is_ok() && sender.finish_and_flush().await.is_ok() {
             fault::point("reply.sent");
         }
         Ok(())
+    }
+
+    /// For a host that has no business with a VM there is no such VM. The connection stays: others of the host's VMs use it.
+    fn not_allowed(&self, request: &WitnessRequest) -> WitnessReply {
+        self.counts.not_allowed.fetch_add(1, Ordering::Relaxed);
+        let WitnessRequest { vm, host, nonce, .. } = request;
+        warn!(event = "not_allowed", %vm, %host, "the settings do not allow this host to ask for this VM (allow)");
+        WitnessReply {
+            vm: vm.clone(),
+            nonce: *nonce,
+            answer: Answer::UnknownVm,
+        }
     }
 
     /// The desk's answer, off this thread, as it waits for the disk. `None` when the process is to end.

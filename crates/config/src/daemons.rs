@@ -7,6 +7,7 @@ use std::time::Duration;
 use romulus_types::{HostId, VmId};
 use serde::{Deserialize, Serialize};
 
+use crate::allow::{self, Allow};
 use crate::check::{Checks, Invalid};
 use crate::common::{Failover, Log, Metrics, Network};
 use crate::load::Settings;
@@ -42,6 +43,9 @@ pub struct Replicator {
     /// The admin socket. Default `/run/romulus/replicator-VM.sock`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub admin_socket: Option<PathBuf>,
+    /// The group that may use the admin socket, by name or number. Default: that of the daemon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admin_group: Option<String>,
     /// Length and pace of epochs.
     pub epochs: Epochs,
     /// What replication may hold in memory.
@@ -116,6 +120,7 @@ impl Default for Replicator {
             witness: Vec::new(),
             pki_dir: PKI_DIR.into(),
             admin_socket: None,
+            admin_group: None,
             epochs: Epochs::default(),
             memory: Memory::default(),
             failover: Failover::default(),
@@ -142,6 +147,7 @@ impl Settings for Replicator {
         let (page, most) = (ByteSize::from_mib(1), ByteSize::from_gib(1024));
         check_witness(&self.witness)?;
         Checks::new("").absolute("pki_dir", &self.pki_dir)?;
+        check_group(self.admin_group.as_deref())?;
         Checks::new("epochs")
             .duration("length", self.epochs.length, ms(1), s(10))?
             .number("in_flight_max", self.epochs.in_flight_max.into(), 1, 256)?
@@ -231,6 +237,11 @@ pub struct BackupAgent {
     pub pki_dir: PathBuf,
     /// The admin socket. Default `/run/romulus/backup-agent.sock`.
     pub admin_socket: PathBuf,
+    /// The group that may use the admin socket, by name or number. Default: that of the daemon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admin_group: Option<String>,
+    /// Which host may have which VMs backed up here. Default: every host of the authority any VM.
+    pub allow: Vec<Allow>,
     /// Where memory images are kept, unless they are in the fd store, and what belongs to them; a tmpfs. Default
     /// `/dev/shm/romulus`.
     pub image_dir: PathBuf,
@@ -288,6 +299,8 @@ impl Default for BackupAgent {
             witness: Vec::new(),
             pki_dir: PKI_DIR.into(),
             admin_socket: format!("{RUN_DIR}/backup-agent.sock").into(),
+            admin_group: None,
+            allow: Vec::new(),
             image_dir: "/dev/shm/romulus".into(),
             keep_images: KeepImages::default(),
             standby_units: StandbyUnits::default(),
@@ -350,6 +363,8 @@ impl Settings for BackupAgent {
         }
         check_vmms(&self.vmm)?;
         self.check_vms()?;
+        check_group(self.admin_group.as_deref())?;
+        allow::check(&self.allow)?;
         self.failover.check()?;
         self.network.check()?;
         self.log.check()
@@ -368,6 +383,11 @@ pub struct Witness {
     pub pki_dir: PathBuf,
     /// The admin socket. Default `/run/romulus/witness.sock`.
     pub admin_socket: PathBuf,
+    /// The group that may use the admin socket, by name or number. Default: that of the daemon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admin_group: Option<String>,
+    /// Which host may ask for which VMs: both hosts of a pair. Default: every host of the authority for any VM.
+    pub allow: Vec<Allow>,
     /// Most VMs that have a record. Default 4096.
     pub vms_max: u32,
     /// QUIC.
@@ -385,6 +405,8 @@ impl Default for Witness {
             dir: "/var/lib/romulus-witness".into(),
             pki_dir: PKI_DIR.into(),
             admin_socket: format!("{RUN_DIR}/witness.sock").into(),
+            admin_group: None,
+            allow: Vec::new(),
             vms_max: 4096,
             // Requests are small and hosts many.
             network: Network {
@@ -409,6 +431,8 @@ impl Settings for Witness {
             .absolute("pki_dir", &self.pki_dir)?
             .absolute("admin_socket", &self.admin_socket)?
             .number("vms_max", self.vms_max.into(), 1, 1 << 20)?;
+        check_group(self.admin_group.as_deref())?;
+        allow::check(&self.allow)?;
         self.network.check()?;
         self.log.check()
     }
@@ -418,6 +442,19 @@ fn check_witness(witness: &[PeerAddress]) -> Result<(), Invalid> {
     Checks::new("")
         .number("witness", witness.len() as u64, 0, 8)
         .map(drop)
+}
+
+/// A group's name or number, as `/etc/group` may have it.
+fn check_group(group: Option<&str>) -> Result<(), Invalid> {
+    let Some(name) = group else { return Ok(()) };
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+    if name.is_empty() || name.len() > 64 || !name.bytes().all(plain) {
+        return Err(Invalid::new(
+            "admin_group",
+            format!("{name:?} is not the name or number of a group"),
+        ));
+    }
+    Ok(())
 }
 
 /// An interface name as Linux allows it.

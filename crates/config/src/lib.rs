@@ -12,6 +12,7 @@
 
 use std::path::PathBuf;
 
+mod allow;
 mod check;
 mod common;
 mod daemons;
@@ -20,6 +21,7 @@ mod peer;
 mod quantity;
 mod vms;
 
+pub use allow::{ALLOW_MAX, Allow, is_allowed};
 pub use check::Invalid;
 pub use common::{Failover, Log, LogFormat, Metrics, Network};
 pub use daemons::{

@@ -110,7 +110,10 @@ impl Merged {
         })?;
         settings.check().map_err(|source| {
             let place = match self.origin.get(&source.key) {
-                Some(file) => file.display().to_string(),
+                Some(file) => match line_of(file, &source.key) {
+                    Some(line) => format!("{}, line {line}", file.display()),
+                    None => file.display().to_string(),
+                },
                 // The key itself is a default then, which another key's value has ruled out.
                 None => "the default settings".to_owned(),
             };
@@ -140,6 +143,28 @@ fn merge(into: &mut Table, from: Table, prefix: &str, file: &Path, origin: &mut 
             }
         }
     }
+}
+
+/// The line on which a file sets a key. The file was parsed before; what is not found stays without a line.
+fn line_of(file: &Path, key: &str) -> Option<usize> {
+    let text = read(file).ok()?;
+    let mut section = String::new();
+    for (number, line) in (1..).zip(text.lines().map(str::trim)) {
+        let full = if line.starts_with('[') {
+            section = line.trim_matches(['[', ']', ' ']).to_owned();
+            section.clone()
+        } else {
+            let (name, _) = line.split_once('=').unwrap_or_default();
+            match section.as_str() {
+                "" => name.trim().to_owned(),
+                section => format!("{section}.{}", name.trim()),
+            }
+        };
+        if full == key {
+            return Some(number);
+        }
+    }
+    None
 }
 
 fn read(file: &Path) -> Result<String, ConfigError> {

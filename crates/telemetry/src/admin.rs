@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown};
 use std::os::unix::net::UnixStream as BlockingStream;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -54,12 +54,12 @@ impl Drop for Server {
     }
 }
 
-/// Serves `router` on a Unix socket of mode 0660 in a background task. A socket that a dead daemon left is
-/// replaced. Must be called within a tokio runtime.
+/// Serves `router` on a Unix socket of mode 0660 in a background task. `group` may use it, by name or number; the
+/// daemon's own without one. A socket that a dead daemon left is replaced. Must be called within a tokio runtime.
 ///
 /// # Errors
-/// Another daemon serves the socket, something else is in its place, or it cannot be made.
-pub fn serve_admin(path: &Path, router: Router) -> Result<Server, TelemetryError> {
+/// Another daemon serves the socket, something else is in its place, it cannot be made, or there is no such group.
+pub fn serve_admin(path: &Path, group: Option<&str>, router: Router) -> Result<Server, TelemetryError> {
     let failed = |source| TelemetryError::Socket {
         path: path.to_owned(),
         source,
@@ -67,8 +67,13 @@ pub fn serve_admin(path: &Path, router: Router) -> Result<Server, TelemetryError
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).map_err(failed)?;
     }
+    // Before anything is made, so that a name that is wrong leaves nothing behind.
+    let gid = group.map(group_id).transpose()?;
     remove_stale(path)?;
     let listener = UnixListener::bind(path).map_err(failed)?;
+    if gid.is_some() {
+        chown(path, None, gid).map_err(failed)?;
+    }
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(MODE)).map_err(failed)?;
     let inode = std::fs::symlink_metadata(path).map_err(failed)?.ino();
     let task = start(listener, router);
@@ -92,6 +97,22 @@ pub async fn serve_metrics(address: SocketAddr, router: Router) -> Result<Server
         socket: None,
         address,
     })
+}
+
+/// A group's number, from its number or from its name in `/etc/group`.
+fn group_id(group: &str) -> Result<u32, TelemetryError> {
+    if let Ok(gid) = group.parse() {
+        return Ok(gid);
+    }
+    let unknown = || TelemetryError::Group {
+        group: group.to_owned(),
+    };
+    let text = std::fs::read_to_string("/etc/group").map_err(|_| unknown())?;
+    let number = |line: &str| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(group)).then(|| fields.nth(1)?.parse().ok())?
+    };
+    text.lines().find_map(number).ok_or_else(unknown)
 }
 
 fn remove_stale(path: &Path) -> Result<(), TelemetryError> {

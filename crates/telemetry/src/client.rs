@@ -61,6 +61,18 @@ impl AdminClient {
             .and_then(json)
     }
 
+    /// Asks with any method, and gives the answer's status as well.
+    ///
+    /// # Errors
+    /// As [`AdminClient::get`].
+    pub async fn ask_with_status(&self, method: &str, path: &str) -> Result<(u16, Value), TelemetryError> {
+        let known = Method::from_bytes(method.as_bytes()).map_err(|_| TelemetryError::Path {
+            path: method.to_owned(),
+        })?;
+        let (status, bytes) = self.ask(known, path, Bytes::new()).await?;
+        Ok((status.as_u16(), json((status, bytes))?))
+    }
+
     /// The text at `path`, such as `/metrics`.
     ///
     /// # Errors

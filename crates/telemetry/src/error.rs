@@ -39,6 +39,12 @@ pub enum TelemetryError {
         #[source]
         source: std::io::Error,
     },
+    /// `admin_group` names nobody.
+    #[error("admin_group {group:?} is no group of this host: make it with groupadd, or name another")]
+    Group {
+        /// The setting.
+        group: String,
+    },
     /// The address for metrics could not be bound.
     #[error("cannot serve metrics on {address}")]
     MetricsAddress {

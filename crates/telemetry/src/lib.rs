@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod api;
 mod client;
 mod error;
 mod event_log;
@@ -20,9 +21,11 @@ mod histogram;
 pub mod log;
 mod metrics;
 mod notice;
+pub mod openapi;
 pub mod systemd;
 
 pub use admin::{CONNECTIONS_MAX, Server, serve_admin, serve_metrics};
+pub use api::{Api, ApiQuery, Route, refusal};
 pub use client::{ANSWER_BYTES_MAX, AdminClient};
 pub use error::TelemetryError;
 pub use event_log::{EVENTS_MAX, EventLog};

@@ -34,7 +34,7 @@ fn router() -> Router {
 async fn a_client_gets_what_the_daemon_says() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("sub/admin.sock");
-    let server = serve_admin(&path, router()).unwrap();
+    let server = serve_admin(&path, None, router()).unwrap();
     let client = AdminClient::new(&path);
     assert_eq!(
         client.get("/v1/status").await.unwrap(),
@@ -58,7 +58,7 @@ async fn a_client_gets_what_the_daemon_says() {
 async fn answers_that_are_late_huge_or_not_json_are_named_errors() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("admin.sock");
-    let _server = serve_admin(&path, router()).unwrap();
+    let _server = serve_admin(&path, None, router()).unwrap();
     let client = AdminClient::new(&path).with_timeout(Duration::from_millis(200));
     assert!(matches!(
         client.get("/v1/slow").await,
@@ -94,8 +94,8 @@ async fn a_dead_daemons_socket_is_replaced_and_a_live_ones_is_not() {
     let path = dir.path().join("admin.sock");
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     assert!(path.exists(), "a closed listener leaves its file");
-    let _server = serve_admin(&path, router()).unwrap();
-    let second = serve_admin(&path, router());
+    let _server = serve_admin(&path, None, router()).unwrap();
+    let second = serve_admin(&path, None, router());
     assert!(matches!(second, Err(TelemetryError::SocketInUse { .. })));
     assert!(AdminClient::new(&path).get("/v1/status").await.is_ok());
 }
@@ -106,7 +106,7 @@ async fn a_file_in_the_sockets_place_is_left_alone() {
     let path = dir.path().join("precious");
     std::fs::write(&path, "data").unwrap();
     assert!(matches!(
-        serve_admin(&path, router()),
+        serve_admin(&path, None, router()),
         Err(TelemetryError::NotASocket { .. })
     ));
     assert_eq!(std::fs::read(&path).unwrap(), b"data");
@@ -116,7 +116,7 @@ async fn a_file_in_the_sockets_place_is_left_alone() {
 async fn connections_beyond_the_limit_wait_until_others_end() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("admin.sock");
-    let _server = serve_admin(&path, router()).unwrap();
+    let _server = serve_admin(&path, None, router()).unwrap();
     let mut idle = Vec::new();
     for _ in 0..CONNECTIONS_MAX {
         idle.push(UnixStream::connect(&path).await.unwrap());
@@ -136,7 +136,7 @@ async fn garbage_ends_its_own_connection_only() {
     use tokio::io::AsyncWriteExt as _;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("admin.sock");
-    let _server = serve_admin(&path, router()).unwrap();
+    let _server = serve_admin(&path, None, router()).unwrap();
     let mut stream = UnixStream::connect(&path).await.unwrap();
     stream.write_all(&[0xff; 4096]).await.unwrap();
     let mut answer = Vec::new();
@@ -151,7 +151,7 @@ async fn metrics_are_on_the_socket_and_on_tcp() {
     let path = dir.path().join("admin.sock");
     let metrics = Metrics::new();
     metrics.counter("requests", "Requests answered").inc();
-    let _socket = serve_admin(&path, router().merge(metrics.router())).unwrap();
+    let _socket = serve_admin(&path, None, router().merge(metrics.router())).unwrap();
     let text = AdminClient::new(&path).text("/metrics").await.unwrap();
     assert!(text.contains("romulus_requests_total 1"), "{text}");
     let tcp = serve_metrics(([127, 0, 0, 1], 0).into(), metrics.router())

@@ -89,6 +89,16 @@ pub enum PkiError {
         /// The name in client-cert.pem.
         client: String,
     },
+    /// The certificates are those of another host than the daemon runs as.
+    #[error("{} holds the certificates of {found:?} now, this daemon runs as {host:?}: restart it if the host was renamed", dir.display())]
+    OtherHost {
+        /// The directory.
+        dir: PathBuf,
+        /// The name in the certificates.
+        found: String,
+        /// The daemon's name.
+        host: String,
+    },
     /// There is something already; keys are never overwritten.
     #[error("{} exists already and is left as it is: remove it first if it is to be replaced", path.display())]
     Exists {

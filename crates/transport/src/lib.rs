@@ -15,6 +15,7 @@
 
 mod accept;
 mod certificate;
+mod certificates;
 mod code;
 mod connection;
 mod endpoint;
@@ -29,6 +30,7 @@ mod tls;
 mod witness_client;
 
 pub use accept::AcceptCounts;
+pub use certificates::Certificates;
 pub use code::{CloseCode, REASON_BYTES_MAX};
 pub use connection::{CHUNK_BYTES_MAX, Connection, ConnectionStats, Control, RecvStream, SendStream};
 pub use endpoint::Endpoint;

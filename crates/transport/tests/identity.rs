@@ -3,12 +3,14 @@
 mod common;
 
 use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use common::{client, identity, issue, peer, pki_for, server};
 use romulus_transport::pki::{self, HostNames, Validity};
 use romulus_transport::{
-    CertificateProblem as P, Connection, Endpoint, Identity, Network, PkiError, Service, TransportError,
+    CertificateProblem as P, Certificates, Connection, Endpoint, Identity, Network, PkiError, Service,
+    TransportError,
 };
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -325,4 +327,77 @@ async fn reloaded_certificates_serve_new_connections() {
         kept.close_reason().is_none(),
         "an existing connection was disturbed"
     );
+}
+
+#[tokio::test]
+async fn a_daemon_reads_its_certificates_again_and_its_sessions_go_on() {
+    let pki = pki_for(&["primary", "backup"]);
+    let at_backup = identity(&pki, "backup");
+    let (server, address) = server(&at_backup, &Network::default());
+    let server = Arc::new(server);
+    let certificates = Certificates::new(&at_backup, vec![Arc::clone(&server)]);
+    let old = client(&identity(&pki, "primary"), &Network::default());
+    let target = peer(address);
+    let (at_client, at_server) = tokio::join!(old.connect(&target), server.accept());
+    let (at_client, at_server) = (at_client.unwrap(), at_server.unwrap());
+    // The folder is replaced by one of another authority.
+    let others = pki_for(&["primary", "backup", "third"]);
+    let folder = pki.path().join("backup");
+    std::fs::rename(&folder, pki.path().join("before")).unwrap();
+    std::fs::rename(others.path().join("backup"), &folder).unwrap();
+    assert_eq!(certificates.reload().unwrap().as_str(), "backup");
+    assert!(at_client.close_reason().is_none() && at_server.close_reason().is_none());
+    let refused = old.connect(&peer(address)).await;
+    assert!(
+        matches!(
+            refused,
+            Err(TransportError::PeerCertificate {
+                problem: P::OtherCa,
+                ..
+            })
+        ),
+        "{refused:?}"
+    );
+    let new = client(&identity(&others, "primary"), &Network::default());
+    new.connect(&peer(address)).await.unwrap();
+    // What a handshake would refuse, and another host's certificates, change nothing.
+    std::fs::remove_file(folder.join("server-key.pem")).unwrap();
+    assert!(certificates.reload().is_err());
+    std::fs::remove_dir_all(&folder).unwrap();
+    std::fs::rename(others.path().join("third"), &folder).unwrap();
+    let Err(TransportError::Pki(error)) = certificates.reload() else {
+        panic!("another host's")
+    };
+    assert!(matches!(*error, PkiError::OtherHost { .. }), "{error}");
+    new.connect(&peer(address)).await.unwrap();
+}
+
+#[test]
+fn a_renewed_host_keeps_its_names_and_gets_new_keys_and_dates() {
+    let dir = tempfile::tempdir().unwrap();
+    pki::init(dir.path(), "test CA", Validity::days(300).unwrap()).unwrap();
+    let names: HostNames = "web1,10.0.0.1,web1.example".parse().unwrap();
+    let folder = pki::issue(dir.path(), &names, Validity::days(5).unwrap()).unwrap();
+    let (before, key) = (
+        pki::check(&folder).unwrap(),
+        std::fs::read(folder.join("server-key.pem")).unwrap(),
+    );
+    assert!(!before.warnings.is_empty());
+    let renewed = pki::renew(dir.path(), &names.host, Validity::days(200).unwrap()).unwrap();
+    assert_eq!(renewed, folder);
+    let after = pki::check(&folder).unwrap();
+    assert!(after.warnings.is_empty(), "{:?}", after.warnings);
+    assert_eq!(
+        (&after.host, &after.files[1].names),
+        (&before.host, &before.files[1].names)
+    );
+    assert!(after.files[1].not_after > before.files[1].not_after);
+    assert_ne!(std::fs::read(folder.join("server-key.pem")).unwrap(), key);
+    let left: Vec<_> = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+    let unknown = romulus_types::HostId::new("nobody").unwrap();
+    assert!(pki::renew(dir.path(), &unknown, Validity::days(9).unwrap()).is_err());
 }

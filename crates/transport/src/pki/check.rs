@@ -76,7 +76,7 @@ pub fn check(dir: &Path) -> Result<Report, PkiError> {
     })
 }
 
-fn describe(file: &Path) -> Result<FileReport, PkiError> {
+pub(super) fn describe(file: &Path) -> Result<FileReport, PkiError> {
     let chain = certificates(file)?;
     let facts = certificate::read(&chain[0]).map_err(|problem| PkiError::Certificate {
         file: file.to_owned(),

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! The layout of a host's folder is QEMU's, so folders made for QEMU work as they are. Keys are ECDSA P-256 in
-//! files of mode 0600. Nothing is ever overwritten: a folder is written under another name and renamed.
+//! files of mode 0600. A folder is written under another name and renamed; only [`renew`] puts one in the place
+//! of another.
 
 use std::io::Write as _;
 use std::net::IpAddr;
@@ -119,6 +120,55 @@ pub fn issue(dir: &Path, names: &HostNames, validity: Validity) -> Result<PathBu
             name: CA_DIR.to_owned(),
         });
     }
+    let (ca_pem, issuer) = authority(dir)?;
+    let folder = Folder::start(dir, names.host.as_str())?;
+    fill(&folder, names, validity, (&ca_pem, &issuer))?;
+    folder.complete()?;
+    Ok(dir.join(names.host.as_str()))
+}
+
+/// Replaces a host's folder, `dir/HOST`, by one with the same names, new keys and another validity, signed by the CA in
+/// `dir/ca`; gives its path. Whoever opens the folder meanwhile finds the old one or the new one, whole.
+///
+/// # Errors
+/// There is no such folder, its certificates can't be read, the CA is missing, or a file cannot be written.
+pub fn renew(dir: &Path, host: &HostId, validity: Validity) -> Result<PathBuf, PkiError> {
+    let path = dir.join(host.as_str());
+    let report = check::describe(&path.join(Role::Server.cert_file()))?;
+    let also = report
+        .names
+        .into_iter()
+        .filter(|name| name != host.as_str())
+        .collect();
+    let names = HostNames {
+        host: host.clone(),
+        also,
+    };
+    let (ca_pem, issuer) = authority(dir)?;
+    let folder = Folder::beside(dir, host.as_str())?;
+    fill(&folder, &names, validity, (&ca_pem, &issuer))?;
+    folder.exchange()?;
+    Ok(path)
+}
+
+fn fill(
+    folder: &Folder,
+    names: &HostNames,
+    validity: Validity,
+    (ca_pem, issuer): (&[u8], &Issuer<'_, KeyPair>),
+) -> Result<(), PkiError> {
+    folder.write(CA_CERT, ca_pem, 0o644)?;
+    for role in [Role::Server, Role::Client] {
+        let key = new_key()?;
+        let certificate = leaf(names, role, validity)?.signed_by(&key, issuer)?;
+        folder.write(role.cert_file(), certificate.pem().as_bytes(), 0o644)?;
+        folder.write(role.key_file(), key.serialize_pem().as_bytes(), 0o600)?;
+    }
+    Ok(())
+}
+
+/// The CA in `dir/ca`: its certificate, and what signs.
+fn authority(dir: &Path) -> Result<(Vec<u8>, Issuer<'static, KeyPair>), PkiError> {
     let ca = dir.join(CA_DIR);
     let ca_pem = read_pem(&ca.join(CA_CERT))?;
     let ca_key = read_pem(&ca.join(CA_KEY))?;
@@ -130,17 +180,7 @@ pub fn issue(dir: &Path, names: &HostNames, validity: Validity) -> Result<PathBu
     let key_text = std::str::from_utf8(&ca_key).map_err(|_| form(CA_KEY, "private key"))?;
     let signer = KeyPair::from_pem(key_text).map_err(|_| form(CA_KEY, "private key"))?;
     let issuer = Issuer::from_ca_cert_pem(ca_text, signer).map_err(|_| form(CA_CERT, "certificate"))?;
-
-    let folder = Folder::start(dir, names.host.as_str())?;
-    folder.write(CA_CERT, &ca_pem, 0o644)?;
-    for role in [Role::Server, Role::Client] {
-        let key = new_key()?;
-        let certificate = leaf(names, role, validity)?.signed_by(&key, &issuer)?;
-        folder.write(role.cert_file(), certificate.pem().as_bytes(), 0o644)?;
-        folder.write(role.key_file(), key.serialize_pem().as_bytes(), 0o600)?;
-    }
-    folder.complete()?;
-    Ok(dir.join(names.host.as_str()))
+    Ok((ca_pem, issuer))
 }
 
 fn new_key() -> Result<KeyPair, PkiError> {
@@ -199,6 +239,12 @@ impl Folder {
         if wanted.exists() {
             return Err(PkiError::Exists { path: wanted });
         }
+        Self::beside(dir, name)
+    }
+
+    /// Beside one that may be there already.
+    fn beside(dir: &Path, name: &str) -> Result<Self, PkiError> {
+        let wanted = dir.join(name);
         let make = |path: &Path| {
             let made = std::fs::DirBuilder::new()
                 .recursive(true)
@@ -246,9 +292,22 @@ impl Folder {
     }
 }
 
+impl Folder {
+    /// Takes the place of the folder that is there; that one is removed.
+    fn exchange(self) -> Result<(), PkiError> {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        renameat_with(CWD, &self.partial, CWD, &self.wanted, RenameFlags::EXCHANGE).map_err(|source| {
+            PkiError::Write {
+                path: self.wanted.clone(),
+                source: source.into(),
+            }
+        })
+    }
+}
+
 impl Drop for Folder {
     fn drop(&mut self) {
-        // Gone already after a completed rename.
+        // Gone already after a completed rename; the old one after an exchange.
         let _ = std::fs::remove_dir_all(&self.partial);
     }
 }
