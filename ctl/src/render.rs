@@ -12,6 +12,12 @@ pub(crate) fn is_protected(answer: &Value) -> bool {
 
 /// A status answer, a paragraph a VM.
 pub(crate) fn status(answer: &Value) -> String {
+    if answer["role"] == "witness" {
+        return format!(
+            "witness: {} VMs have a record, {} requests answered\n",
+            answer["vms"], answer["answered"]
+        );
+    }
     match answer["vms"].as_array() {
         Some(vms) if vms.is_empty() => "no VM is backed up here\n".into(),
         Some(vms) => vms.iter().map(one).collect::<Vec<_>>().join("\n"),
@@ -105,12 +111,11 @@ fn pause_parts(value: &Value) -> Option<String> {
 }
 
 /// Events, a line each.
-pub(crate) fn events(answer: &Value) -> String {
-    let events = answer["events"].as_array().map_or(&[][..], Vec::as_slice);
+pub(crate) fn events(events: &[Value]) -> String {
     let mut text = String::new();
     for event in events {
         let name = event["event"].as_str().unwrap_or("?");
-        let vm = event["vm"].as_str().or(answer["vm"].as_str()).unwrap_or("");
+        let vm = event["vm"].as_str().unwrap_or("");
         let unix_ms = event["unix_ms"].as_u64().unwrap_or(0);
         let time = humantime::format_rfc3339_millis(
             std::time::UNIX_EPOCH + std::time::Duration::from_millis(unix_ms),

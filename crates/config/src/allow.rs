@@ -1,4 +1,4 @@
-//! `[[allow]]`: which host may speak for which VMs. A certificate says who a host is; this says what it may do.
+//! `[[allow]]`: which host may speak for which VMs, and `admin_group`. A certificate says who a host is; this says what it may do.
 
 use romulus_types::{HostId, VmId};
 use serde::{Deserialize, Serialize};
@@ -53,6 +53,19 @@ pub(crate) fn check(list: &[Allow]) -> Result<(), Invalid> {
                 ));
             }
         }
+    }
+    Ok(())
+}
+
+/// A group's name or number, as `/etc/group` may have it.
+pub(crate) fn check_group(group: Option<&str>) -> Result<(), Invalid> {
+    let Some(name) = group else { return Ok(()) };
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+    if name.is_empty() || name.len() > 64 || !name.bytes().all(plain) {
+        return Err(Invalid::new(
+            "admin_group",
+            format!("{name:?} is not the name or number of a group"),
+        ));
     }
     Ok(())
 }

@@ -147,7 +147,7 @@ impl Settings for Replicator {
         let (page, most) = (ByteSize::from_mib(1), ByteSize::from_gib(1024));
         check_witness(&self.witness)?;
         Checks::new("").absolute("pki_dir", &self.pki_dir)?;
-        check_group(self.admin_group.as_deref())?;
+        allow::check_group(self.admin_group.as_deref())?;
         Checks::new("epochs")
             .duration("length", self.epochs.length, ms(1), s(10))?
             .number("in_flight_max", self.epochs.in_flight_max.into(), 1, 256)?
@@ -363,7 +363,7 @@ impl Settings for BackupAgent {
         }
         check_vmms(&self.vmm)?;
         self.check_vms()?;
-        check_group(self.admin_group.as_deref())?;
+        allow::check_group(self.admin_group.as_deref())?;
         allow::check(&self.allow)?;
         self.failover.check()?;
         self.network.check()?;
@@ -431,7 +431,7 @@ impl Settings for Witness {
             .absolute("pki_dir", &self.pki_dir)?
             .absolute("admin_socket", &self.admin_socket)?
             .number("vms_max", self.vms_max.into(), 1, 1 << 20)?;
-        check_group(self.admin_group.as_deref())?;
+        allow::check_group(self.admin_group.as_deref())?;
         allow::check(&self.allow)?;
         self.network.check()?;
         self.log.check()
@@ -442,19 +442,6 @@ fn check_witness(witness: &[PeerAddress]) -> Result<(), Invalid> {
     Checks::new("")
         .number("witness", witness.len() as u64, 0, 8)
         .map(drop)
-}
-
-/// A group's name or number, as `/etc/group` may have it.
-fn check_group(group: Option<&str>) -> Result<(), Invalid> {
-    let Some(name) = group else { return Ok(()) };
-    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
-    if name.is_empty() || name.len() > 64 || !name.bytes().all(plain) {
-        return Err(Invalid::new(
-            "admin_group",
-            format!("{name:?} is not the name or number of a group"),
-        ));
-    }
-    Ok(())
 }
 
 /// An interface name as Linux allows it.
