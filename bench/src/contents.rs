@@ -1,5 +1,6 @@
 //! Contents of pages as guests have them, and how they change from one checkpoint to the next.
 
+use romulus_guest_core::random::Random;
 use romulus_page_codec::Page;
 use romulus_types::PAGE_BYTES;
 use serde::Deserialize;
@@ -9,36 +10,13 @@ const WORDS: &str = "the of and to in is that it was for on are as with they at 
     would other into has more her two like him see time could no make than first been its who now people my made over did \
     down only way find use may water long little very after words called just where most know";
 
-/// SplitMix64: enough for test contents, the same everywhere for the same seed.
-#[derive(Clone, Debug)]
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
+/// `count` different numbers below `limit`, ascending: the dirty pages of a guest. All of them if there are no more.
+pub(crate) fn distinct(random: &mut Random, count: u64, limit: u64) -> Vec<u64> {
+    let mut found = std::collections::BTreeSet::new();
+    while (found.len() as u64) < count.min(limit) {
+        found.insert(random.below(limit));
     }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// A number below `limit`, which must not be 0.
-    pub(crate) fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    /// `count` different numbers below `limit`, ascending: the dirty pages of a guest. All of them if there are no more.
-    pub(crate) fn distinct(&mut self, count: u64, limit: u64) -> Vec<u64> {
-        let mut found = std::collections::BTreeSet::new();
-        while (found.len() as u64) < count.min(limit) {
-            found.insert(self.below(limit));
-        }
-        found.into_iter().collect()
-    }
+    found.into_iter().collect()
 }
 
 /// How a page changed since the last checkpoint.
@@ -91,7 +69,7 @@ impl Content {
         match self {
             Self::Zeros => new.fill(0),
             Self::Same => {}
-            Self::Counter => new[128..136].copy_from_slice(&random.next().to_le_bytes()),
+            Self::Counter => new[128..136].copy_from_slice(&random.number().to_le_bytes()),
             Self::Scattered => (0..64).for_each(|_| new[place(random)] ^= 0x5a),
             Self::Text => new = text(random),
             Self::Noise => new = noise(random),
@@ -112,7 +90,7 @@ fn place(random: &mut Random) -> usize {
 pub(crate) fn noise(random: &mut Random) -> Page {
     let mut page = [0; PAGE_BYTES];
     for word in page.as_chunks_mut::<8>().0 {
-        *word = random.next().to_le_bytes();
+        *word = random.number().to_le_bytes();
     }
     page
 }
@@ -164,9 +142,9 @@ mod tests {
 
     #[test]
     fn dirty_pages_are_distinct_ascending_and_inside() {
-        let pages = Random::new(3).distinct(100, 1000);
+        let pages = distinct(&mut Random::new(3), 100, 1000);
         assert_eq!(pages.len(), 100);
         assert!(pages.windows(2).all(|pair| pair[0] < pair[1]) && pages[99] < 1000);
-        assert_eq!(Random::new(3).distinct(10, 4), [0, 1, 2, 3]);
+        assert_eq!(distinct(&mut Random::new(3), 10, 4), [0, 1, 2, 3]);
     }
 }

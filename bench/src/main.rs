@@ -29,6 +29,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
 use plan::Plan;
 use report::Report;
@@ -79,6 +80,10 @@ fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
     // The guests that are measured run in processes of their own, which are this program again.
     if args.get(1).is_some_and(|word| word == "testbed") {
+        if let Err(error) = end_with_parent() {
+            eprintln!("error: {error:#}");
+            return ExitCode::FAILURE;
+        }
         return romulus_testbed::main(args.into_iter().skip(1));
     }
     let done = match Cli::parse().command {
@@ -92,6 +97,20 @@ fn main() -> ExitCode {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+/// A guest must not outlive the run that measures it, however that ends: the kernel kills it then.
+fn end_with_parent() -> anyhow::Result<()> {
+    set_parent_process_death_signal(Some(Signal::KILL)).context("cannot ask to be ended with the parent")?;
+    // A parent that was gone before has been replaced by another program.
+    let exe = |pid: &str| std::fs::read_link(format!("/proc/{pid}/exe"));
+    let parent = getppid().map_or_else(|| "1".to_owned(), |pid| pid.as_raw_nonzero().to_string());
+    let (own, other) = (exe("self")?, exe(&parent));
+    anyhow::ensure!(
+        other.is_ok_and(|other| other == own),
+        "only bench itself starts its guests"
+    );
+    Ok(())
 }
 
 fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {

@@ -4,9 +4,9 @@
 //! the machine does meanwhile, it does to both.
 
 use indicatif::ProgressBar;
+use romulus_guest_core::random::Random;
 use romulus_host_sys::monotonic_ns;
 
-use crate::contents::Random;
 use crate::stats::{Figure, Timings};
 
 /// With `--quick`, so many times fewer rounds…

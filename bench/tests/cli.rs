@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -89,4 +90,39 @@ fn the_list_names_measures_and_plans() {
         output.status.success() && text.contains("memory.copy") && text.contains("parts.toml"),
         "{text}"
     );
+}
+
+/// Needs /dev/kvm, and fails without it.
+#[test]
+fn a_run_that_is_killed_takes_its_guests_with_it() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let plan = "name = 'guest'\n[[measure]]\nmeasure = 'kvm.speed'\ndirty = ['off']\nmemory_mib = 64\nslice_ms = 60000\n";
+    std::fs::write(dir.path().join("plan.toml"), plan).expect("a plan");
+    let mut run = Command::new(env!("CARGO_BIN_EXE_bench"))
+        .args(["run", "plan.toml"])
+        .current_dir(dir.path())
+        .spawn()
+        .expect("bench starts");
+    let children = format!("/proc/{0}/task/{0}/children", run.id());
+    let said = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let deadline = Instant::now() + Duration::from_secs(120);
+    let guest = loop {
+        assert!(
+            Instant::now() < deadline,
+            "no guest was started: is there /dev/kvm?"
+        );
+        let found = std::fs::read_to_string(&children).unwrap_or_default();
+        let found = found.split_whitespace().find(|pid| said(pid).contains("testbed"));
+        match found {
+            Some(pid) => break pid.to_owned(),
+            None => std::thread::sleep(Duration::from_millis(5)),
+        }
+    };
+    run.kill().expect("it runs");
+    run.wait().expect("it ends");
+    // Nobody may have waited for it yet; then it has no command line any more.
+    while said(&guest).contains("testbed") {
+        assert!(Instant::now() < deadline, "the guest outlived the run");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

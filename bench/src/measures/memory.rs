@@ -13,6 +13,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use serde::Deserialize;
 
 use super::{Measure, outside};
+use crate::contents::distinct;
 use crate::run::{Finding, Run, Unable, timed};
 use crate::stats::Unit;
 
@@ -73,7 +74,7 @@ impl Measure for Copy {
             let (mut into, mut whole) = (resident_buffer(length), resident_buffer(length));
             let mut counter = 0_u64;
             let [copy, scattered] = run.in_turn(&format!("{pages} pages"), self.rounds, |one| {
-                let dirty = random.distinct((*pages).into(), page_count);
+                let dirty = distinct(&mut random, (*pages).into(), page_count);
                 for page in &dirty {
                     counter += 1;
                     memory

@@ -29,7 +29,7 @@ pub(crate) struct Modes {
 }
 
 fn dirty() -> Vec<String> {
-    ["random:1024:25:64", "hotcold:1024:25:64"]
+    ["random:1024:25:64", "hotcold:1024:25:64", "sequential:1024:25:4"]
         .map(str::to_owned)
         .to_vec()
 }
