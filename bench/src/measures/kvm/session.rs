@@ -11,8 +11,13 @@ use super::guest::Guest;
 use crate::run::Unable;
 
 const CHUNK_PAGES: usize = 256;
-/// Rounds of live copying before the first checkpoint, as the replicator makes them.
+/// Rounds of live copying before the first checkpoint, as the replicator makes them…
 const PRECOPIES: u32 = 3;
+/// …and more, up to so many, until a round has no more than these pages: the first copy of a large guest takes long on a busy host.
+const PRECOPIES_MAX: u32 = 100;
+const PRECOPY_PAGES: usize = 32_768;
+/// A checkpoint of all of a guest's memory is slow, but no failure of what is measured.
+const CHECKPOINT_PAGES_MAX: u64 = 1 << 20;
 
 /// An attached guest. Detached when dropped.
 pub(super) struct Session {
@@ -26,6 +31,7 @@ impl Session {
         let mut options = AttachOptions::new(&guest.socket);
         // What is measured must not be cut short for it.
         options.pause_limit_ns = 1_000_000_000;
+        options.checkpoint_pages_max = CHECKPOINT_PAGES_MAX;
         let mut source = KvmSource::attach(options).map_err(Unable::failed("attaching"))?;
         source
             .bootstrap()
@@ -45,13 +51,16 @@ impl Session {
             source: Some(source),
             checkpoint: Checkpoint::default(),
         };
-        for _ in 0..PRECOPIES {
+        for round in 1..=PRECOPIES_MAX {
             let (source, checkpoint) = session.parts();
             source
                 .precopy(checkpoint)
                 .map_err(Unable::failed("copying live"))?;
             for (page, bytes) in session.checkpoint.page_contents() {
                 keep(page, bytes);
+            }
+            if round >= PRECOPIES && session.checkpoint.pages.len() <= PRECOPY_PAGES {
+                break;
             }
         }
         Ok(session)

@@ -12,7 +12,7 @@
 //! does not enter the guest), so its registers are whole; its fd is locked by nobody. A kick cannot be missed:
 //! the flag is set before the signal is sent, and a vCPU clears its flag before it looks whether to stop.
 
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -26,6 +26,9 @@ use romulus_host_sys::{SysError, monotonic_ns};
 
 use super::lapic;
 use crate::server::Stopped;
+
+/// No moment yet.
+const NEVER: u64 = u64::MAX;
 
 /// Why vCPUs could not be started, stopped or looked at.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +96,8 @@ struct Shared {
     changed: Condvar,
     /// They may run, or have to end.
     go: Condvar,
+    /// When the first vCPU went on after the last `run`.
+    gone_on_at_ns: AtomicU64,
     ring_full: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
@@ -157,6 +162,7 @@ impl Vcpus {
             gate: Mutex::new(gate),
             changed: Condvar::new(),
             go: Condvar::new(),
+            gone_on_at_ns: AtomicU64::new(NEVER),
             ring_full: OnceLock::new(),
         });
         let mut all = Self {
@@ -225,8 +231,12 @@ impl Vcpus {
 
     /// Lets all vCPUs run. Returns the moment, on CLOCK_MONOTONIC, in nanoseconds.
     pub fn run(&self) -> u64 {
-        self.shared.release(self.shared.lock());
-        monotonic_ns()
+        let shared = &*self.shared;
+        let gate = shared.lock();
+        shared.gone_on_at_ns.store(NEVER, Ordering::SeqCst);
+        shared.release(gate);
+        // One that was waiting for a core may have taken ours: it runs since then, and not since we are back.
+        monotonic_ns().min(shared.gone_on_at_ns.load(Ordering::SeqCst))
     }
 
     /// Lets all vCPUs run and waits until the first of them is about to enter the guest. Returns that moment, on
@@ -352,6 +362,7 @@ impl Shared {
             gate = self.go.wait(gate).unwrap_or_else(PoisonError::into_inner);
         }
         gate.still -= 1;
+        self.gone_on_at_ns.fetch_min(monotonic_ns(), Ordering::SeqCst);
         if gate.entered_at_ns.is_none() {
             gate.entered_at_ns = Some(monotonic_ns());
             self.changed.notify_all();

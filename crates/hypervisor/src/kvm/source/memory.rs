@@ -117,7 +117,10 @@ impl Memory {
                 // Whoever set a bit wrote the page before: what is copied after this is at least as new.
                 *taken |= word.swap(0, Ordering::Acquire);
             }
-            pages += u64::from(taken.count_ones());
+            // Most words are empty.
+            if *taken != 0 {
+                pages += u64::from(taken.count_ones());
+            }
         }
         // No page is behind the last one, whatever the VMM says.
         let beyond = self.page_count % WORD_PAGES;
