@@ -131,10 +131,20 @@ pub(crate) fn fuzz(args: &FuzzArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// What has to hold of the licences and sources of all that is shipped: this workspace, and that of the test guest, which is linked into
+/// the test VMM.
+const SHIPPED: [&str; 2] = ["Cargo.toml", "crates/testbed/guest/Cargo.toml"];
+
 /// Checks licences, bans and sources.
 pub(crate) fn deny() -> Result<ExitCode> {
     need_cargo_tool("cargo-deny")?;
-    sh::run(&mut sh::cargo(&["deny", "check", "licenses", "bans", "sources"]))?;
+    for manifest in SHIPPED {
+        sh::step(&format!("licences, bans and sources of {manifest}"));
+        let settings = ["--config", "deny.toml", "--manifest-path", manifest];
+        let mut deny = sh::cargo(&["deny"]);
+        deny.args(settings).args(["check", "licenses", "bans", "sources"]);
+        sh::run(&mut deny)?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
