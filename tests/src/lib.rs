@@ -18,6 +18,7 @@ pub mod accel;
 pub mod audit;
 pub mod campaign;
 pub mod client;
+pub mod crowd;
 pub mod daemons;
 pub mod guest;
 mod lab;

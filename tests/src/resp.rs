@@ -3,7 +3,7 @@
 //! Source: "RESP protocol description", version 2, in redis's documentation.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -91,7 +91,11 @@ fn read_bulk(from: &mut impl std::io::BufRead, length: &str) -> Result<Vec<u8>> 
 
 /// Connects from the client's host to the guest's redis.
 pub(crate) fn connect(lab: &Lab, at_most: Duration) -> Result<TcpStream> {
-    let address = SocketAddr::from((GUEST_IP, REDIS_PORT));
+    connect_to(lab, GUEST_IP, at_most)
+}
+
+fn connect_to(lab: &Lab, ip: Ipv4Addr, at_most: Duration) -> Result<TcpStream> {
+    let address = SocketAddr::from((ip, REDIS_PORT));
     let stream = within(&lab.net.namespace(Host::Client), || {
         TcpStream::connect_timeout(&address, at_most).with_context(|| format!("cannot connect to {address}"))
     })?;
@@ -108,7 +112,12 @@ pub(crate) struct Redis {
 impl Redis {
     /// Connects; every later call waits no longer than `at_most`, either.
     pub(crate) fn connect(lab: &Lab, at_most: Duration) -> Result<Redis> {
-        let stream = connect(lab, at_most)?;
+        Redis::connect_to(lab, GUEST_IP, at_most)
+    }
+
+    /// The same, to another guest.
+    pub(crate) fn connect_to(lab: &Lab, ip: Ipv4Addr, at_most: Duration) -> Result<Redis> {
+        let stream = connect_to(lab, ip, at_most)?;
         stream
             .set_read_timeout(Some(at_most))
             .context("cannot set a timeout")?;
