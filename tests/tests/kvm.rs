@@ -172,6 +172,24 @@ fn when_the_replicator_is_stopped_the_old_kvm_guest_is_mute_but_not_paused() -> 
 }
 
 #[test]
+fn when_the_agent_dies_the_kvm_guest_stays_and_is_protected_again_once_there_is_an_agent() -> Result<()> {
+    let mut stage = protected()?;
+    let at = Stamp::now();
+    stage.agent.take().ok_or_else(|| anyhow!("no agent"))?.kill();
+    wait_state(&stage, "not_protected")?;
+    stage.wait_ack_after(Stamp::now(), SOON)?;
+    assert!(stage.guest.runs(&stage.lab)?, "the guest is left paused");
+    stage.start_agent(&AgentConfig::default())?;
+    wait_state(&stage, "protected")?;
+    assert_eq!(
+        stage.from_backup.count_after(at),
+        0,
+        "a dead agent's host spoke for the guest"
+    );
+    all_is_well(&mut stage)
+}
+
+#[test]
 fn a_kvm_guest_that_powers_off_ends_its_protection_and_is_never_taken_over() -> Result<()> {
     let mut stage = protected()?;
     let at = Stamp::now();

@@ -77,7 +77,7 @@ pub const REPLICATOR_POINTS: &[&str] = &[
     "detach.unregistered",
 ];
 
-/// Every point of a backup's agent. It passes those of `standby.` in each trial, and again in an activation.
+/// Every point of a backup's agent. It passes those of `standby.` in each trial, and most of them again in an activation.
 pub const AGENT_POINTS: &[&str] = &[
     "agent.hello",
     "agent.before_unusable",
@@ -95,6 +95,7 @@ pub const AGENT_POINTS: &[&str] = &[
     "agent.before_apply",
     "agent.in_apply",
     "agent.after_apply",
+    "standby.started",
     "standby.before_stream",
     "standby.in_stream",
     "standby.after_stream",

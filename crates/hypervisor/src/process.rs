@@ -1,11 +1,15 @@
 //! The process of a standby: started in a session of its own, with the end of what it says on stderr.
+//!
+//! That goes to a file in its folder and not through a pipe: it outlives us, and a pipe whose reader has died is an error to whoever
+//! writes to it, which many a program does not survive.
 
-use std::collections::VecDeque;
 use std::error::Error;
-use std::io::Read;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::{Child, ChildStderr, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use romulus_host_sys::PidFd;
@@ -13,14 +17,16 @@ use romulus_host_sys::PidFd;
 use crate::launcher::Launcher;
 use crate::standby::StandbyError;
 
-/// How much of stderr is kept, in bytes.
-const STDERR_BYTES_MAX: usize = 8 << 10;
-/// What a process said last may still be on its way through the pipe when it has ended.
-const LAST_WORDS: Duration = Duration::from_millis(50);
+/// How much of what a process said is shown, in bytes.
+const SHOWN_BYTES_MAX: u64 = 8 << 10;
+/// From this length on the file is begun anew, in bytes: its folder is in memory.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+/// How often its length is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// The file, in the process's folder.
+const FILE_NAME: &str = "stderr";
 /// How long a killed process that is not our child may take to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
-
-type Tail = Arc<Mutex<VecDeque<u8>>>;
 
 /// How we hold on to it.
 enum Hold {
@@ -35,7 +41,8 @@ pub(crate) struct Process {
     /// What it is, for messages.
     what: String,
     hold: Hold,
-    tail: Tail,
+    /// What it says; `None` when an agent before us kept no such file.
+    said: Option<Arc<File>>,
     outlives: bool,
 }
 
@@ -48,42 +55,40 @@ impl Process {
         argv: &[String],
         folder: &Path,
     ) -> Result<Self, StandbyError> {
+        let path = folder.join(FILE_NAME);
+        let opened = open(&path, true).and_then(|file| Ok((file.try_clone()?, file)));
+        let (stderr, said) =
+            opened.map_err(|error| StandbyError::new(format!("could not make {}", path.display()), error))?;
         let mut words = launcher.words()?;
         words.extend_from_slice(argv);
-        let mut child = Command::new(&words[0])
+        let child = Command::new(&words[0])
             .args(&words[1..])
             .current_dir(folder)
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::piped())
+            .stderr(stderr)
             .spawn()
             .map_err(|error| {
                 StandbyError::new(format!("could not run {}: is {what} installed?", words[0]), error)
             })?;
-        let tail = Tail::default();
-        if let Some(stderr) = child.stderr.take() {
-            let tail = Arc::clone(&tail);
-            // Ends with the process, which must bear the broken pipe that it gets when we end before it.
-            std::thread::spawn(move || keep_tail(stderr, &tail));
-        }
         Ok(Self {
             what: what.to_owned(),
             hold: Hold::Child(child),
-            tail,
+            said: Some(kept_short(said)),
             outlives: false,
         })
     }
 
-    /// Holds on to a process that an earlier agent started. It outlives us, as it did that one.
-    pub(crate) fn adopt(what: &str, pid: u32) -> Result<Self, StandbyError> {
+    /// Holds on to a process that an earlier agent started in `folder`. It outlives us, as it did that one.
+    pub(crate) fn adopt(what: &str, pid: u32, folder: &Path) -> Result<Self, StandbyError> {
         let fd = PidFd::open(pid)
             .map_err(|error| StandbyError::new(format!("could not hold process {pid}"), error))?;
         Ok(Self {
             what: what.to_owned(),
             hold: Hold::Adopted { pid, fd },
-            tail: Tail::default(),
+            said: open(&folder.join(FILE_NAME), false).ok().map(kept_short),
             outlives: true,
         })
     }
@@ -139,15 +144,7 @@ impl Process {
 
     /// The end of what it said.
     pub(crate) fn stderr(&self) -> String {
-        let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes: Vec<u8> = tail.iter().copied().collect();
-        String::from_utf8_lossy(&bytes).trim().to_owned()
-    }
-
-    /// The same of a process that has just ended: its last words are waited for.
-    pub(crate) fn last_words(&self) -> String {
-        std::thread::sleep(LAST_WORDS);
-        self.stderr()
+        self.said.as_deref().map_or_else(String::new, end_of)
     }
 
     /// An error with what the process said about it.
@@ -170,12 +167,94 @@ impl Drop for Process {
     }
 }
 
-fn keep_tail(mut stderr: ChildStderr, tail: &Tail) {
-    let mut chunk = [0u8; 1024];
-    while let Ok(count @ 1..) = stderr.read(&mut chunk) {
-        let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
-        tail.extend(&chunk[..count]);
-        let excess = tail.len().saturating_sub(STDERR_BYTES_MAX);
-        tail.drain(..excess);
+/// Opens the file; a new one is empty. What is appended after it was cut begins at its new end.
+fn open(path: &Path, new: bool) -> io::Result<File> {
+    OpenOptions::new().read(true).append(true).create(new).open(path)
+}
+
+/// Cuts the file whenever it has become long, as long as somebody holds it.
+fn kept_short(file: File) -> Arc<File> {
+    let file = Arc::new(file);
+    let watched: Weak<File> = Arc::downgrade(&file);
+    std::thread::spawn(move || {
+        while let Some(file) = watched.upgrade() {
+            cut(&file, FILE_BYTES_MAX);
+            drop(file);
+            std::thread::sleep(LOOK_EVERY);
+        }
+    });
+    file
+}
+
+fn cut(file: &File, bytes_max: u64) {
+    if file.metadata().is_ok_and(|metadata| metadata.len() > bytes_max) {
+        // What fails here fails again at the next look.
+        let _ = file.set_len(0);
+    }
+}
+
+fn end_of(file: &File) -> String {
+    let length = file.metadata().map_or(0, |metadata| metadata.len());
+    let from = length.saturating_sub(SHOWN_BYTES_MAX);
+    let mut bytes = vec![0; usize::try_from(length - from).expect("as few as are shown")];
+    // It may have been cut meanwhile.
+    let read = file.read_at(&mut bytes, from).unwrap_or(0);
+    String::from_utf8_lossy(&bytes[..read]).trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn shell(folder: &Path, script: &str) -> Process {
+        let argv = ["/bin/sh", "-c", script].map(str::to_owned);
+        Process::spawn("a shell", &Launcher::Session, &argv, folder).unwrap()
+    }
+
+    fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
+        let deadline = std::time::Instant::now() + LONG;
+        while !is_so() {
+            assert!(std::time::Instant::now() < deadline, "waited for {what}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn a_file_that_has_become_long_is_begun_anew_and_only_its_end_is_shown() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE_NAME);
+        let file = open(&path, true).unwrap();
+        let long = "x".repeat(usize::try_from(SHOWN_BYTES_MAX).unwrap());
+        std::fs::write(&path, format!("begun {long}")).unwrap();
+        assert_eq!(end_of(&file), long);
+        cut(&file, SHOWN_BYTES_MAX + 6);
+        assert_eq!(end_of(&file), long, "it is not too long yet");
+        cut(&file, SHOWN_BYTES_MAX + 5);
+        assert_eq!(end_of(&file), "");
+        (&file).write_all(b"anew\n").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"anew\n");
+    }
+
+    #[test]
+    fn what_a_process_says_after_its_agent_is_no_harm_to_it_and_is_read_by_the_next_one() {
+        let folder = tempfile::tempdir().unwrap();
+        // Dash ends itself when it can't write.
+        let script =
+            "echo one >&2; until test -e go; do sleep 0.01; done; echo two >&2 || exit 3; exec sleep 600";
+        let mut first = shell(folder.path(), script);
+        wait_for("its first word", || first.stderr() == "one");
+        first.outlive();
+        let pid = first.pid();
+        // Nothing of ours stays open, as when an agent is killed.
+        drop(first);
+        std::fs::write(folder.path().join("go"), "").unwrap();
+        let mut second = Process::adopt("a shell", pid, folder.path()).unwrap();
+        wait_for("its second word", || second.stderr() == "one\ntwo");
+        assert!(second.is_alive());
+        second.kill();
     }
 }

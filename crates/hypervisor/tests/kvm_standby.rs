@@ -7,6 +7,7 @@ mod fake_vmm;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use fake_vmm::{Vmm, running, wait_as_standby};
@@ -19,7 +20,9 @@ use romulus_hypervisor::standby::{Committed, Standby, StandbyError};
 use romulus_types::{BlockId, Digest, PAGE_BYTES, PageIndex};
 
 /// Long enough for anything on a busy machine.
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(60);
+/// The environment variable that makes an agent of this test's executable.
+const AGENT_DIR: &str = "HVKVM_AGENT_DIR";
 
 /// Not a test of anything: what the other tests start as a standby.
 #[test]
@@ -27,6 +30,45 @@ fn standby_process() {
     let mut words = std::env::args().skip_while(|word| word != "--attach");
     if let Some(socket) = words.nth(1) {
         wait_as_standby(Path::new(&socket));
+    }
+}
+
+/// Not a test of anything either: an agent, in a folder that is named by the environment, which has a standby waiting until it is killed.
+#[test]
+fn agent_process() {
+    let Some(dir) = std::env::var_os(AGENT_DIR).map(PathBuf::from) else {
+        return;
+    };
+    let spec = MachineSpec::from_json(&fs::read(dir.join("machine")).unwrap()).unwrap();
+    let mut standby = KvmStandby::prepare(&spec, options(&dir)).unwrap();
+    standby.start_waiting(&ram_files(&dir, &spec)).unwrap();
+    fs::write(dir.join("waits.new"), standby.pid().unwrap().to_string()).unwrap();
+    fs::rename(dir.join("waits.new"), dir.join("waits")).unwrap();
+    loop {
+        std::thread::park();
+    }
+}
+
+fn options(dir: &Path) -> StandbyOptions {
+    let exe = std::env::current_exe().unwrap().display().to_string();
+    let words = [&exe, "standby_process", "--exact", "--nocapture", "--"];
+    let command = words.map(str::to_owned).to_vec();
+    StandbyOptions::new(dir.join("run"), "hvkvm", command)
+}
+
+fn ram_files(dir: &Path, spec: &MachineSpec) -> Vec<PathBuf> {
+    let blocks = 0..spec.layout.blocks().len();
+    blocks.map(|number| dir.join(format!("ram-{number}"))).collect()
+}
+
+fn wait_for<T>(what: &str, mut find: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + LONG;
+    loop {
+        if let Some(found) = find() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "waited for {what}");
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
@@ -57,14 +99,12 @@ impl Saved {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let spec = MachineSpec::from_json(&source.machine().to_json()).unwrap();
         let layout = spec.layout.clone();
-        let ram = layout.blocks().iter().enumerate().map(|(number, block)| {
-            let path = dir.path().join(format!("ram-{number}"));
+        let ram = ram_files(dir.path(), &spec);
+        for (number, (path, block)) in ram.iter().zip(layout.blocks()).enumerate() {
             let first = layout.first_page(BlockId(u16::try_from(number).unwrap())).0;
             let from = usize::try_from(first).unwrap() * PAGE_BYTES;
-            fs::write(&path, &memory[from..from + usize::try_from(block.bytes).unwrap()]).unwrap();
-            path
-        });
-        let ram = ram.collect();
+            fs::write(path, &memory[from..from + usize::try_from(block.bytes).unwrap()]).unwrap();
+        }
         Self {
             vmm,
             source,
@@ -76,10 +116,21 @@ impl Saved {
     }
 
     fn options(&self) -> StandbyOptions {
-        let exe = std::env::current_exe().unwrap().display().to_string();
-        let words = [&exe, "standby_process", "--exact", "--nocapture", "--"];
-        let command = words.map(str::to_owned).to_vec();
-        StandbyOptions::new(self.dir.path().join("run"), "hvkvm", command)
+        options(self.dir.path())
+    }
+
+    /// An agent of its own, and the process that it has waiting.
+    fn agent(&self) -> (Child, u32) {
+        fs::write(self.dir.path().join("machine"), self.spec.to_json()).unwrap();
+        let agent = Command::new(std::env::current_exe().unwrap())
+            .args(["agent_process", "--exact", "--nocapture"])
+            .env(AGENT_DIR, self.dir.path())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let waits = self.dir.path().join("waits");
+        let pid = wait_for("a standby to wait", || fs::read_to_string(&waits).ok());
+        (agent, pid.parse().unwrap())
     }
 
     fn standby(&self) -> KvmStandby {
@@ -181,6 +232,33 @@ fn a_guest_that_was_taken_over_outlives_its_agent_is_adopted_and_protected_again
     }
     assert_eq!(events, [GuestEvent::Gone], "its process is gone");
     assert!(source.capture(&mut || Ok(()), false, &mut checkpoint).is_err());
+}
+
+#[test]
+fn a_standby_whose_agent_is_killed_bears_it_and_is_ended_by_the_next_agent() {
+    let saved = Saved::new();
+    let (mut agent, waiting) = saved.agent();
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    let said = saved.dir.path().join("run/machine/stderr");
+    let length = || fs::metadata(&said).unwrap().len();
+    let before = length();
+    wait_for("a word that nobody reads", || {
+        (length() > before + 100).then_some(())
+    });
+    let process = PidFd::open(waiting).unwrap();
+    assert!(
+        !process.wait_ended(Duration::ZERO).unwrap(),
+        "it died with its agent"
+    );
+    let mut standby = saved.standby();
+    assert!(
+        process.wait_ended(LONG).unwrap(),
+        "it still holds what the next one needs"
+    );
+    standby.start_waiting(&saved.ram).unwrap();
+    standby.activate(&saved.committed(), &mut || Ok(())).unwrap();
+    standby.kill();
 }
 
 #[test]

@@ -27,6 +27,7 @@ pub mod virtio;
 mod wiring;
 
 use std::ffi::OsString;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -48,17 +49,19 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     // The queues' library logs each mistake of a guest, which could fill a disk; the devices say it once themselves.
     let filter =
         EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,virtio_queue=off"));
-    // It fails when a program that uses this as a library has set its own.
+    // It fails when a program that uses this as a library has set its own. A guest must not end because nobody reads the log any more:
+    // the subscriber would complain about that to a standard error that is gone, and panic.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .log_internal_errors(false)
         .try_init();
     let ended = match cli.command {
         Command::Run(options) => run::run(&options),
         Command::Standby(options) => run::standby(options),
     };
     ended.unwrap_or_else(|error| {
-        eprintln!("testbed: {}", chain(&error));
+        let _ = writeln!(std::io::stderr(), "testbed: {}", chain(&error));
         ExitCode::FAILURE
     })
 }

@@ -208,19 +208,29 @@ impl Alone {
                     .saver
                     .restore_clock(&parts.vm, &blob)
                     .map_err(Unable::failed("restoring the clock"))?;
+                let mut shared = Vec::new();
                 for index in 0..blob.vcpus() {
-                    parts
+                    let pages = parts
                         .vcpus
                         .with(index.into(), |fd| {
                             parts.saver.restore_vcpu(&parts.vm, index, fd, &blob, &step)
                         })
                         .map_err(Unable::failed("reaching a vCPU"))?
                         .map_err(Unable::failed("restoring a vCPU"))?;
+                    shared.push(pages);
                 }
                 parts
                     .saver
                     .restore_chips(&parts.vm, &blob)
-                    .map_err(Unable::failed("restoring the chips"))
+                    .map_err(Unable::failed("restoring the chips"))?;
+                for (index, pages) in shared.iter().enumerate() {
+                    parts
+                        .vcpus
+                        .with(index, |fd| parts.saver.share_pages(fd, pages))
+                        .map_err(Unable::failed("reaching a vCPU"))?
+                        .map_err(Unable::failed("switching a vCPU's clock on"))?;
+                }
+                Ok(())
             })();
         });
         done.map(|()| time_ns)

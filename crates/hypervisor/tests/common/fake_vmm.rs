@@ -50,11 +50,13 @@ fn serve_at(socket: &Path, role: Role, machine: &Arc<FakeMachine>) -> (ServerHan
     (server, events)
 }
 
-/// The body of a standby's process: waits for a machine until it is killed.
+/// The body of a standby's process: waits for a machine until it is killed, and talks. As with any program that prints, it is its
+/// end when that fails.
 pub(crate) fn wait_as_standby(socket: &Path) -> ! {
     let machine = FakeMachine::empty(PACE);
     let _server = serve_at(socket, Role::Empty, &machine);
     loop {
-        std::thread::park();
+        eprintln!("the fake VMM is there");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }

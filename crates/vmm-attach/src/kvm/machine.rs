@@ -13,7 +13,7 @@ use kvm_ioctls::VmFd;
 use romulus_host_sys::monotonic_ns;
 
 use super::blob::{Blob, BlobWriter, DEVICE_BYTES_MAX, Kind};
-use super::{DirtyTracker, Moment, StateSaver, Vcpus};
+use super::{DirtyTracker, Moment, SharedPages, StateSaver, Vcpus};
 use crate::memory::GuestRam;
 use crate::proto::MachineInfo;
 use crate::server::{Description, Machine, MachineError, StateWriter, Stopped};
@@ -30,7 +30,7 @@ pub trait DeviceState: Send {
     /// Appends what a restore needs, at most [`DEVICE_BYTES_MAX`] bytes. Called while quiet; must not write guest memory.
     fn save(&mut self, into: &mut Vec<u8>);
 
-    /// Takes over what [`DeviceState::save`] wrote, while quiet. Guest memory is that of the checkpoint.
+    /// Takes over what [`DeviceState::save`] wrote, while quiet. Guest memory is that of the checkpoint, and must not be written yet.
     ///
     /// # Errors
     /// What is wrong with it: the bytes come from another process.
@@ -78,7 +78,7 @@ impl Default for KvmLimits {
 }
 
 /// Builds a standby's machine, as described, on the memory that is given, which is that of an image: nothing may write it. The kernel
-/// does when a vCPU's clock is switched on (`MSR_KVM_SYSTEM_TIME`); that is left to the restore.
+/// does when a vCPU's clock is switched on (`MSR_KVM_SYSTEM_TIME`); that is left to the activation.
 pub type Build<D> = dyn Fn(&MachineInfo, GuestRam) -> Result<KvmParts<D>, DeviceError> + Send + Sync;
 
 /// A machine over KVM, to be served.
@@ -105,6 +105,10 @@ struct Live<D> {
     vm: Arc<VmFd>,
     ram: GuestRam,
     info: MachineInfo,
+    /// Its memory is its own: a trial, of which nothing is kept.
+    private: bool,
+    /// What a restore has left to the activation, of each vCPU.
+    shared_pages: Vec<SharedPages>,
 }
 
 /// A machine that stands still, in the hands of the VMM ([`KvmMachine::exclusively`]).
@@ -122,7 +126,7 @@ pub struct Exclusive<'a, D> {
 impl<D: DeviceState> KvmMachine<D> {
     /// A machine that the VMM runs itself: it stands still until [`KvmMachine::start`].
     pub fn new(parts: KvmParts<D>, limits: KvmLimits) -> Self {
-        Self::with(Some(Live::new(parts)), None, limits)
+        Self::with(Some(Live::new(parts, false)), None, limits)
     }
 
     /// No machine yet: `build` is called when a client prepares one.
@@ -192,7 +196,7 @@ impl<D> State<D> {
 }
 
 impl<D: DeviceState> Live<D> {
-    fn new(parts: KvmParts<D>) -> Self {
+    fn new(parts: KvmParts<D>, private: bool) -> Self {
         let mut info = parts.info;
         info.vcpus = u16::try_from(parts.vcpus.count()).expect("KVM has fewer vCPUs");
         info.regions = parts.ram.regions().to_vec();
@@ -215,6 +219,8 @@ impl<D: DeviceState> Live<D> {
             vm: parts.vm,
             ram: parts.ram,
             info,
+            private,
+            shared_pages: Vec::new(),
         }
     }
 
@@ -273,14 +279,29 @@ impl<D: DeviceState> Live<D> {
                 machine: usize::from(self.info.vcpus),
             }));
         }
+        self.shared_pages.clear();
         let step = self.saver.restore_clock(&self.vm, &blob)?;
         for index in 0..self.info.vcpus {
             let (saver, vm) = (&self.saver, &self.vm);
             let restore = |fd: &_| saver.restore_vcpu(vm, index, fd, &blob, &step);
-            self.vcpus.with(usize::from(index), restore)??;
+            let pages = self.vcpus.with(usize::from(index), restore)??;
+            self.shared_pages.push(pages);
         }
         self.saver.restore_chips(&self.vm, &blob)?;
-        self.devices.restore(blob.section(Kind::Devices, 0)?)
+        self.devices.restore(blob.section(Kind::Devices, 0)?)?;
+        if self.private {
+            // It is never activated, and is to show that this host takes all of the state.
+            self.share_pages()?;
+        }
+        Ok(())
+    }
+
+    /// Has the kernel write guest memory from here on, as the guest's state says.
+    fn share_pages(&self) -> Result<(), DeviceError> {
+        for (index, pages) in self.shared_pages.iter().enumerate() {
+            self.vcpus.with(index, |fd| self.saver.share_pages(fd, pages))??;
+        }
+        Ok(())
     }
 }
 
@@ -386,7 +407,7 @@ impl<D: DeviceState> Machine for KvmMachine<D> {
             .map_err(|error| MachineError::because("the memory cannot be used", error))?;
         let parts = build(info, ram)
             .map_err(|error| MachineError::because("the machine could not be built", error))?;
-        let live = Live::new(parts);
+        let live = Live::new(parts, private);
         if live.info.vcpus != info.vcpus || live.info.regions != info.regions {
             return Err(MachineError::new(
                 "the machine that was built is not the one that was described",
@@ -410,6 +431,8 @@ impl<D: DeviceState> Machine for KvmMachine<D> {
     fn activate(&self) -> Result<u64, MachineError> {
         let mut state = self.lock();
         let live = state.live()?;
+        live.share_pages()
+            .map_err(|error| MachineError::because("the guest's clock could not be switched on", error))?;
         live.devices.unquiesce();
         match live.vcpus.run_and_wait_entry(self.limits.entry) {
             Ok(entered) => {

@@ -19,6 +19,6 @@ mod vcpus;
 
 pub use clock::ClockStep;
 pub use machine::{Build, DeviceError, DeviceState, Exclusive, KvmLimits, KvmMachine, KvmParts};
-pub use state::{StateError, StateSaver};
+pub use state::{SharedPages, StateError, StateSaver};
 pub use tracker::{DirtyTracker, HotPageRule, Moment, TrackError, Tracking};
 pub use vcpus::{Next, VcpuError, Vcpus};

@@ -2,7 +2,8 @@
 //!
 //! The vCPUs stand still meanwhile ([`super::Vcpus`]); nothing here stops the guest's clock or sets it back. Order of
 //! restoring: clock, then each vCPU (special registers before XCR0 before XSAVE; the LAPIC before the MSRs, of which
-//! the TSC deadline comes last), then the chips, which may raise interrupts.
+//! the TSC deadline comes last), then the chips, which may raise interrupts. Until then guest memory is only read: the MSRs that name a
+//! page which the kernel writes come right before the guest runs ([`SharedPages`]).
 //! Source: `Documentation/virt/kvm/api.rst` of the kernel; for time, `devices/vcpu.rst` section 4.1.
 
 use kvm_bindings::{
@@ -23,6 +24,10 @@ use super::lapic;
 const MSR_TSC: u32 = 0x10;
 /// When the LAPIC's timer fires, in TSC-deadline mode: needs the TSC and the LAPIC to be right.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// MSRs by which a guest names pages that the kernel writes, some of them at once: KVM's clocks, their older numbers, steal time and the
+/// like (`Documentation/virt/kvm/x86/msr.rst`); Hyper-V's (its functional specification, appendix F).
+const SHARED_PAGE_MSRS: [std::ops::RangeInclusive<u32>; 3] =
+    [0x11..=0x12, 0x4b56_4d00..=0x4b56_4dff, 0x4000_0000..=0x4000_01ff];
 /// The interrupt chips of a PC: two PICs and the IOAPIC.
 const CHIPS: [u16; 3] = [0, 1, 2];
 
@@ -90,6 +95,11 @@ pub enum StateError {
 fn kvm(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
     move |source| StateError::Kvm { call, source }
 }
+
+/// The last of a vCPU's state: what has the kernel write guest memory. For [`StateSaver::share_pages`].
+#[must_use = "the guest's clock stands still without it"]
+#[derive(Debug)]
+pub struct SharedPages(Vec<kvm_msr_entry>);
 
 /// Saves and restores one machine. Keeps its buffers, so that a checkpoint allocates nothing.
 #[derive(Debug)]
@@ -212,7 +222,8 @@ impl StateSaver {
         saved.restore(vm).map_err(kvm("KVM_SET_CLOCK"))
     }
 
-    /// Restores one vCPU that has not run yet, or stands still. After the clock, before the chips.
+    /// Restores one vCPU that has not run yet, or stands still. After the clock, before the chips. Does not write guest memory:
+    /// what would is left for later.
     ///
     /// # Errors
     /// The kernel's, and what is wrong with the state for this host.
@@ -223,7 +234,7 @@ impl StateSaver {
         vcpu: &VcpuFd,
         from: &Blob<'_>,
         step: &ClockStep,
-    ) -> Result<(), StateError> {
+    ) -> Result<SharedPages, StateError> {
         self.restore_cpuid(index, vcpu, from)?;
         let special: kvm_sregs = from.plain(Kind::SpecialRegisters, index)?;
         vcpu.set_sregs(&special).map_err(kvm("KVM_SET_SREGS"))?;
@@ -234,16 +245,26 @@ impl StateSaver {
         set_xsave(vm, vcpu, from.section(Kind::Xsave, index)?)?;
         let lapic: kvm_lapic_state = from.plain(Kind::Lapic, index)?;
         vcpu.set_lapic(&lapic).map_err(kvm("KVM_SET_LAPIC"))?;
-        self.restore_msrs(index, vcpu, from, step)?;
+        let later = self.restore_msrs(index, vcpu, from, step)?;
         let mp_state: kvm_mp_state = from.plain(Kind::MpState, index)?;
         vcpu.set_mp_state(mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
         let debug: kvm_debugregs = from.plain(Kind::DebugRegisters, index)?;
         vcpu.set_debug_regs(&debug).map_err(kvm("KVM_SET_DEBUGREGS"))?;
         let events: kvm_vcpu_events = from.plain(Kind::Events, index)?;
-        vcpu.set_vcpu_events(&events).map_err(kvm("KVM_SET_VCPU_EVENTS"))
+        vcpu.set_vcpu_events(&events)
+            .map_err(kvm("KVM_SET_VCPU_EVENTS"))?;
+        Ok(later)
     }
 
-    /// Restores the interrupt chips and the timer. The last step.
+    /// The very last step, after the chips and right before the vCPU runs: from here on the kernel writes guest memory.
+    ///
+    /// # Errors
+    /// The kernel's, and what is wrong with the state for this host.
+    pub fn share_pages(&self, vcpu: &VcpuFd, pages: &SharedPages) -> Result<(), StateError> {
+        set_msrs(vcpu, &pages.0)
+    }
+
+    /// Restores the interrupt chips and the timer. The last step but for [`StateSaver::share_pages`].
     ///
     /// # Errors
     /// The kernel's, or [`StateError::Blob`].
@@ -290,7 +311,7 @@ impl StateSaver {
         vcpu: &VcpuFd,
         from: &Blob<'_>,
         step: &ClockStep,
-    ) -> Result<(), StateError> {
+    ) -> Result<SharedPages, StateError> {
         let mut saved: Vec<kvm_msr_entry> = from.list(Kind::Msrs, index, KVM_MAX_MSR_ENTRIES)?;
         let tsc = TscState::from_bytes(from.section(Kind::Tsc, index)?).ok_or(BlobError::Missing {
             kind: Kind::Tsc,
@@ -302,12 +323,15 @@ impl StateSaver {
         for entry in saved.iter_mut().filter(|entry| entry.index == MSR_TSC) {
             entry.data = entry.data.wrapping_add(step.tsc_ticks(tsc.khz));
         }
-        let (deadline, others): (Vec<_>, Vec<_>) = saved
+        let (shared, own): (Vec<_>, Vec<_>) = saved
             .into_iter()
             .filter(|entry| !(by_offset && entry.index == MSR_TSC))
-            .partition(|entry| entry.index == MSR_TSC_DEADLINE);
+            .partition(|entry| SHARED_PAGE_MSRS.iter().any(|range| range.contains(&entry.index)));
+        let (deadline, others): (Vec<_>, Vec<_>) =
+            own.into_iter().partition(|entry| entry.index == MSR_TSC_DEADLINE);
         set_msrs(vcpu, &others)?;
-        set_msrs(vcpu, &deadline)
+        set_msrs(vcpu, &deadline)?;
+        Ok(SharedPages(shared))
     }
 
     /// Makes the TSC run as fast as the guest knows it. Whether the host scales it for that.

@@ -178,7 +178,7 @@ pub trait Machine: Send + Sync {
     fn resume(&self) -> u64;
 
     /// Builds the machine `info` on the memory in `regions`, whose number and sizes were checked; `private` maps it so that the
-    /// files stay as they are. Nothing writes the memory before `restore`. Called at most once with success.
+    /// files stay as they are. Nothing writes the memory before `activate`. Called at most once with success.
     ///
     /// # Errors
     /// There still is no machine, and it may be tried again.
@@ -188,7 +188,7 @@ pub trait Machine: Send + Sync {
     }
 
     /// Loads a state that `save` wrote, into a prepared machine; the guest does not run. It may come again, after a success or a failure.
-    /// Of the memory it writes only what it writes anew each time, such as KVM's clock pages.
+    /// It writes no memory, unless that is private: a client that dies between this and `activate` leaves a checkpoint that is whole.
     ///
     /// # Errors
     /// The machine does not run.

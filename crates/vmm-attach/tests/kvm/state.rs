@@ -54,6 +54,29 @@ fn a_guest_goes_on_in_another_machine_with_every_register_and_never_sees_the_tsc
     }
 }
 
+fn memory_of(guest: &Guest) -> Vec<u8> {
+    guest.machine.exclusively(|machine| whole(machine.ram)).unwrap()
+}
+
+#[test]
+fn a_state_is_loaded_without_a_write_to_the_memory_which_the_activation_begins() {
+    let info = info(WORK, 2);
+    let guest = Guest::run(WORK, 2, Tracking::default());
+    guest.progress(2, 100);
+    guest.machine.pause().unwrap();
+    let (state, before) = (saved(&guest), memory_of(&guest));
+    let next = guest.standby(&info, false);
+    drop(guest);
+    next.machine.restore(&state).unwrap();
+    next.machine.restore(&state).unwrap();
+    let after = memory_of(&next);
+    let differ = |page: &usize| before[page * 4096..][..4096] != after[page * 4096..][..4096];
+    let different: Vec<usize> = (0..before.len() / 4096).filter(differ).collect();
+    assert!(different.is_empty(), "pages that were written: {different:?}");
+    next.machine.activate().unwrap();
+    next.progress(2, 100);
+}
+
 #[test]
 fn input_in_flight_survives_a_hop() {
     let info = info(ASK, 1);

@@ -11,6 +11,7 @@ use romulus_vmm_attach::client::{Attachment, Client, ClientError};
 use romulus_vmm_attach::proto::{MachineInfo, Role, Welcome};
 
 use super::StandbyOptions;
+use crate::fault;
 use crate::process::Process;
 use crate::standby::StandbyError;
 
@@ -105,6 +106,7 @@ impl Machine {
         }
         let process = Process::spawn(&info.vmm, &options.launcher, &argv, folder)?;
         let (process, client, welcome) = connect(process, &socket, options)?;
+        fault::point("standby.started");
         check(info, &welcome)?;
         Ok(Self { process, client })
     }
@@ -152,7 +154,7 @@ impl Machine {
 
     fn failed(&mut self, what: &str, error: ClientError) -> StandbyError {
         if !self.process.is_alive() {
-            let said = self.process.last_words();
+            let said = self.process.stderr();
             return StandbyError::new(format!("{what}: it ended ({said})"), error);
         }
         self.process.error(&format!("{what}: {error}"), error)
@@ -170,7 +172,7 @@ fn connect(
             return Err(StandbyError::plain(format!(
                 "the standby {} ended at once: {}",
                 options.command.join(" "),
-                process.last_words()
+                process.stderr()
             )));
         }
         let error = match Client::connect(socket, NAME, options.load_timeout) {

@@ -5,8 +5,8 @@
 //!   waiting:  role Empty ── Prepare(shared) ───► Prepared ── (verify), consume, Restore, Activate ──► Running: active
 //! ```
 //!
-//! The guest runs no instruction before `Activate`. But with `Restore` the kernel may write the guest's clock page, which it writes
-//! anew whenever a guest is restored: from there on the image is no checkpoint to the bit, and still is one to start from.
+//! Until `Activate` the guest runs no instruction and nothing writes its memory: an agent that dies before it leaves an image that is
+//! the checkpoint to the bit. Once the VMM has been told, it lets the guest run, whatever becomes of the agent.
 //!
 //! What is run is the operator's command for this kind of VMM; we append the socket and the names of the taps, which the VMM makes
 //! itself, so that they vanish with it. Of the peer's words only the machine's description reaches it, as a message.
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use romulus_host_sys::read_maps;
 use romulus_page_codec::ImageDigest;
-use romulus_types::{BlockId, Digest};
+use romulus_types::BlockId;
 use romulus_vmm_attach::proto::{MachineInfo, Region};
 
 use crate::fault;
@@ -99,8 +99,6 @@ pub struct KvmStandby {
     options: StandbyOptions,
     taps: Vec<String>,
     changes: Vec<String>,
-    /// The digest of the memory that was compared last, and found right.
-    verified: Option<Digest>,
     state: State,
 }
 
@@ -150,7 +148,6 @@ impl KvmStandby {
             own: own.clone(),
             taps,
             changes: changes.collect(),
-            verified: None,
             options,
             state: State::Idle,
         };
@@ -174,13 +171,13 @@ impl KvmStandby {
     /// Ends a machine that waits in our folder, left by an earlier agent; adopts a guest that runs.
     fn take_leftover(&mut self) -> Result<(), StandbyError> {
         for purpose in [Purpose::Trial, Purpose::Wait] {
-            match machine::find(&self.folder(purpose))? {
+            let folder = self.folder(purpose);
+            let adopt = |pid| Process::adopt(&self.own.vmm, pid, &folder);
+            match machine::find(&folder)? {
                 Found::Nothing => {}
-                Found::Guest(pid) if purpose == Purpose::Wait => {
-                    self.state = State::Active(Process::adopt(&self.own.vmm, pid)?);
-                }
+                Found::Guest(pid) if purpose == Purpose::Wait => self.state = State::Active(adopt(pid)?),
                 // At once, and waited for: it must not come to run while we look at its memory.
-                Found::Guest(pid) | Found::NeverRan(pid) => Process::adopt(&self.own.vmm, pid)?.kill(),
+                Found::Guest(pid) | Found::NeverRan(pid) => adopt(pid)?.kill(),
             }
         }
         Ok(())
@@ -238,13 +235,13 @@ impl KvmStandby {
         Ok(machine)
     }
 
-    /// Compares all memory of a machine that is about to load the checkpoint with the digest of the commit.
-    fn verify(
-        &self,
-        machine: &Machine,
-        checkpoint: &Committed<'_>,
-        expected: Digest,
-    ) -> Result<(), StandbyError> {
+    /// Compares all memory of a machine that is about to load the checkpoint with the digest of the commit, if that is asked for. How
+    /// long it took, in microseconds.
+    fn verify(&self, machine: &Machine, checkpoint: &Committed<'_>) -> Result<Option<u64>, StandbyError> {
+        let Some(expected) = checkpoint.memory else {
+            return Ok(None);
+        };
+        let begun = Instant::now();
         let maps = read_maps(machine.process.pid())
             .map_err(|error| StandbyError::new("the standby's mappings cannot be read", error))?;
         let mut image = ImageDigest::ZERO;
@@ -260,25 +257,7 @@ impl KvmStandby {
             let first = self.spec.layout.first_page(id);
             add_file(&mut image, path, block.bytes, first).map_err(|error| unreadable(path, error))?;
         }
-        judge(&image, expected)
-    }
-
-    /// Verifies what has not been verified before; how long it took, when it is asked for.
-    ///
-    /// After a try that failed the clock page may differ, so that memory which was right is not looked at again.
-    fn verify_once(
-        &mut self,
-        machine: &Machine,
-        checkpoint: &Committed<'_>,
-    ) -> Result<Option<u64>, StandbyError> {
-        let Some(expected) = checkpoint.memory else {
-            return Ok(None);
-        };
-        let begun = Instant::now();
-        if self.verified != Some(expected) {
-            self.verify(machine, checkpoint, expected)?;
-            self.verified = Some(expected);
-        }
+        judge(&image, expected)?;
         fault::point("standby.verified");
         Ok(Some(micros(begun.elapsed())))
     }
@@ -289,7 +268,10 @@ impl Standby for KvmStandby {
         let begun = Instant::now();
         let mut machine = self.start(Purpose::Trial, checkpoint.ram)?;
         let started = Instant::now();
+        fault::point("standby.before_stream");
+        fault::point("standby.in_stream");
         let loaded = machine.restore(checkpoint.device_state);
+        fault::point("standby.loaded");
         machine.process.kill();
         // Its socket is of no use to anybody.
         let _ = fs::remove_dir_all(self.folder(Purpose::Trial));
@@ -329,7 +311,7 @@ impl Standby for KvmStandby {
         };
         // From here on an error ends the machine: it is dropped.
         fault::point("standby.before_stream");
-        let verify_us = self.verify_once(&machine, checkpoint)?;
+        let verify_us = self.verify(&machine, checkpoint)?;
         consume().map_err(StandbyError::untouched)?;
         fault::point("standby.in_stream");
         let begun_loading = Instant::now();

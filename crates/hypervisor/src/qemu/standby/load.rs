@@ -185,7 +185,7 @@ pub(super) fn await_goal(machine: &mut Waiting, goal: Goal, deadline: Instant) -
             },
             Err(QmpError::Closed) => {
                 // QEMU ends when it cannot load.
-                let said = machine.process.last_words();
+                let said = machine.process.stderr();
                 return Err(StandbyError::plain(format!(
                     "QEMU could not load the checkpoint: {said}"
                 )));

@@ -208,11 +208,12 @@ impl QemuStandby {
             let never_ran = state == "inmigrate" || (state != "running" && verify::is_pending(&folder));
             if purpose == Purpose::Wait && !never_ran {
                 verify::settle(&folder);
-                self.state = State::Active(Process::adopt("QEMU", qmp.peer_pid().map_err(unknown)?)?);
+                self.state =
+                    State::Active(Process::adopt("QEMU", qmp.peer_pid().map_err(unknown)?, &folder)?);
                 continue;
             }
             // At once, and waited for: one that was about to load must not come to run while we look at its memory.
-            Process::adopt("QEMU", qmp.peer_pid().map_err(unknown)?)?.kill();
+            Process::adopt("QEMU", qmp.peer_pid().map_err(unknown)?, &folder)?.kill();
         }
         Ok(())
     }
@@ -238,6 +239,7 @@ impl QemuStandby {
         }
         let mut process = Process::spawn("QEMU", &self.options.launcher, &argv, &folder)?;
         let mut qmp = monitor::connect(&mut process, &folder.join("qmp"), self.options.start_timeout)?;
+        fault::point("standby.started");
         check::version(&self.spec, qmp.version())?;
         check::cpu_features(&self.spec, &self.host_cpu, &process.stderr())?;
         let state = load::run_state(&mut qmp).map_err(|error| process.error("it does not answer", error))?;

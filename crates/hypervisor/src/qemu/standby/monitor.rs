@@ -16,7 +16,7 @@ pub(super) fn connect(process: &mut Process, socket: &Path, timeout: Duration) -
         if !process.is_alive() {
             return Err(StandbyError::plain(format!(
                 "the standby's QEMU ended at once: {}",
-                process.last_words()
+                process.stderr()
             )));
         }
         let error = match Qmp::connect(socket, deadline) {
