@@ -16,6 +16,7 @@
 
 pub mod accel;
 pub mod audit;
+pub mod benchmark;
 pub mod campaign;
 pub mod client;
 pub mod crowd;

@@ -73,6 +73,10 @@ pub fn kill_once(paths: &Paths, prefix: &str, config: &ScenarioConfig) -> Result
         Vmm::Qemu => Ok(()),
         Vmm::Testbed => stage.ensure_guest_is_whole(),
     };
+    let loaded = match &mut stage.benchmark {
+        Some(benchmark) => benchmark.ensure_it_goes_on(REPLY_AT_MOST),
+        None => Ok(()),
+    };
     let client = stage.finish_client()?;
 
     let mut kill = from_status(status);
@@ -85,7 +89,11 @@ pub fn kill_once(paths: &Paths, prefix: &str, config: &ScenarioConfig) -> Result
     kill.protected_s = killed.ms_since(protected_from) / 1e3;
     kill.clock_slip_ratio = slip_ratio(ahead_before, ahead_after, clock_s);
     after_kill(&mut kill, &stage, killed, &client);
-    judge(&mut kill, &client, answered.err().or(whole.err()));
+    judge(
+        &mut kill,
+        &client,
+        answered.err().or(whole.err()).or(loaded.err()),
+    );
     stage.timeline.add(Stamp::now(), "lab", "verdict", &kill.verdict);
     Ok(kill)
 }

@@ -8,6 +8,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::audit::{Audit, audit};
+use crate::benchmark::Benchmark;
 use crate::client::{Client, ClientConfig, ClientReport};
 use crate::daemons::{AgentConfig, ProtectConfig};
 use crate::guest::{Guest, GuestConfig};
@@ -43,6 +44,8 @@ pub struct StageConfig {
     pub agent: AgentConfig,
     /// Leave the daemons out: the lab, the guest and the instruments only.
     pub without_daemons: bool,
+    /// Have `redis-benchmark` load the guest beside the client; it has to be installed.
+    pub benchmark: bool,
 }
 
 impl Default for StageConfig {
@@ -55,6 +58,7 @@ impl Default for StageConfig {
             print: false,
             agent: AgentConfig::default(),
             without_daemons: false,
+            benchmark: false,
         }
     }
 }
@@ -63,6 +67,8 @@ impl Default for StageConfig {
 #[derive(Debug)]
 pub struct Stage {
     client: Option<Client>,
+    /// The load beside it.
+    pub benchmark: Option<Benchmark>,
     /// The open-loop probe.
     pub probe: Probe,
     _pinger: Pinger,
@@ -128,10 +134,12 @@ impl Stage {
         let from_backup = Sniffer::start(&lab, Host::Backup)?;
         let pinger = Pinger::start(&lab, Duration::from_millis(10))?;
         let client = Client::start(&lab, config.client)?;
+        let benchmark = config.benchmark.then(|| Benchmark::start(&lab)).transpose()?;
         let probe = Probe::start(&lab, config.probe_every, config.seed)?;
         note(&timeline, "client_writes", "one TCP connection, pipelined SETs");
         Ok(Stage {
             client: Some(client),
+            benchmark,
             probe,
             _pinger: pinger,
             from_guest,

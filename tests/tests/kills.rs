@@ -2,12 +2,12 @@
 
 use anyhow::{Result, ensure};
 use romulus_e2e::campaign::{Blow, Campaign, Part, Trial, When, all};
-use romulus_e2e::{Paths, TEST_LAB};
+use romulus_e2e::{Paths, TEST_LAB, Vmm};
 
 /// Carries out one trial of each of these, in the order of the plan, so that a guest serves many.
 fn survives(wanted: &[(Part, When, &str, Blow)]) -> Result<()> {
     let of_plan = |trial: &Trial| wanted.contains(&(trial.part, trial.when, trial.point, trial.blow));
-    let trials: Vec<Trial> = all().into_iter().filter(of_plan).collect();
+    let trials: Vec<Trial> = all(Vmm::Qemu).into_iter().filter(of_plan).collect();
     ensure!(
         trials.len() >= wanted.len(),
         "the plan has only {trials:?} of these"

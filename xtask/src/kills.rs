@@ -6,14 +6,15 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use romulus_e2e::campaign::{Campaign, Outcome, Trial, all, patience, print_table};
+use romulus_e2e::benchmark::PROGRAM;
+use romulus_e2e::campaign::{Campaign, Outcome, SUSPICION_MS, Trial, all, keep_logs, patience, print_table};
 use romulus_e2e::guest::QemuConfig;
 use romulus_e2e::report::Kill;
 use romulus_e2e::scenario::{ScenarioConfig, kill_once};
-use romulus_e2e::{Paths, Stamp};
+use romulus_e2e::{Paths, Stamp, Vmm};
 use serde_json::json;
 
-use crate::{demo, kvm, setup, sh};
+use crate::{demo, kvm, packages, setup, sh};
 
 /// What the campaign can be told.
 #[derive(clap::Args, Debug)]
@@ -27,7 +28,8 @@ pub(crate) struct Args {
     /// Leave out the aimed trials
     #[arg(long)]
     no_aimed: bool,
-    /// Kill the primary's host so many times at random moments besides, each time with a fresh pair
+    /// Kill the primary's host so many times at random moments besides, each time with a fresh pair; with --kvm under the load of
+    /// redis-benchmark
     #[arg(long, default_value_t = 0, value_name = "N")]
     random: u32,
     /// Draw the random moments from this number (printed by every run)
@@ -61,6 +63,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     setup::need_lab_rights()?;
     let paths = prepare(args)?;
+    if args.kvm && args.random > 0 {
+        packages::need(&[("redis-tools", PROGRAM)])?;
+    }
     demo::clean_up_on_signals(&args.lab);
     let mut outcomes = Vec::new();
     let mut campaign = if args.kvm {
@@ -95,14 +100,22 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             ..Kill::default()
         });
         println!(
-            "[{}/{}] killed {:.2} s after protection: {} acknowledged, {} gated frames, {}",
+            "[{}/{}] killed {:.2} s after protection: {} acknowledged, {} gated frames, first frame after {:.0} ms, {}",
             number + 1,
             args.random,
             kill.protected_s,
             kill.acked_writes,
             kill.gated_frames,
+            kill.first_frame_ms.unwrap_or(f64::NAN),
             kill.verdict.lines().next().unwrap_or_default()
         );
+        if !kill.is_ok() {
+            let kept = keep_logs(&paths, &args.lab, &format!("failed-random-{}", number + 1));
+            println!(
+                "  logs: {}",
+                kept.map_or_else(|error| format!("{error:#}"), |to| to.display().to_string())
+            );
+        }
         kills.push(kill);
         write(args, &outcomes, &kills)?;
     }
@@ -124,7 +137,8 @@ fn chosen(args: &Args) -> Result<Vec<Trial>> {
     let trials: Vec<Trial> = if args.no_aimed {
         Vec::new()
     } else {
-        all().into_iter().filter(wanted).collect()
+        let vmm = if args.kvm { Vmm::Testbed } else { Vmm::Qemu };
+        all(vmm).into_iter().filter(wanted).collect()
     };
     if trials.is_empty() && !args.no_aimed {
         bail!("no trial's description contains any of these; `cargo xtask kills --list` shows them all");
@@ -166,7 +180,9 @@ fn scenario(args: &Args, seed: u64) -> ScenarioConfig {
         };
         guest.dirty_pages(600).into()
     };
-    config.stage.agent.verify_activation = true;
+    config.stage.benchmark = args.kvm;
+    // The testbed's guest checks its memory itself, and the time to its first frame counts.
+    config.stage.agent.verify_activation = !args.kvm;
     config.stage.agent.extra = patience();
     config.protect.extra = patience();
     config
@@ -178,6 +194,8 @@ fn write(args: &Args, outcomes: &[Outcome], kills: &[Kill]) -> Result<()> {
         "aimed": outcomes,
         "random": kills,
         "failed": failed(outcomes, kills),
+        "suspicion_timeout_ms": SUSPICION_MS,
+        "first_frame_ms": first_frame(kills),
         "lost_acked_writes": outcomes.iter().map(|o| o.lost_acked_writes).sum::<u64>()
             + kills.iter().map(|kill| kill.lost_acked_writes).sum::<u64>(),
         "connection_resets": outcomes.iter().map(|o| o.connection_resets).sum::<u64>()
@@ -187,6 +205,14 @@ fn write(args: &Args, outcomes: &[Outcome], kills: &[Kill]) -> Result<()> {
     });
     let text = serde_json::to_string_pretty(&report).context("cannot write the report as JSON")?;
     fs::write(file, text + "\n").with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// From the kill to the first frame of the activated guest: median, 99th percentile and worst of all kills.
+fn first_frame(kills: &[Kill]) -> Option<serde_json::Value> {
+    let mut times: Vec<f64> = kills.iter().filter_map(|kill| kill.first_frame_ms).collect();
+    times.sort_by(f64::total_cmp);
+    let at = |percent: usize| times.get(((times.len() - 1) * percent).div_ceil(100)).copied();
+    (!times.is_empty()).then(|| json!({"p50": at(50), "p99": at(99), "max": at(100)}))
 }
 
 fn failed(outcomes: &[Outcome], kills: &[Kill]) -> usize {
@@ -201,6 +227,11 @@ fn verdict(outcomes: &[Outcome], kills: &[Kill]) -> ExitCode {
     }
     for (number, kill) in kills.iter().enumerate().filter(|(_, kill)| !kill.is_ok()) {
         println!("  FAILED random kill {}: {}", number + 1, kill.verdict);
+    }
+    if let Some(times) = first_frame(kills) {
+        println!(
+            "from the kill to the guest's first frame, with a suspicion timeout of {SUSPICION_MS} ms: {times} ms"
+        );
     }
     let failed = failed(outcomes, kills);
     println!(

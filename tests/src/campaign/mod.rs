@@ -89,10 +89,14 @@ impl Outcome {
     }
 }
 
-/// What replicator and agent are told: the campaign is about steps and not about times, and its machine may be busy.
+/// The suspicion timeout of replicator and agent, in milliseconds: the campaign is about steps and not about times, and its machine may
+/// be busy.
+pub const SUSPICION_MS: u32 = 400;
+
+/// How replicator and agent are told.
 #[must_use]
 pub fn patience() -> Vec<String> {
-    ["--suspicion-timeout", "400ms"].map(str::to_owned).to_vec()
+    vec!["--suspicion-timeout".to_owned(), format!("{SUSPICION_MS}ms")]
 }
 
 /// A campaign in a lab of its own.
@@ -172,16 +176,8 @@ impl Campaign {
 
     fn keep_logs(&mut self, trial: Trial) -> Result<PathBuf> {
         self.failures += 1;
-        let from = self.paths.target.join("logs").join(&self.prefix);
-        let name = format!("{}-failed-{}-{}", self.prefix, self.failures, trial.point);
-        let to = self.paths.target.join("logs").join(name);
-        if to.exists() {
-            fs::remove_dir_all(&to).context("cannot remove old logs")?;
-        }
-        fs::create_dir_all(&to).context("cannot make a folder for logs")?;
-        for entry in fs::read_dir(&from).context("cannot read the logs")?.flatten() {
-            fs::copy(entry.path(), to.join(entry.file_name())).context("cannot copy a log")?;
-        }
+        let name = format!("failed-{}-{}", self.failures, trial.point);
+        let to = keep_logs(&self.paths, &self.prefix, &name)?;
         if let Some(stage) = &self.stage {
             let lines: Vec<String> = stage
                 .timeline
@@ -202,4 +198,21 @@ impl Campaign {
         fs::write(to.join("failed-at"), Stamp::now().micros().to_string()).context("cannot write")?;
         Ok(to)
     }
+}
+
+/// Copies the logs of the lab `prefix`, which its next run removes, to a folder beside them; returns that.
+///
+/// # Errors
+/// When they can't be copied.
+pub fn keep_logs(paths: &Paths, prefix: &str, name: &str) -> Result<PathBuf> {
+    let logs = paths.target.join("logs");
+    let (from, to) = (logs.join(prefix), logs.join(format!("{prefix}-{name}")));
+    if to.exists() {
+        fs::remove_dir_all(&to).context("cannot remove old logs")?;
+    }
+    fs::create_dir_all(&to).context("cannot make a folder for logs")?;
+    for entry in fs::read_dir(&from).context("cannot read the logs")?.flatten() {
+        fs::copy(entry.path(), to.join(entry.file_name())).context("cannot copy a log")?;
+    }
+    Ok(to)
 }

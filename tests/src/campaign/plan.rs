@@ -3,6 +3,8 @@
 use romulus_hypervisor::fault::{AGENT_POINTS, REPLICATOR_POINTS};
 use serde::Serialize;
 
+use crate::Vmm;
+
 /// The daemon that is struck.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -23,7 +25,7 @@ pub enum Blow {
     Kill,
     /// SIGSTOP, alone.
     Stop,
-    /// SIGKILL, and to QEMU at once, as if the host had died.
+    /// SIGKILL, and to the VMM at once, as if the host had died.
     HostDies,
 }
 
@@ -71,16 +73,44 @@ const WITNESS_POINTS: [&str; 7] = [
     "reply.sent",
 ];
 
-/// All trials, so ordered that a guest can be used for many: those after which it still is on the primary come first.
+/// Steps that only stock QEMU needs, by the beginning of their names: it is stopped with a stream into a FIFO, and locked and traced from outside.
+const QEMU_ONLY: [&str; 14] = [
+    "attach.locked",
+    "attach.guarded",
+    "attach.call_",
+    "bootstrap.",
+    "arm.after_command",
+    "arm.holding",
+    "arm.draining",
+    "arm.after_drain",
+    "precopy.after_command",
+    "precopy.holding",
+    "precopy.draining",
+    "precopy.after_drain",
+    "capture.after_command",
+    "capture.draining",
+];
+/// The same, of a standby.
+const QEMU_STANDBY_ONLY: &str = "standby.after_stream";
+
+/// Whether a daemon passes this point with guests in this VMM.
+fn exists(point: &str, vmm: Vmm) -> bool {
+    let of_qemu = point == QEMU_STANDBY_ONLY || QEMU_ONLY.iter().any(|begin| point.starts_with(begin));
+    vmm == Vmm::Qemu || !of_qemu
+}
+
+/// All trials with guests in this VMM, so ordered that a guest can be used for many: those after which it still is on the primary come
+/// first.
 #[must_use]
-pub fn all() -> Vec<Trial> {
+pub fn all(vmm: Vmm) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for point in REPLICATOR_POINTS {
+    let here = |point: &&&'static str| exists(point, vmm);
+    for point in REPLICATOR_POINTS.iter().filter(here) {
         for (when, pass) in of_replicator(point) {
             add(&mut trials, Part::Replicator, point, pass, when);
         }
     }
-    for point in AGENT_POINTS {
+    for point in AGENT_POINTS.iter().filter(here) {
         for (when, pass) in of_agent(point) {
             add(&mut trials, Part::Agent, point, pass, when);
         }
@@ -142,6 +172,7 @@ fn of_agent(point: &str) -> Vec<(When, u64)> {
         ) => {
             vec![(When::TakingOver, 1)]
         }
+        ("standby", "started") => vec![(When::Starting, 1)],
         ("standby", _) | ("agent", "before_remember" | "after_remember") => {
             vec![(When::Starting, 1), (When::TakingOver, 1)]
         }
@@ -158,40 +189,53 @@ fn of_agent(point: &str) -> Vec<(When, u64)> {
 mod tests {
     use super::*;
 
+    fn is_struck(trials: &[Trial], point: &str) -> bool {
+        let blows = [Blow::Kill, Blow::Stop];
+        blows.iter().all(|blow| {
+            trials
+                .iter()
+                .any(|trial| trial.point == point && trial.blow == *blow)
+        })
+    }
+
     #[test]
     fn every_point_is_struck_and_in_every_way() {
-        let trials = all();
+        let (qemu, testbed) = (all(Vmm::Qemu), all(Vmm::Testbed));
         for point in REPLICATOR_POINTS
             .iter()
             .chain(AGENT_POINTS)
             .chain(&WITNESS_POINTS)
         {
-            for blow in [Blow::Kill, Blow::Stop] {
-                assert!(
-                    trials
-                        .iter()
-                        .any(|trial| trial.point == *point && trial.blow == blow),
-                    "{point} {blow:?}"
-                );
-            }
+            assert!(is_struck(&qemu, point), "{point}");
+            assert_eq!(is_struck(&testbed, point), exists(point, Vmm::Testbed), "{point}");
+        }
+    }
+
+    #[test]
+    fn what_is_left_out_with_other_vmms_is_a_step() {
+        let all = || REPLICATOR_POINTS.iter().chain(AGENT_POINTS);
+        for begin in QEMU_ONLY.iter().chain([&QEMU_STANDBY_ONLY]) {
+            assert!(all().any(|point| point.starts_with(begin)), "{begin}");
         }
     }
 
     #[test]
     fn a_host_dies_at_every_step_of_an_epoch() {
-        for trial in all() {
-            let of_epoch = trial.part == Part::Replicator && trial.when == When::Protected;
-            let dies = |other: &Trial| {
-                Trial {
-                    blow: Blow::HostDies,
-                    ..trial
-                } == *other
-            };
-            assert_eq!(
-                all().iter().any(dies),
-                of_epoch || trial.when == When::Moving,
-                "{trial:?}"
-            );
+        for vmm in [Vmm::Qemu, Vmm::Testbed] {
+            for trial in all(vmm) {
+                let of_epoch = trial.part == Part::Replicator && trial.when == When::Protected;
+                let dies = |other: &Trial| {
+                    Trial {
+                        blow: Blow::HostDies,
+                        ..trial
+                    } == *other
+                };
+                assert_eq!(
+                    all(vmm).iter().any(dies),
+                    of_epoch || trial.when == When::Moving,
+                    "{trial:?}"
+                );
+            }
         }
     }
 }
