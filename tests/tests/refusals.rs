@@ -254,7 +254,11 @@ fn a_backup_that_cannot_be_one_is_named_with_the_reason_until_it_can() -> Result
     wait_said(
         lab,
         Host::Primary,
-        &["the backup has no room", "the limit is 64 MiB", "image_bytes_max"],
+        &[
+            "the backup has no room",
+            "the guest needs 256 MiB, 64 MiB are free",
+            "image_bytes_max",
+        ],
     )?;
     drop(agent);
 
