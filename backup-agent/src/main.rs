@@ -11,6 +11,8 @@ mod pace;
 mod place;
 mod receive;
 mod registry;
+mod reload;
+mod service;
 mod session;
 mod standbys;
 mod starts;
@@ -29,27 +31,51 @@ use romulus_host_sys::SysError;
 use romulus_host_sys::process_clock::Clock;
 use romulus_image::Shelf;
 use romulus_transport::{Endpoint, Identity, Service, WitnessClient};
-use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info};
 
 use crate::admission::Admission;
 use crate::args::{Args, Command};
 use crate::listener::Listener;
 use crate::registry::{Registry, Shared};
+use crate::reload::Reload;
 use crate::standbys::Standbys;
 use crate::starts::Starts;
+
+/// What is wrong with the settings or the command line stays wrong: a service manager need not try again.
+const EXIT_SETTINGS: u8 = 2;
 
 fn main() -> ExitCode {
     // Before anything else is opened.
     let inherited = romulus_host_sys::take_inherited_files();
-    let Command::Run(options) = Args::parse().command;
-    match start(*options, inherited) {
+    let result = match Args::parse().command {
+        Command::Run(options) => start(*options, inherited),
+        Command::Validate { config } => {
+            romulus_config::load::<romulus_config::BackupAgent>(config.as_deref())
+                .map(drop)
+                .context(BadSettings)
+        }
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!(error = format!("{error:#}"), "ended");
             eprintln!("backup-agent: {error:#}");
-            ExitCode::FAILURE
+            if error.is::<BadSettings>() {
+                ExitCode::from(EXIT_SETTINGS)
+            } else {
+                ExitCode::FAILURE
+            }
         }
+    }
+}
+
+/// The agent can't begin with these settings: another try with the same ones can't, either.
+#[derive(Debug)]
+struct BadSettings;
+
+impl std::fmt::Display for BadSettings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the settings are not good")
     }
 }
 
@@ -57,7 +83,7 @@ fn start(
     options: args::RunOptions,
     inherited: Result<Vec<(String, OwnedFd)>, SysError>,
 ) -> anyhow::Result<()> {
-    let settings = options.settings()?;
+    let settings = options.settings().context(BadSettings)?;
     romulus_telemetry::log::init(&settings.log)?;
     let inherited = inherited.context("what systemd handed over can't be taken")?;
     let shelf = place::shelf(&settings, inherited)?;
@@ -65,14 +91,15 @@ fn start(
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(run(settings, options.state_dir, shelf))
+    runtime.block_on(run(options, settings, shelf))
 }
 
 async fn run(
+    options: args::RunOptions,
     settings: romulus_config::BackupAgent,
-    state_dir: std::path::PathBuf,
     shelf: Arc<dyn Shelf>,
 ) -> anyhow::Result<()> {
+    let state_dir = options.state_dir.clone();
     std::fs::create_dir_all(&state_dir).with_context(|| format!("could not make {}", state_dir.display()))?;
     let identity = Identity::load(&settings.pki_dir)?;
     let host = settings.host.clone().unwrap_or_else(|| identity.host().clone());
@@ -88,7 +115,13 @@ async fn run(
         settings.listen,
     )?);
     let witness_endpoint = Arc::new(Endpoint::client(&identity, &settings.network, Service::Witness)?);
-    let witness = WitnessClient::new(witness_endpoint, settings.witness.clone());
+    let witness = WitnessClient::new(Arc::clone(&witness_endpoint), settings.witness.clone());
+    let reload = Reload {
+        options,
+        settings: settings.clone(),
+        host: host.clone(),
+        endpoints: vec![Arc::clone(&endpoint), witness_endpoint],
+    };
     let (admin_socket, listen) = (settings.admin_socket.clone(), settings.listen);
     let admission = Arc::new(Admission {
         image_bytes_max: settings.image_bytes_max.bytes(),
@@ -117,7 +150,7 @@ async fn run(
     let admin = romulus_telemetry::serve_admin(&admin_socket, routes)?;
     let listener = Arc::new(Listener {
         endpoint: Arc::clone(&endpoint),
-        registry,
+        registry: registry.clone(),
         admission,
         host: host.clone(),
         hello_timeout,
@@ -125,11 +158,7 @@ async fn run(
     });
     tokio::spawn(listener.run());
     info!(event = "ready", host = host.as_str(), %listen);
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    service::serve(&registry, reload).await?;
     info!(
         event = "terminate",
         "standbys that run a guest go on without the agent"
