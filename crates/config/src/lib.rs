@@ -25,8 +25,8 @@ mod vms;
 pub use check::Invalid;
 pub use common::{Failover, Log, LogFormat, Metrics, Network};
 pub use daemons::{
-    BackupAgent, Epochs, Guest, KeepImages, Memory, PKI_DIR, RUN_DIR, Replicator, StandbyKind, StandbyUnits, Vmm,
-    Witness,
+    BackupAgent, Epochs, Guest, KeepImages, Memory, PKI_DIR, RUN_DIR, Replicator, StandbyKind, StandbyUnits,
+    Vmm, Witness,
 };
 pub use load::{
     DROP_INS_MAX, FILE_BYTES_MAX, Settings, changed_keys, default_path, load, load_over, vm_path,
