@@ -178,23 +178,12 @@ async fn forget(
     }
 }
 
-/// Reads the certificates again; sessions go on.
+/// See [`romulus_daemon::reload_certificates`].
 async fn reload_certificates(
     State(admin): State<Admin>,
     ApiQuery(Nothing {}): ApiQuery<Nothing>,
 ) -> (StatusCode, Json<Value>) {
-    let certificates = Arc::clone(&admin.certificates);
-    let reloaded = tokio::task::spawn_blocking(move || certificates.reload()).await;
-    match reloaded.expect("reading certificates does not panic") {
-        Ok(host) => {
-            tracing::info!(event = "reloaded", "the certificates were read again");
-            (StatusCode::OK, Json(json!({"done": true, "host": host})))
-        }
-        Err(error) => {
-            tracing::error!(%error, "the certificates were not read again, the earlier ones stay");
-            refusal(StatusCode::CONFLICT, &error.to_string())
-        }
-    }
+    romulus_daemon::reload_certificates(admin.certificates).await
 }
 
 #[cfg(test)]
@@ -203,14 +192,8 @@ mod tests {
 
     #[test]
     fn the_admin_api_is_what_its_document_says() {
-        let api = api();
-        let served = api
-            .routes()
-            .iter()
-            .map(|(method, path)| ((*method).to_owned(), (*path).to_owned()));
-        let served: std::collections::BTreeSet<_> = served.collect();
         assert_eq!(
-            served,
+            api().routes(),
             romulus_telemetry::openapi::Document::shipped().routes("backup-agent")
         );
     }

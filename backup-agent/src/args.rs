@@ -21,10 +21,16 @@ pub struct Args {
 pub enum Command {
     /// Serve primaries until SIGTERM.
     Run(Box<RunOptions>),
+    /// Check the settings and end.
+    Validate {
+        /// Settings file. Default /etc/romulus/backup-agent.toml and its .d folder.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
 }
 
 /// Options of `run`.
-#[derive(ClapArgs)]
+#[derive(ClapArgs, Clone)]
 pub struct RunOptions {
     /// Settings file. Default /etc/romulus/backup-agent.toml and its .d folder.
     #[arg(long, value_name = "FILE")]

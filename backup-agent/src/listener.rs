@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
-use romulus_config::{Allow, is_allowed};
+use romulus_daemon::AllowList;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_protocol::{Answer, Hello, RefuseReason};
 use romulus_transport::{CloseCode, Connection, Control, Endpoint, FrameReader, SendStream};
@@ -44,7 +44,7 @@ pub struct Listener {
     /// This host.
     pub host: HostId,
     /// Which host may have which VMs backed up here.
-    pub allow: Vec<Allow>,
+    pub allow: AllowList,
     /// How long a host that has connected may take to say what it wants.
     pub hello_timeout: Duration,
     /// How long the witness may take to say whether a host that says hello runs a VM that is new here.
@@ -158,7 +158,7 @@ impl Listener {
                 hello.primary
             )));
         }
-        if !is_allowed(&self.allow, &hello.primary, &hello.vm) {
+        if !self.allow.allows(&hello.primary, &hello.vm) {
             self.registry.refused_count().count_not_allowed();
             return Err(Refusal::lasting(anyhow!(
                 "this backup's settings do not allow {} to have {} backed up here (allow)",

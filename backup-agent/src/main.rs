@@ -11,6 +11,7 @@ mod pace;
 mod place;
 mod receive;
 mod registry;
+mod service;
 mod session;
 mod standbys;
 mod starts;
@@ -25,11 +26,11 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Parser;
+use romulus_daemon::{AllowList, BadSettings, Reload, exit_code};
 use romulus_host_sys::SysError;
 use romulus_host_sys::process_clock::Clock;
 use romulus_image::Shelf;
 use romulus_transport::{Certificates, Endpoint, Identity, Service, WitnessClient};
-use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info};
 
 use crate::admission::Admission;
@@ -42,13 +43,20 @@ use crate::starts::Starts;
 fn main() -> ExitCode {
     // Before anything else is opened.
     let inherited = romulus_host_sys::take_inherited_files();
-    let Command::Run(options) = Args::parse().command;
-    match start(*options, inherited) {
+    let result = match Args::parse().command {
+        Command::Run(options) => start(*options, inherited),
+        Command::Validate { config } => {
+            romulus_config::load::<romulus_config::BackupAgent>(config.as_deref())
+                .map(drop)
+                .context(BadSettings)
+        }
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!(error = format!("{error:#}"), "ended");
             eprintln!("backup-agent: {error:#}");
-            ExitCode::FAILURE
+            exit_code(&error)
         }
     }
 }
@@ -57,7 +65,7 @@ fn start(
     options: args::RunOptions,
     inherited: Result<Vec<(String, OwnedFd)>, SysError>,
 ) -> anyhow::Result<()> {
-    let settings = options.settings()?;
+    let settings = options.settings().context(BadSettings)?;
     romulus_telemetry::log::init(&settings.log)?;
     let inherited = inherited.context("what systemd handed over can't be taken")?;
     let shelf = place::shelf(&settings, inherited)?;
@@ -65,14 +73,15 @@ fn start(
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(run(settings, options.state_dir, shelf))
+    runtime.block_on(run(options, settings, shelf))
 }
 
 async fn run(
+    options: args::RunOptions,
     settings: romulus_config::BackupAgent,
-    state_dir: std::path::PathBuf,
     shelf: Arc<dyn Shelf>,
 ) -> anyhow::Result<()> {
+    let state_dir = options.state_dir.clone();
     std::fs::create_dir_all(&state_dir).with_context(|| format!("could not make {}", state_dir.display()))?;
     let identity = Identity::load(&settings.pki_dir)?;
     let host = settings.host.clone().unwrap_or_else(|| identity.host().clone());
@@ -93,8 +102,10 @@ async fn run(
         vec![Arc::clone(&endpoint), Arc::clone(&witness_endpoint)],
     ));
     let witness = WitnessClient::new(witness_endpoint, settings.witness.clone());
+    let allow = AllowList::new(settings.allow.clone());
+    let reload = reload(options, &settings, Arc::clone(&certificates), allow.clone());
     let (admin_socket, listen) = (settings.admin_socket.clone(), settings.listen);
-    let (admin_group, allow) = (settings.admin_group.clone(), settings.allow.clone());
+    let admin_group = settings.admin_group.clone();
     let admission = Arc::new(Admission {
         image_bytes_max: settings.image_bytes_max.bytes(),
         shelf: Arc::clone(&shelf),
@@ -124,7 +135,7 @@ async fn run(
     let admin = romulus_telemetry::serve_admin(&admin_socket, admin_group.as_deref(), routes)?;
     let listener = Arc::new(Listener {
         endpoint: Arc::clone(&endpoint),
-        registry,
+        registry: registry.clone(),
         admission,
         host: host.clone(),
         allow,
@@ -133,11 +144,7 @@ async fn run(
     });
     tokio::spawn(listener.run());
     info!(event = "ready", host = host.as_str(), %listen);
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    service::serve(&registry, reload).await?;
     info!(
         event = "terminate",
         "standbys that run a guest go on without the agent"
@@ -145,6 +152,18 @@ async fn run(
     endpoint.shutdown("the agent is shutting down").await;
     drop(admin);
     Ok(())
+}
+
+fn reload(
+    options: args::RunOptions,
+    settings: &romulus_config::BackupAgent,
+    certificates: Arc<Certificates>,
+    allow: AllowList,
+) -> Reload<romulus_config::BackupAgent> {
+    Reload::new(settings.clone(), certificates, move || options.settings()).live("allow", move |settings| {
+        allow.replace(settings.allow.clone());
+        Ok(())
+    })
 }
 
 /// A seed for a state machine's random numbers.

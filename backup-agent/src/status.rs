@@ -135,6 +135,15 @@ impl VmStatus {
         self.lock().protection = protection;
     }
 
+    /// Whether a guest runs here after a takeover, and otherwise whether one is protected by this host.
+    pub fn summary(&self) -> (bool, bool) {
+        let inner = self.lock();
+        (
+            inner.standby == "active",
+            inner.protection == Protection::Protected,
+        )
+    }
+
     /// What went wrong last, in words.
     pub fn set_detail(&self, detail: String) {
         self.lock().detail = Some(detail);

@@ -1,10 +1,10 @@
 //! The command line; what it sets wins over the settings file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
-use romulus_config::{LogFormat, PeerAddress, Replicator, Settings, load};
+use romulus_config::{Guest, LogFormat, PeerAddress, Replicator, Settings, load_over, vm_path};
 use romulus_types::{HostId, VmId};
 use serde_json::{Value, json};
 
@@ -22,6 +22,15 @@ pub struct Args {
 pub enum Command {
     /// Attach to a running QEMU, or to a VMM that has an attach socket, and protect its guest until told to stop.
     Protect(Box<ProtectOptions>),
+    /// Check the settings, or those of one VM, and end.
+    Validate {
+        /// The VM whose own settings are read, too.
+        #[arg(long, value_name = "NAME")]
+        vm: Option<VmId>,
+        /// Settings file. Default /etc/romulus/replicator.toml and its .d folder, then /etc/romulus/vms/VM.toml and its.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
     /// Started by `protect`: frees the guest when the replicator dies.
     #[command(hide = true)]
     Guardian {
@@ -31,38 +40,38 @@ pub enum Command {
     },
 }
 
-/// The socket of QEMU or of another VMM: exactly one.
-#[derive(ClapArgs)]
-#[group(required = true, multiple = false)]
+/// The socket of QEMU or of another VMM: exactly one, unless the VM's settings name it.
+#[derive(ClapArgs, Clone)]
+#[group(multiple = false)]
 pub struct HypervisorSocket {
     /// QEMU's QMP socket.
     #[arg(long, value_name = "SOCKET")]
-    pub qmp: Option<PathBuf>,
+    qmp: Option<PathBuf>,
     /// The attach socket of a VMM that embeds the attach library.
     #[arg(long, value_name = "SOCKET")]
-    pub attach: Option<PathBuf>,
+    attach: Option<PathBuf>,
 }
 
 /// Options of `protect`.
-#[derive(ClapArgs)]
+#[derive(ClapArgs, Clone)]
 pub struct ProtectOptions {
     /// The VM's name at the witness.
     #[arg(long, value_name = "NAME")]
     pub vm: VmId,
     /// How the guest is reached.
     #[command(flatten)]
-    pub hypervisor: HypervisorSocket,
+    hypervisor: HypervisorSocket,
     /// A tap of the guest; may be given several times. Every network device of the guest must be on one.
     #[arg(long = "tap", value_name = "TAP")]
-    pub taps: Vec<String>,
+    taps: Vec<String>,
     /// Output or content that need not survive: the id of a network, character or block device, or of another output. May be
     /// repeated.
     #[arg(long = "disposable", value_name = "ID")]
-    pub disposable: Vec<String>,
+    disposable: Vec<String>,
     /// The VM is new to the witness (or was ended): register it as running here.
     #[arg(long)]
-    pub register: bool,
-    /// Settings file. Default /etc/romulus/replicator.toml and its .d folder.
+    register: bool,
+    /// Settings file. Default /etc/romulus/replicator.toml and its .d folder, then /etc/romulus/vms/VM.toml and its.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// This host's name, as in its certificates.
@@ -100,23 +109,31 @@ pub struct ProtectOptions {
     log_format: Option<LogFormat>,
 }
 
-impl HypervisorSocket {
-    /// As it stands in the event of the attachment.
-    pub fn describe(&self) -> Value {
-        match (&self.qmp, &self.attach) {
-            (Some(qmp), _) => json!({ "qmp": qmp }),
-            (None, attach) => json!({ "attach": attach }),
-        }
+/// How a guest is reached, as it stands in the event of the attachment.
+pub fn describe(guest: &Guest) -> Value {
+    match (&guest.qmp, &guest.attach) {
+        (Some(qmp), _) => json!({ "qmp": qmp }),
+        (None, attach) => json!({ "attach": attach }),
     }
 }
 
+/// The settings of a host and, unless a file was named, of one VM.
+///
+/// # Errors
+/// What can't be read or is not allowed.
+pub fn read_settings(vm: Option<&VmId>, config: Option<&Path>) -> anyhow::Result<Replicator> {
+    let own = vm.filter(|_| config.is_none()).map(vm_path);
+    Ok(load_over(config, own.as_deref())?)
+}
+
 impl ProtectOptions {
-    /// The file's settings with these on top.
+    /// The files' settings with these on top.
     ///
     /// # Errors
     /// What is missing or not allowed.
     pub fn settings(&self) -> anyhow::Result<Replicator> {
-        let mut settings: Replicator = load(self.config.as_deref())?;
+        let mut settings = read_settings(Some(&self.vm), self.config.as_deref())?;
+        self.set_guest(&mut settings.vm);
         settings.host = self.host.clone().or(settings.host);
         settings.backup = self.backup.clone().or(settings.backup);
         if !self.witness.is_empty() {
@@ -131,6 +148,11 @@ impl ProtectOptions {
         settings.log.format = self.log_format.unwrap_or(settings.log.format);
         settings.check()?;
         anyhow::ensure!(
+            settings.vm.qmp.is_some() || settings.vm.attach.is_some(),
+            "name the guest's hypervisor: --qmp or --attach, or [vm] in {}",
+            vm_path(&self.vm).display()
+        );
+        anyhow::ensure!(
             settings.backup.is_some(),
             "name the backup with --backup or in the settings"
         );
@@ -139,5 +161,18 @@ impl ProtectOptions {
             "name the witness with --witness or in the settings"
         );
         Ok(settings)
+    }
+    fn set_guest(&self, guest: &mut Guest) {
+        let HypervisorSocket { qmp, attach } = &self.hypervisor;
+        if qmp.is_some() || attach.is_some() {
+            (guest.qmp, guest.attach) = (qmp.clone(), attach.clone());
+        }
+        if !self.taps.is_empty() {
+            guest.taps.clone_from(&self.taps);
+        }
+        if !self.disposable.is_empty() {
+            guest.disposable.clone_from(&self.disposable);
+        }
+        guest.register |= self.register;
     }
 }

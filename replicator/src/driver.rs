@@ -21,7 +21,7 @@ use romulus_protocol::{
     NotProtected, Notice, Primary, PrimaryCommand, PrimaryEvent, PrimaryMessage, PrimaryOrder, Protection,
     Remembered, WitnessRequest,
 };
-use romulus_telemetry::notice_event;
+use romulus_telemetry::{notice_event, systemd};
 use romulus_types::{Epoch, Term, Time};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
@@ -83,7 +83,21 @@ pub struct Driver {
     pub handed_over: bool,
     /// The record lets this host speak, and a gate could not be opened: when to try again.
     pub reopen_at: Option<Instant>,
+    /// Patted by the loop: one that hangs is ended, so that the guest is not held for longer than need be.
+    pub watchdog: systemd::Watchdog,
 }
+
+/// The record names another host: starting again changes nothing.
+#[derive(Debug)]
+pub struct Fenced;
+
+impl std::fmt::Display for Fenced {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(FENCED)
+    }
+}
+
+impl std::error::Error for Fenced {}
 
 /// How the loop went on.
 enum Step {
@@ -98,10 +112,12 @@ impl Driver {
     /// When what must be durable can't be written: the process ends, the guest stays mute while paired, and the
     /// backup takes over.
     pub async fn run(mut self) -> anyhow::Result<()> {
+        systemd::ready();
         loop {
             if matches!(self.carry_out().await?, Step::Finished) {
                 return Ok(());
             }
+            self.watchdog.pat(Instant::now());
             let deadline = self.deadline();
             tokio::select! {
                 biased;
@@ -164,6 +180,7 @@ impl Driver {
             Input::GateLost(error) => self.gate_lost(now, &error),
             Input::Terminate => {
                 self.terminating = true;
+                systemd::stopping();
                 info!(event = "terminate", "going to not protected before ending");
                 self.primary
                     .handle(now, PrimaryEvent::Order(PrimaryOrder::Unprotect));
@@ -275,7 +292,9 @@ impl Driver {
                 let fenced = self.primary.protection() == Protection::NotProtected(NotProtected::Fenced)
                     && !self.handed_over;
                 self.finish(fenced).await;
-                anyhow::ensure!(!fenced, FENCED);
+                if fenced {
+                    return Err(Fenced.into());
+                }
                 anyhow::ensure!(self.reopen_at.is_none(), MUTE);
                 return Ok(Step::Finished);
             }
@@ -330,6 +349,11 @@ impl Driver {
     fn notice(&mut self, notice: &Notice) {
         if let Notice::Protection(protection) = notice {
             self.status.set_protection(*protection);
+            let line = match protection.words() {
+                (state, Some(reason)) => format!("{state}: {reason}"),
+                (state, None) => state.to_owned(),
+            };
+            systemd::status(&line);
             if *protection == Protection::Protected {
                 self.status.reset_measurements();
             }

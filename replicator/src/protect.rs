@@ -19,6 +19,8 @@ use romulus_hypervisor::kvm::{self, source::KvmSource};
 use romulus_hypervisor::qemu::source::{AttachOptions, GuardianProgram, QemuSource};
 use romulus_hypervisor::source::{Allowances, GuestSource};
 use romulus_protocol::{Primary, PrimaryConfig, Remembered};
+use romulus_daemon::{BadSettings, Reload};
+use romulus_telemetry::systemd;
 use romulus_transport::{Certificates, Endpoint, Identity, Service, WitnessClient};
 use romulus_types::{HostId, PAGE_BYTES};
 use tokio::signal::unix::{SignalKind, signal};
@@ -26,7 +28,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use crate::admin::{Admin, api};
-use crate::args::ProtectOptions;
+use crate::args::{ProtectOptions, describe};
 use crate::buffers::buffer_pool;
 use crate::capture::CaptureThread;
 use crate::driver::Driver;
@@ -55,7 +57,7 @@ const LAST_ANSWERS: Duration = Duration::from_millis(100);
 /// # Errors
 /// Whatever keeps the guest from being protected, with the cause and what to do.
 pub fn run(options: &ProtectOptions) -> anyhow::Result<()> {
-    let settings = options.settings()?;
+    let settings = options.settings().context(BadSettings)?;
     romulus_telemetry::log::init(&settings.log)?;
     if !priority::raise() {
         warn!("no permission for a higher scheduling priority: epochs may start late on a busy host");
@@ -79,12 +81,12 @@ pub fn run(options: &ProtectOptions) -> anyhow::Result<()> {
 }
 
 fn attach(options: &ProtectOptions, settings: &Replicator) -> anyhow::Result<Box<dyn GuestSource>> {
-    let source = match (&options.hypervisor.qmp, &options.hypervisor.attach) {
+    let source = match (&settings.vm.qmp, &settings.vm.attach) {
         (Some(qmp), _) => attach_qemu(qmp, options, settings)?,
-        (None, Some(socket)) => attach_vmm(socket, options, settings)?,
-        (None, None) => anyhow::bail!("name the guest's hypervisor with --qmp or --attach"),
+        (None, Some(socket)) => attach_vmm(socket, settings)?,
+        (None, None) => anyhow::bail!("the settings name no hypervisor"),
     };
-    let hypervisor = options.hypervisor.describe();
+    let hypervisor = describe(&settings.vm);
     info!(event = "attach", vm = options.vm.as_str(), detail = %hypervisor);
     Ok(source)
 }
@@ -95,12 +97,13 @@ fn attach_qemu(
     settings: &Replicator,
 ) -> anyhow::Result<Box<dyn GuestSource>> {
     let guardian = GuardianProgram {
-        exe: std::env::current_exe()?,
+        // Not by its name, which leads elsewhere after an upgrade of the package.
+        exe: "/proc/self/exe".into(),
         args: vec!["guardian".into()],
     };
     let mut attach = AttachOptions::new(qmp, guardian);
-    attach.taps.clone_from(&options.taps);
-    attach.allow = allowances(options);
+    attach.taps.clone_from(&settings.vm.taps);
+    attach.allow = allowances(settings);
     attach.fifo_dir.clone_from(&options.fifo_dir);
     attach.checkpoint_pages_max = checkpoint_pages_max(settings);
     attach.pause_limit_ns = nanoseconds(settings.epochs.pause_kill_limit);
@@ -108,23 +111,19 @@ fn attach_qemu(
     Ok(Box::new(source))
 }
 
-fn attach_vmm(
-    socket: &Path,
-    options: &ProtectOptions,
-    settings: &Replicator,
-) -> anyhow::Result<Box<dyn GuestSource>> {
+fn attach_vmm(socket: &Path, settings: &Replicator) -> anyhow::Result<Box<dyn GuestSource>> {
     let mut attach = kvm::source::AttachOptions::new(socket);
-    attach.taps.clone_from(&options.taps);
-    attach.allow = allowances(options);
+    attach.taps.clone_from(&settings.vm.taps);
+    attach.allow = allowances(settings);
     attach.checkpoint_pages_max = checkpoint_pages_max(settings);
     attach.pause_limit_ns = nanoseconds(settings.epochs.pause_kill_limit);
     let source = KvmSource::attach(attach).context("this guest can't be protected")?;
     Ok(Box::new(source))
 }
 
-fn allowances(options: &ProtectOptions) -> Allowances {
+fn allowances(settings: &Replicator) -> Allowances {
     Allowances {
-        disposable: options.disposable.iter().cloned().collect(),
+        disposable: settings.vm.disposable.iter().cloned().collect(),
     }
 }
 
@@ -138,7 +137,7 @@ fn protocol(options: &ProtectOptions, settings: &Replicator, host: HostId, backu
         vm: options.vm.clone(),
         host,
         backup,
-        register: options.register,
+        register: settings.vm.register,
         epoch_ns: nanoseconds(settings.epochs.length),
         heartbeat_interval_ns: nanoseconds(settings.failover.heartbeat_interval),
         // Earlier than the backup, so that a mere link failure leaves the VM where it is.
@@ -168,11 +167,11 @@ async fn drive(
         backup.as_str(),
         epoch_ns,
     ));
-    status.add_event("attach", &options.hypervisor.describe());
+    status.add_event("attach", &describe(&settings.vm));
     let (inbox_sender, inbox) = mpsc::channel(INBOX_MAX);
     let events = EventSink(inbox_sender.clone());
     let gates = Gates::new(GateLimits {
-        taps: options.taps.clone(),
+        taps: settings.vm.taps.clone(),
         held_bytes_max: usize::try_from(settings.memory.held_bytes_max.bytes())?,
         held_frames_max: usize::try_from(settings.memory.held_frames_max)?,
     });
@@ -218,6 +217,9 @@ async fn drive(
         epoch_ns,
         jobs: jobs.clone(),
     };
+    let again = options.clone();
+    let reload = Reload::new(settings.clone(), Arc::clone(&certificates), move || again.settings());
+    reload_at_hangup(reload)?;
     let link = Link::new(link_config, endpoint, encoder, events, Arc::clone(&status));
     let state_file = options.state_dir.join(format!("{}.json", options.vm));
     let remembered = remembered(&options.state_dir, &state_file)?;
@@ -252,6 +254,7 @@ async fn drive(
         terminating: false,
         handed_over: false,
         reopen_at: None,
+        watchdog: systemd::Watchdog::from_environment(),
     };
     let result = driver.run().await;
     // Whoever ordered the end still waits for the answer.
@@ -261,6 +264,17 @@ async fn drive(
         .map_err(|_| anyhow::anyhow!("the capture thread panicked"))?;
     drop(admin);
     result
+}
+
+/// Reads settings and certificates again at each SIGHUP, for as long as the runtime lives.
+fn reload_at_hangup(mut reload: Reload<Replicator>) -> anyhow::Result<()> {
+    let mut hangup = signal(SignalKind::hangup())?;
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            reload = reload.run().await;
+        }
+    });
+    Ok(())
 }
 
 /// The backup's name in the record: what its certificate is asked for, which must be a name then.

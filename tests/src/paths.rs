@@ -74,6 +74,12 @@ impl Paths {
         self.assets.join("systemd")
     }
 
+    /// The packages (`cargo xtask deb` makes them).
+    #[must_use]
+    pub fn debs(&self) -> PathBuf {
+        self.target.join("deb")
+    }
+
     /// A release binary of the workspace.
     ///
     /// # Errors

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
-use romulus_e2e::systemd::{BINARIES, Container};
+use anyhow::{Context as _, Result};
+use romulus_e2e::systemd::{AGENT, BINARIES, Container, REPLICATOR, WITNESS};
 use romulus_e2e::{Host, Lab, Paths, TEST_LAB, wait_for};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -38,4 +38,136 @@ fn hosts_with_systemd_run_side_by_side_and_reach_each_other_over_the_labs_networ
     let gone = backup.path("/");
     drop(backup);
     wait_for("the end of a container", SOON, || (!gone.exists()).then_some(()))
+}
+
+/// What `systemd-analyze security` says of a unit: 0 is no exposure, 10 the most.
+fn exposure(container: &Container, unit: &str) -> Result<f64> {
+    let text = container.run(&["systemd-analyze", "security", "--no-pager", unit])?;
+    let line = text.lines().last().context("it says nothing")?;
+    let number = line.split_whitespace().find_map(|word| word.parse().ok());
+    number.with_context(|| format!("no figure in {line:?}"))
+}
+
+fn wait_journal(container: &Container, unit: &str, text: &str) -> Result<()> {
+    let found = wait_for(&format!("{text:?} in the journal"), SOON, || {
+        container.journal(unit).contains(text).then_some(())
+    });
+    found.with_context(|| container.journal(unit))
+}
+
+#[test]
+fn packages_install_start_reload_upgrade_and_purge() -> Result<()> {
+    let lab = Lab::new(Paths::here(), TEST_LAB)?;
+    lab.init_pki()?;
+    let witness = Container::boot(&lab, Host::Witness)?;
+    witness.start_witness(&lab)?;
+    let backup = Container::boot(&lab, Host::Backup)?;
+    backup.install(&lab, &["romulus-replicator"])?;
+    backup.start_agent(&lab)?;
+
+    for (container, unit, most) in [
+        (&backup, AGENT, 3.0),
+        (&backup, REPLICATOR, 4.5),
+        (&witness, WITNESS, 1.5),
+    ] {
+        container.run(&["systemd-analyze", "verify", unit])?;
+        let figure = exposure(container, unit)?;
+        println!("{unit}: exposure {figure}");
+        assert!(figure <= most, "{unit}: {figure}");
+    }
+    backup.wait_property(AGENT, "StatusText", "0 VMs protected", SOON)?;
+    witness.wait_property(WITNESS, "StatusText", "0 VMs have a record", SOON)?;
+    let status = backup.romulus_status()?;
+    assert_eq!(status["role"], "backup");
+
+    reloads_what_can_be_and_names_the_rest(&backup, AGENT, "/etc/romulus/backup-agent.d/90-later.toml")?;
+    reloads_what_can_be_and_names_the_rest(&witness, WITNESS, "/etc/romulus/witness.d/90-later.toml")?;
+
+    // The agent and replicators go on as they are; the witness, which nobody misses for a moment, is started again.
+    let (agent, old_witness) = (
+        backup.property(AGENT, "MainPID")?,
+        witness.property(WITNESS, "MainPID")?,
+    );
+    backup.upgrade(&["romulus-backup-agent", "romulus-replicator"])?;
+    witness.upgrade(&["romulus-witness"])?;
+    assert_eq!(backup.property(AGENT, "MainPID")?, agent);
+    assert_ne!(witness.property(WITNESS, "MainPID")?, old_witness);
+    backup.systemctl(&["restart", AGENT])?;
+    backup.wait_property(AGENT, "ActiveState", "active", SOON)?;
+
+    a_daemon_that_hangs_is_started_again(&backup)?;
+    purge_leaves_only_certificates(
+        &backup,
+        &["romulus-backup-agent", "romulus-replicator", "romulus"],
+    )?;
+    purge_leaves_only_certificates(&witness, &["romulus-witness", "romulus"])
+}
+
+fn reloads_what_can_be_and_names_the_rest(container: &Container, unit: &str, file: &str) -> Result<()> {
+    let pid = container.property(unit, "MainPID")?;
+    container.write(file, "vms_max = 5\n[log]\nlevel = \"debug\"\n")?;
+    container.reload(unit)?;
+    wait_journal(container, unit, "these settings wait for a restart")?;
+    wait_journal(container, unit, "log.level")?;
+    container.write(file, "vms_max = 0\n")?;
+    let refused = container.output(&["systemctl", "reload", unit])?;
+    assert!(
+        !refused.status.success(),
+        "settings that are not good were reloaded"
+    );
+    container.run(&["rm", file])?;
+    container.reload(unit)?;
+    assert_eq!(container.property(unit, "MainPID")?, pid);
+    container.wait_property(unit, "ActiveState", "active", SOON)
+}
+
+fn a_daemon_that_hangs_is_started_again(container: &Container) -> Result<()> {
+    container.write(
+        &format!("/etc/systemd/system/{AGENT}.d/10-soon.conf"),
+        "[Service]\nWatchdogSec=5s\nTimeoutAbortSec=1s\n",
+    )?;
+    container.systemctl(&["daemon-reload"])?;
+    container.systemctl(&["restart", AGENT])?;
+    let pid = container.property(AGENT, "MainPID")?;
+    container.systemctl(&["kill", "--signal=STOP", "--kill-who=main", AGENT])?;
+    wait_for("a new agent", SOON, || {
+        let now = container.property(AGENT, "MainPID").ok()?;
+        (now != pid && now != "0").then_some(())
+    })?;
+    wait_journal(container, AGENT, "Watchdog timeout")?;
+    container.wait_property(AGENT, "ActiveState", "active", SOON)
+}
+
+fn purge_leaves_only_certificates(container: &Container, packages: &[&str]) -> Result<()> {
+    let mut argv = vec!["dpkg", "--purge"];
+    argv.extend_from_slice(packages);
+    container.run(&argv)?;
+    let find = [
+        "find",
+        "/etc",
+        "/usr",
+        "/var",
+        "/run",
+        "/dev/shm",
+        "-xdev",
+        "-name",
+        "*romulus*",
+    ];
+    let left = container.run(&find)?;
+    // The drop-in and the tree's stamp are this test's; logs are journald's; keys are the operator's.
+    let expected = |line: &str| {
+        [
+            "/etc/romulus",
+            "/etc/romulus-tree",
+            "/etc/systemd/system/romulus-backup-agent.service.d",
+        ]
+        .contains(&line)
+            || line.starts_with("/var/lib/systemd/")
+    };
+    let unexpected: Vec<&str> = left.lines().filter(|line| !expected(line)).collect();
+    assert!(unexpected.is_empty(), "left behind: {unexpected:?}");
+    assert_eq!(container.run(&["ls", "/etc/romulus"])?.trim(), "pki");
+    let failed = container.systemctl(&["--failed", "--no-legend"])?;
+    assert_eq!(failed.trim(), "");
+    Ok(())
 }

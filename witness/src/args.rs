@@ -54,7 +54,7 @@ pub(crate) enum Command {
 }
 
 /// Where the store is.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct Place {
     /// The settings file.
     #[arg(long)]
@@ -74,7 +74,7 @@ impl Place {
     }
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct RunOptions {
     #[command(flatten)]
     place: Place,

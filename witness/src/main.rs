@@ -38,7 +38,7 @@ fn main() -> ExitCode {
 
 fn carry_out(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Run(options) => run::run(&options.settings()?),
+        Command::Run(options) => run::run(&options),
         Command::Init { place, renew } => {
             let dir = place.settings()?.dir;
             let instance = if renew {

@@ -5,13 +5,15 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use romulus_config::Witness;
+use romulus_daemon::{AllowList, Reload};
 use romulus_telemetry::{serve_admin, serve_metrics, systemd};
 use romulus_transport::{Certificates, Endpoint, Identity, Service};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tracing::{error, info};
+use tracing::info;
 
 use crate::admin::{self, Admin};
+use crate::args::RunOptions;
 use crate::desk::Desk;
 use crate::server::{Counts, Server};
 use crate::store::Store;
@@ -23,7 +25,8 @@ const IDLE_TICK: Duration = Duration::from_secs(3600);
 ///
 /// # Errors
 /// What keeps it from starting, or the failure of the store.
-pub(crate) fn run(settings: &Witness) -> anyhow::Result<()> {
+pub(crate) fn run(options: &RunOptions) -> anyhow::Result<()> {
+    let settings = options.settings()?;
     romulus_telemetry::log::init(&settings.log)?;
     let identity = Identity::load(&settings.pki_dir)?;
     let (store, records) = Store::open(&settings.dir)?;
@@ -33,10 +36,15 @@ pub(crate) fn run(settings: &Witness) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(serve(settings, &identity, desk))
+    runtime.block_on(serve(options, settings, &identity, desk))
 }
 
-async fn serve(settings: &Witness, identity: &Identity, desk: Arc<Desk>) -> anyhow::Result<()> {
+async fn serve(
+    options: &RunOptions,
+    settings: Witness,
+    identity: &Identity,
+    desk: Arc<Desk>,
+) -> anyhow::Result<()> {
     let endpoint = Arc::new(Endpoint::server(
         identity,
         &settings.network,
@@ -44,18 +52,21 @@ async fn serve(settings: &Witness, identity: &Identity, desk: Arc<Desk>) -> anyh
         settings.listen,
     )?);
     let certificates = Arc::new(Certificates::new(identity, vec![Arc::clone(&endpoint)]));
+    let allow = AllowList::new(settings.allow.clone());
+    let mut reload = reload(options, &settings, Arc::clone(&certificates), allow.clone());
     let (fatal, mut failures) = mpsc::channel(1);
     let counts = Arc::new(Counts::default());
     let server = Server {
         desk: desk.clone(),
         counts: counts.clone(),
-        allow: settings.allow.clone().into(),
+        allow: allow,
         fatal,
     };
+    let (records, mut line) = (desk.clone(), systemd::StatusLine::default());
     let admin = Admin {
         desk,
         counts,
-        certificates: Arc::clone(&certificates),
+        certificates,
     };
     let metrics = admin::metrics(&admin);
     let _socket = serve_admin(
@@ -74,6 +85,7 @@ async fn serve(settings: &Witness, identity: &Identity, desk: Arc<Desk>) -> anyh
     let listen = endpoint.local_addr().context("the socket has no address")?;
     info!(event = "ready", %listen, host = %identity.host());
     systemd::ready();
+    line.set(format!("{} VMs have a record", records.records().len()));
     let result = loop {
         tokio::select! {
             connection = endpoint.accept() => {
@@ -84,8 +96,11 @@ async fn serve(settings: &Witness, identity: &Identity, desk: Arc<Desk>) -> anyh
             }
             _ = terminate.recv() => break Ok(()),
             _ = interrupt.recv() => break Ok(()),
-            _ = hangup.recv() => reload(&certificates),
-            _ = tick.tick() => systemd::watchdog(),
+            _ = hangup.recv() => reload = reload.run().await,
+            _ = tick.tick() => {
+                systemd::watchdog();
+                line.set(format!("{} VMs have a record", records.records().len()));
+            }
         }
     };
     systemd::stopping();
@@ -94,12 +109,15 @@ async fn serve(settings: &Witness, identity: &Identity, desk: Arc<Desk>) -> anyh
     result
 }
 
-/// New certificates; settings need a restart.
-fn reload(certificates: &Certificates) {
-    systemd::reloading();
-    match certificates.reload() {
-        Ok(_) => info!(event = "reloaded"),
-        Err(error) => error!(%error, "the certificates were not reloaded, the earlier ones stay"),
-    }
-    systemd::ready();
+fn reload(
+    options: &RunOptions,
+    settings: &Witness,
+    certificates: Arc<Certificates>,
+    allow: AllowList,
+) -> Reload<Witness> {
+    let options = options.clone();
+    Reload::new(settings.clone(), certificates, move || options.settings()).live("allow", move |settings| {
+        allow.replace(settings.allow.clone());
+        Ok(())
+    })
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use romulus_config::{Allow, is_allowed};
+use romulus_daemon::AllowList;
 use romulus_protocol::{Answer, WitnessReply, WitnessRequest};
 use romulus_transport::{CloseCode, Connection, Control, FrameReader};
 use romulus_types::Session;
@@ -34,7 +34,7 @@ pub(crate) struct Server {
     pub(crate) desk: Arc<Desk>,
     pub(crate) counts: Arc<Counts>,
     /// Which host may ask for which VMs.
-    pub(crate) allow: Arc<[Allow]>,
+    pub(crate) allow: AllowList,
     /// Where an error of the store goes; the process ends with it.
     pub(crate) fatal: mpsc::Sender<StoreError>,
 }
@@ -98,7 +98,7 @@ impl Server {
         if frame.session != Session(request.nonce.0) {
             return Err(Bad::OtherNonce);
         }
-        let reply = if is_allowed(&self.allow, &request.host, &request.vm) {
+        let reply = if self.allow.allows(&request.host, &request.vm) {
             let Some(reply) = self.ask_desk(request.clone()).await else {
                 return Ok(());
             };

@@ -4,6 +4,7 @@
 //! together with what to do about it.
 #![forbid(unsafe_code)]
 
+mod deb;
 mod demo;
 mod initramfs;
 mod kernel;
@@ -42,6 +43,8 @@ enum Task {
     Test(tasks::TestArgs),
     /// Run the fuzz targets for a while each
     Fuzz(tasks::FuzzArgs),
+    /// Make the Debian packages, from release binaries
+    Deb(deb::Args),
     /// Check licences, bans and sources of the dependencies
     Deny,
     /// Do what the CI does (.ci/run)
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Task::Soak(args) => soak::run(&args),
         Task::Test(args) => tasks::test(&args),
         Task::Fuzz(args) => tasks::fuzz(&args),
+        Task::Deb(args) => deb::run(&args),
         Task::Deny => tasks::deny(),
         Task::Ci => tasks::ci(),
     };

@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result, bail};
 
 use crate::trial::Suite;
-use crate::{demo, kvm, setup, sh, systemd_tree};
+use crate::{deb, demo, kvm, setup, sh, systemd_tree};
 
 /// What `cargo xtask test` can be told.
 #[derive(clap::Args, Debug)]
@@ -54,6 +54,7 @@ pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
         demo::clean_up_on_signals(romulus_e2e::TEST_LAB);
         demo::build_daemons()?;
         systemd_tree::build(&paths)?;
+        deb::build(&paths, 1)?;
         let over_kvm = kvm::need().inspect_err(|error| println!("LEAVING OUT the tests over KVM: {error:#}"));
         let over_kvm = over_kvm.is_ok();
         sh::step("end-to-end tests, one at a time");
@@ -81,7 +82,7 @@ fn end_to_end(every_shape: bool, over_kvm: bool) -> Result<Command> {
         let wanted = if every_shape {
             path.ends_with("shapes.rs")
         } else {
-            over_kvm || !["kvm.rs", "many.rs"].iter().any(|name| path.ends_with(name))
+            over_kvm || !["kvm.rs", "many.rs", "systemd_kvm.rs"].iter().any(|name| path.ends_with(name))
         };
         if wanted && path.extension().is_some_and(|extension| extension == "rs") {
             command.arg("--test").arg(path.file_stem().unwrap_or_default());

@@ -1,7 +1,7 @@
 //! The settings of each daemon.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use romulus_types::{HostId, VmId};
@@ -46,6 +46,8 @@ pub struct Replicator {
     /// The group that may use the admin socket, by name or number. Default: that of the daemon.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub admin_group: Option<String>,
+    /// The guest.
+    pub vm: Guest,
     /// Length and pace of epochs.
     pub epochs: Epochs,
     /// What replication may hold in memory.
@@ -56,6 +58,46 @@ pub struct Replicator {
     pub network: Network,
     /// Logs.
     pub log: Log,
+}
+
+/// `[vm]` of the replicator: what one guest is reached by. Belongs into that VM's own file; the command line can say the same.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Guest {
+    /// QEMU's QMP socket. No default; either this or `attach`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub qmp: Option<PathBuf>,
+    /// The attach socket of a VMM that embeds the attach library. No default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attach: Option<PathBuf>,
+    /// The guest's taps. Every network device of the guest must be on one. Default none.
+    pub taps: Vec<String>,
+    /// Ids of devices whose output or content need not survive. Default none.
+    pub disposable: Vec<String>,
+    /// Register the VM as running here when the witness does not know it and nothing is remembered of it here, or when its
+    /// record says that it was powered off. Default off.
+    pub register: bool,
+}
+
+impl Guest {
+    fn check(&self) -> Result<(), Invalid> {
+        let (most, none) = (64, Path::new("/"));
+        Checks::new("vm")
+            .number("taps", self.taps.len() as u64, 0, most)?
+            .number("disposable", self.disposable.len() as u64, 0, most)?
+            .absolute("qmp", self.qmp.as_deref().unwrap_or(none))?
+            .absolute("attach", self.attach.as_deref().unwrap_or(none))?;
+        for tap in &self.taps {
+            check_interface("vm.taps", tap)?;
+        }
+        if self.qmp.is_some() && self.attach.is_some() {
+            return Err(Invalid::new(
+                "vm.attach",
+                "vm.qmp is set as well: a guest has one hypervisor",
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// `[epochs]` of the replicator.
@@ -121,6 +163,7 @@ impl Default for Replicator {
             pki_dir: PKI_DIR.into(),
             admin_socket: None,
             admin_group: None,
+            vm: Guest::default(),
             epochs: Epochs::default(),
             memory: Memory::default(),
             failover: Failover::default(),
@@ -142,12 +185,17 @@ impl Settings for Replicator {
     const NAME: &'static str = "replicator";
     const EXAMPLE: &'static str = include_str!("../examples/replicator.toml");
 
+    fn log(&self) -> &Log {
+        &self.log
+    }
+
     fn check(&self) -> Result<(), Invalid> {
         let (ms, s) = (Duration::from_millis, Duration::from_secs);
         let (page, most) = (ByteSize::from_mib(1), ByteSize::from_gib(1024));
         check_witness(&self.witness)?;
         Checks::new("").absolute("pki_dir", &self.pki_dir)?;
         allow::check_group(self.admin_group.as_deref())?;
+        self.vm.check()?;
         Checks::new("epochs")
             .duration("length", self.epochs.length, ms(1), s(10))?
             .number("in_flight_max", self.epochs.in_flight_max.into(), 1, 256)?
@@ -329,6 +377,10 @@ impl Settings for BackupAgent {
     const NAME: &'static str = "backup-agent";
     const EXAMPLE: &'static str = include_str!("../examples/backup-agent.toml");
 
+    fn log(&self) -> &Log {
+        &self.log
+    }
+
     fn check(&self) -> Result<(), Invalid> {
         let (mib, most) = (ByteSize::from_mib(1), ByteSize::from_gib(64 * 1024));
         check_witness(&self.witness)?;
@@ -424,6 +476,10 @@ impl Default for Witness {
 impl Settings for Witness {
     const NAME: &'static str = "witness";
     const EXAMPLE: &'static str = include_str!("../examples/witness.toml");
+
+    fn log(&self) -> &Log {
+        &self.log
+    }
 
     fn check(&self) -> Result<(), Invalid> {
         Checks::new("")

@@ -8,6 +8,8 @@
 //!   NAME.d/10-site.toml ─┼─► merged table ─► typed settings ─► range checks ─► the daemon
 //!   NAME.d/20-host.toml ─┘      (later wins)
 //! ```
+//!
+//! The replicator of one VM also reads `/etc/romulus/vms/VM.toml` and `/etc/romulus/vms/VM.d/*.toml`, which win.
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
@@ -25,10 +27,12 @@ pub use allow::{ALLOW_MAX, Allow, is_allowed};
 pub use check::Invalid;
 pub use common::{Failover, Log, LogFormat, Metrics, Network};
 pub use daemons::{
-    BackupAgent, Epochs, KeepImages, Memory, PKI_DIR, RUN_DIR, Replicator, StandbyKind, StandbyUnits, Vmm,
-    Witness,
+    BackupAgent, Epochs, Guest, KeepImages, Memory, PKI_DIR, RUN_DIR, Replicator, StandbyKind, StandbyUnits,
+    Vmm, Witness,
 };
-pub use load::{DROP_INS_MAX, FILE_BYTES_MAX, Settings, default_path, load};
+pub use load::{
+    DROP_INS_MAX, FILE_BYTES_MAX, Settings, changed_keys, default_path, load, load_over, vm_path,
+};
 pub use peer::{PeerAddress, PeerAddressError};
 pub use quantity::{ByteSize, SizeError};
 pub use vms::{Vm, VmLimits};

@@ -5,12 +5,14 @@ use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
+use romulus_types::VmId;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use toml::Table;
 
 use crate::ConfigError;
 use crate::check::Invalid;
+use crate::common::Log;
 
 /// Most bytes in one settings file.
 pub const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -23,6 +25,9 @@ pub trait Settings: Default + DeserializeOwned + Serialize {
     const NAME: &'static str;
     /// A commented file that holds every default.
     const EXAMPLE: &'static str;
+
+    /// How the daemon logs.
+    fn log(&self) -> &Log;
 
     /// Checks ranges and what values have to do with each other.
     ///
@@ -44,16 +49,63 @@ pub fn default_path<S: Settings>() -> PathBuf {
 /// # Errors
 /// [`ConfigError`] names the file and the key.
 pub fn load<S: Settings>(path: Option<&Path>) -> Result<S, ConfigError> {
+    load_over(path, None)
+}
+
+/// As [`load`], with a second file and its drop-in folder on top, where they exist: what one VM's daemon has for itself.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_over<S: Settings>(path: Option<&Path>, over: Option<&Path>) -> Result<S, ConfigError> {
     let default = default_path::<S>();
     let main = path.unwrap_or(&default);
     let mut merged = Merged::default();
     if path.is_some() || main.exists() {
         merged.add::<S>(main)?;
     }
-    for file in drop_ins(&main.with_extension("d"))? {
+    let over_file = over.filter(|over| over.exists()).map(Path::to_owned);
+    let mut later = drop_ins(&main.with_extension("d"))?;
+    later.extend(over_file);
+    if let Some(over) = over {
+        later.extend(drop_ins(&over.with_extension("d"))?);
+    }
+    for file in later {
         merged.add::<S>(&file)?;
     }
     merged.finish()
+}
+
+/// The file that holds what is one VM's own: `/etc/romulus/vms/VM.toml`.
+pub fn vm_path(vm: &VmId) -> PathBuf {
+    format!("/etc/romulus/vms/{vm}.toml").into()
+}
+
+/// The keys whose values differ, in order: what an operator has changed since the daemon read its settings.
+pub fn changed_keys<S: Settings>(before: &S, after: &S) -> Vec<String> {
+    let flat = |settings: &S| {
+        let table = Table::try_from(settings).expect("settings are tables of values that TOML has");
+        let mut all = BTreeMap::new();
+        flatten("", table, &mut all);
+        all
+    };
+    let (before, after) = (flat(before), flat(after));
+    let mut keys: Vec<String> = before
+        .iter()
+        .filter(|(key, value)| after.get(*key) != Some(value))
+        .map(|(key, _)| key.clone())
+        .collect();
+    keys.extend(after.keys().filter(|key| !before.contains_key(*key)).cloned());
+    keys.sort();
+    keys
+}
+
+fn flatten(prefix: &str, table: Table, into: &mut BTreeMap<String, toml::Value>) {
+    for (key, value) in table {
+        match value {
+            toml::Value::Table(inner) => flatten(&format!("{prefix}{key}."), inner, into),
+            value => drop(into.insert(format!("{prefix}{key}"), value)),
+        }
+    }
 }
 
 /// The `*.toml` files of a drop-in folder, in order. No folder is no file.

@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::time::Duration;
 
-use romulus_config::{BackupAgent, ConfigError, Replicator, Settings, StandbyKind, Witness, load};
+use romulus_config::{
+    BackupAgent, ConfigError, Replicator, Settings, StandbyKind, Witness, changed_keys, load, load_over,
+};
 
 fn write(dir: &Path, name: &str, text: &str) {
     let path = dir.join(name);
@@ -91,6 +93,71 @@ fn a_later_drop_in_wins_and_leaves_other_keys_alone() {
     assert_eq!(settings.epochs.length, Duration::from_millis(10));
     assert_eq!(settings.epochs.in_flight_max, 2);
     assert_eq!(settings.backup.unwrap().to_string(), "b:7700");
+}
+
+#[test]
+fn what_a_vm_has_of_its_own_wins_over_what_its_host_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = "backup = \"b:7700\"\n[epochs]\nlength = \"50ms\"\n";
+    write(dir.path(), "replicator.toml", host);
+    write(
+        dir.path(),
+        "replicator.d/10-host.toml",
+        "[epochs]\nin_flight_max = 2\n",
+    );
+    let (file, vm) = (
+        dir.path().join("replicator.toml"),
+        dir.path().join("vms/web.toml"),
+    );
+    let bare: Replicator = load_over(Some(&file), Some(&vm)).unwrap();
+    assert_eq!(bare, load(Some(&file)).unwrap());
+    write(
+        dir.path(),
+        "vms/web.toml",
+        "[vm]\ntaps = [\"tap0\"]\n[epochs]\nin_flight_max = 3\n",
+    );
+    write(
+        dir.path(),
+        "vms/web.d/10-slow.toml",
+        "[epochs]\nlength = \"10ms\"\n",
+    );
+    let web: Replicator = load_over(Some(&file), Some(&vm)).unwrap();
+    assert_eq!(
+        (web.epochs.length, web.epochs.in_flight_max),
+        (Duration::from_millis(10), 3)
+    );
+    assert_eq!(
+        (web.vm.taps.as_slice(), web.backup),
+        (["tap0".to_owned()].as_slice(), bare.backup.clone())
+    );
+    write(
+        dir.path(),
+        "vms/web.toml",
+        "[vm]\nqmp = \"/q\"\nattach = \"/a\"\n",
+    );
+    let both = load_over::<Replicator>(Some(&file), Some(&vm))
+        .unwrap_err()
+        .to_string();
+    assert!(both.contains("web.toml") && both.contains("vm.attach"), "{both}");
+}
+
+#[test]
+fn what_has_changed_is_told_by_its_keys() {
+    let before = Replicator::default();
+    let mut after = before.clone();
+    assert_eq!(changed_keys(&before, &after), [""; 0]);
+    after.epochs.length *= 2;
+    after.log.level = "debug".into();
+    after.backup = Some("b:7700".parse().unwrap());
+    after.vm.taps = vec!["tap0".into()];
+    assert_eq!(
+        changed_keys(&before, &after),
+        ["backup", "epochs.length", "log.level", "vm.taps"]
+    );
+    assert_eq!(
+        changed_keys(&after, &before),
+        ["backup", "epochs.length", "log.level", "vm.taps"]
+    );
 }
 
 #[test]

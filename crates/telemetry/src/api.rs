@@ -2,6 +2,8 @@
 //!
 //! Invariant: a route that is served is in [`Api::routes`], so that a test can hold the API's document true.
 
+use std::collections::BTreeSet;
+
 use axum::extract::{FromRequestParts, Query};
 use axum::handler::Handler;
 use axum::http::StatusCode;
@@ -80,8 +82,9 @@ impl<S: Clone + Send + Sync + 'static> Api<S> {
     }
 
     /// What is served, in the order of adding.
-    pub fn routes(&self) -> &[Route] {
-        &self.routes
+    pub fn routes(&self) -> BTreeSet<(String, String)> {
+        let owned = |(method, path): &Route| ((*method).to_owned(), (*path).to_owned());
+        self.routes.iter().map(owned).collect()
     }
 
     /// The router. What is not a route, or not with this method, is answered with an error in JSON.

@@ -63,7 +63,7 @@ impl TestbedConfig {
     }
 
     /// The testbed's command line, for a guest on the primary.
-    pub(super) fn argv(&self, lab: &Lab) -> Result<Vec<String>> {
+    pub(crate) fn argv(&self, lab: &Lab) -> Result<Vec<String>> {
         let mut argv = vec![word(&lab.paths.binary("testbed")?), "run".to_owned()];
         let mut add = |option: &str, value: &str| argv.extend([option.to_owned(), value.to_owned()]);
         add("--name", VM);

@@ -195,6 +195,15 @@ impl Container {
         self.run(&argv)
     }
 
+    /// Has a unit read its settings again.
+    ///
+    /// # Errors
+    /// When they are not good, or as [`Container::run`]; with the end of the unit's journal.
+    pub fn reload(&self, unit: &str) -> Result<()> {
+        let reloaded = self.systemctl(&["reload", unit]);
+        reloaded.map(drop).with_context(|| self.journal(unit))
+    }
+
     /// A property of a unit, such as `ActiveState`, `MainPID`, `NRestarts`, `StatusText`, `NFileDescriptorStore`.
     ///
     /// # Errors

@@ -10,5 +10,7 @@
 //! A [`Container`] is a host of a lab: whatever the lab's instruments see of that host, they see of the container. Several run at once.
 
 mod container;
+mod installed;
 
 pub use container::{BINARIES, Container};
+pub use installed::{AGENT, REPLICATOR, WITNESS};

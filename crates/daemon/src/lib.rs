@@ -1,0 +1,12 @@
+//! What `replicator`, `backup-agent` and `witness` have in common and no library below them can know: settings, certificates and
+//! the service manager at once.
+
+mod allow_list;
+mod bad_settings;
+mod certificates;
+mod reload;
+
+pub use allow_list::AllowList;
+pub use bad_settings::{BadSettings, exit_code};
+pub use certificates::reload_certificates;
+pub use reload::Reload;
