@@ -1,6 +1,6 @@
 //! The agent's admin API on its Unix socket.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::extract::{Query, State};
@@ -36,6 +36,8 @@ pub struct Admin {
     pub registry: Registry,
     /// Where primaries connect.
     pub endpoint: Arc<Endpoint>,
+    /// Where metrics are served by TCP, once they are.
+    pub metrics_listen: Arc<OnceLock<String>>,
 }
 
 /// The routes.
@@ -61,7 +63,8 @@ async fn status(State(admin): State<Admin>, Query(wanted): Query<Parameters>) ->
             "retried": handshakes.retried,
         },
         "witness": if admin.registry.witness_connected() { "connected" } else { "unreachable" },
-        "refused_connections": admin.registry.refused(),
+        "refused_connections": admin.registry.refused_count().total(),
+        "metrics": admin.metrics_listen.get(),
         "vms": chosen(&admin.registry, &wanted, |status| status.json()),
     }))
 }

@@ -12,13 +12,14 @@ use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use anyhow::Context;
-use romulus_config::{PeerAddress, Replicator};
+use romulus_config::{PeerAddress, REPLICATOR_METRICS_PORT, Replicator};
 use romulus_host_sys::process_clock::Clock;
 use romulus_host_sys::{durable, priority, random};
 use romulus_hypervisor::kvm::{self, source::KvmSource};
 use romulus_hypervisor::qemu::source::{AttachOptions, GuardianProgram, QemuSource};
 use romulus_hypervisor::source::{Allowances, GuestSource};
 use romulus_protocol::{Primary, PrimaryConfig, Remembered};
+use romulus_telemetry::{Pulse, Server, serve_metrics};
 use romulus_transport::{Endpoint, Identity, Service, WitnessClient};
 use romulus_types::{HostId, PAGE_BYTES};
 use tokio::signal::unix::{SignalKind, signal};
@@ -35,6 +36,7 @@ use crate::events::{EventSink, INBOX_MAX, Input};
 use crate::gate_watch;
 use crate::gates::{GateLimits, Gates};
 use crate::link::{Link, LinkConfig};
+use crate::metrics::{self, Watched};
 use crate::session_cell::SessionCell;
 use crate::status::Status;
 use crate::witness_task;
@@ -171,11 +173,12 @@ async fn drive(
     status.add_event("attach", &options.hypervisor.describe());
     let (inbox_sender, inbox) = mpsc::channel(INBOX_MAX);
     let events = EventSink(inbox_sender.clone());
-    let gates = Gates::new(GateLimits {
+    let limits = GateLimits {
         taps: options.taps.clone(),
         held_bytes_max: usize::try_from(settings.memory.held_bytes_max.bytes())?,
         held_frames_max: usize::try_from(settings.memory.held_frames_max)?,
-    });
+    };
+    let gates = Gates::new(limits.clone());
     gates.check_taps().context("this guest's output can't be gated")?;
     let current = SessionCell::default();
     let (jobs, job_receiver) = sync_channel(JOBS_MAX);
@@ -186,6 +189,7 @@ async fn drive(
     std::thread::Builder::new()
         .name("encoder".into())
         .spawn(move || encode.run(&encode_jobs))?;
+    let (driver_pulse, capture_pulse) = (Pulse::new(), Pulse::new());
     let capture = CaptureThread {
         source,
         jobs: job_receiver,
@@ -195,6 +199,7 @@ async fn drive(
         gates: gates.clone(),
         current: current.clone(),
         status: Arc::clone(&status),
+        pulse: capture_pulse.clone(),
         clock,
     };
     let capture = std::thread::Builder::new()
@@ -204,7 +209,7 @@ async fn drive(
     let witness_endpoint = Arc::new(Endpoint::client(identity, &settings.network, Service::Witness)?);
     let witness = WitnessClient::new(witness_endpoint, settings.witness.clone());
     let (asks, requests) = mpsc::channel(witness_task::REQUESTS_MAX);
-    tokio::spawn(witness_task::run(witness, requests, events.clone()));
+    tokio::spawn(witness_task::run(witness.clone(), requests, events.clone()));
     let endpoint = Arc::new(Endpoint::client(identity, &settings.network, Service::Pair)?);
     let link_config = LinkConfig {
         vm: options.vm.clone(),
@@ -220,11 +225,25 @@ async fn drive(
     let config = protocol(options, settings, host, backup);
     let primary = Primary::new(config, remembered, random::random_u128()?, clock.now());
     let admin_socket = settings.admin_socket(&options.vm);
+    let watched = metrics::router(Watched {
+        status: Arc::clone(&status),
+        clock,
+        limits,
+        witness,
+        driver: driver_pulse.clone(),
+        capture: capture_pulse,
+        stall_limit: settings.metrics.stall_limit,
+    });
     let routes = router(Admin {
         status: Arc::clone(&status),
         inbox: inbox_sender.clone(),
     });
-    let admin = romulus_telemetry::serve_admin(&admin_socket, routes)?;
+    let admin = romulus_telemetry::serve_admin(&admin_socket, routes.merge(watched.clone()))?;
+    let metrics_address = settings.metrics.listen(REPLICATOR_METRICS_PORT);
+    let metrics = serve_metrics(metrics_address, metrics::PORTS_TRIED, watched).await;
+    if let Some(address) = metrics.as_ref().and_then(Server::local_addr) {
+        status.set_metrics_listen(address.to_string());
+    }
     forward_signals(inbox_sender.clone())?;
     let (watched, seen, lost) = (gates.clone(), Arc::clone(&status), inbox_sender.clone());
     std::thread::Builder::new()
@@ -246,6 +265,7 @@ async fn drive(
         waiting: Vec::new(),
         terminating: false,
         handed_over: false,
+        pulse: driver_pulse,
         reopen_at: None,
     };
     let result = driver.run().await;
@@ -254,7 +274,7 @@ async fn drive(
     tokio::task::spawn_blocking(move || capture.join())
         .await?
         .map_err(|_| anyhow::anyhow!("the capture thread panicked"))?;
-    drop(admin);
+    drop((admin, metrics));
     result
 }
 

@@ -1,14 +1,15 @@
 //! The witness's admin API and metrics.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use romulus_protocol::Record;
-use romulus_telemetry::{Metrics, mode_json};
+use romulus_telemetry::{Check, Metrics, Pulse, catalogue, health_router, mode_json};
+use romulus_transport::Endpoint;
 use romulus_types::{VmId, WitnessInstance};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -40,35 +41,48 @@ pub(crate) fn router(admin: Admin) -> Router {
         .with_state(admin)
 }
 
-/// Counters and gauges, read from the counts.
-pub(crate) fn metrics(admin: &Admin) -> Metrics {
-    let metrics = Metrics::new();
-    let vms = metrics.gauge("witness_vms", "VMs that have a record");
-    let answered = metrics.counter("witness_requests", "Requests answered");
-    let granted = metrics.counter(
-        "witness_grants",
-        "Changes of a record granted, repetitions included",
-    );
-    let bad = metrics.counter(
-        "witness_bad_requests",
-        "Requests that were malformed or for another host",
-    );
-    let admin = admin.clone();
-    metrics.on_read(move || {
-        vms.set(i64::try_from(admin.desk.records().len()).unwrap_or(i64::MAX));
-        for (counter, count) in [
-            (&answered, &admin.counts.answered),
-            (&granted, &admin.counts.granted),
-            (&bad, &admin.counts.bad),
-        ] {
-            counter.inner().store(load(count), Ordering::Relaxed);
-        }
-    });
-    metrics
+/// What the witness shows to those who watch it.
+pub(crate) struct Watched {
+    pub(crate) admin: Admin,
+    pub(crate) endpoint: Arc<Endpoint>,
+    pub(crate) vms_max: u64,
+    /// The loop that accepts connections.
+    pub(crate) pulse: Pulse,
+    pub(crate) stall_limit: Duration,
 }
 
-fn load(count: &AtomicU64) -> u64 {
-    count.load(Ordering::Relaxed)
+/// The routes `/metrics`, `/healthz` and `/readyz`.
+pub(crate) fn watched_router(watched: Watched) -> Router {
+    let Watched {
+        admin: Admin { desk, counts },
+        endpoint,
+        vms_max,
+        pulse,
+        stall_limit,
+    } = watched;
+    let shown = Arc::clone(&desk);
+    let version = env!("CARGO_PKG_VERSION");
+    let metrics = Metrics::new(catalogue::WITNESS, "witness", version, move |samples| {
+        samples.number(&catalogue::VMS, &[], shown.records().len() as u64);
+        samples.number(&catalogue::VMS_LIMIT, &[], vms_max);
+        for (answer, count) in counts.answers() {
+            samples.number(&catalogue::WITNESS_REQUESTS, &[answer], count);
+        }
+        for (cause, count) in counts.bad() {
+            samples.number(&catalogue::WITNESS_BAD_REQUESTS, &[cause], count);
+        }
+        let connections = endpoint.accept_counts();
+        samples.number(&catalogue::CONNECTIONS, &[], connections.open);
+        for (result, count) in connections.by_result() {
+            samples.number(&catalogue::HANDSHAKES, &[result], count);
+        }
+    });
+    let alive: Check = Arc::new(move || pulse.check("the loop that accepts hosts", stall_limit));
+    let ready: Check = Arc::new(move || match desk.failed() {
+        false => Ok(()),
+        true => Err("the store failed, so nobody is answered".to_owned()),
+    });
+    metrics.router().merge(health_router(alive, ready))
 }
 
 async fn status(State(admin): State<Admin>) -> Json<Value> {
@@ -77,9 +91,9 @@ async fn status(State(admin): State<Admin>) -> Json<Value> {
         "role": "witness",
         "instance": admin.desk.instance().to_string(),
         "vms": admin.desk.records().len(),
-        "answered": load(&admin.counts.answered),
-        "granted": load(&admin.counts.granted),
-        "bad": load(&admin.counts.bad),
+        "answered": admin.counts.answers().map(|(_, count)| count).sum::<u64>(),
+        "granted": admin.counts.answers().filter(|(answer, _)| *answer == "granted").map(|(_, count)| count).sum::<u64>(),
+        "bad": admin.counts.bad().map(|(_, count)| count).sum::<u64>(),
     }))
 }
 

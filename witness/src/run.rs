@@ -4,18 +4,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use romulus_config::Witness;
-use romulus_telemetry::{serve_admin, serve_metrics, systemd};
+use romulus_config::{WITNESS_METRICS_PORT, Witness};
+use romulus_telemetry::{Pulse, serve_admin, serve_metrics, systemd};
 use romulus_transport::{Endpoint, Identity, Service};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{error, info};
 
-use crate::admin::{self, Admin};
+use crate::admin::{self, Admin, Watched};
 use crate::desk::Desk;
 use crate::server::{Counts, Server};
 use crate::store::Store;
 
+/// The loop turns at least this often.
+const BEAT: Duration = Duration::from_secs(1);
 /// Without a watchdog the tick does nothing.
 const IDLE_TICK: Duration = Duration::from_secs(3600);
 
@@ -38,6 +40,7 @@ pub(crate) fn run(settings: &Witness) -> anyhow::Result<()> {
 
 async fn serve(settings: &Witness, identity: &Identity, desk: Arc<Desk>) -> anyhow::Result<()> {
     let endpoint = Endpoint::server(identity, &settings.network, Service::Witness, settings.listen)?;
+    let endpoint = Arc::new(endpoint);
     let (fatal, mut failures) = mpsc::channel(1);
     let counts = Arc::new(Counts::default());
     let server = Server {
@@ -46,15 +49,19 @@ async fn serve(settings: &Witness, identity: &Identity, desk: Arc<Desk>) -> anyh
         fatal,
     };
     let admin = Admin { desk, counts };
-    let metrics = admin::metrics(&admin);
+    let pulse = Pulse::new();
+    let watched = admin::watched_router(Watched {
+        admin: admin.clone(),
+        endpoint: Arc::clone(&endpoint),
+        vms_max: settings.vms_max.into(),
+        pulse: pulse.clone(),
+        stall_limit: settings.metrics.stall_limit,
+    });
     let _socket = serve_admin(
         &settings.admin_socket,
-        admin::router(admin).merge(metrics.router()),
+        admin::router(admin).merge(watched.clone()),
     )?;
-    let _metrics = match settings.metrics.listen {
-        Some(address) => Some(serve_metrics(address, metrics.router()).await?),
-        None => None,
-    };
+    let _metrics = serve_metrics(settings.metrics.listen(WITNESS_METRICS_PORT), 1, watched).await;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
@@ -62,7 +69,9 @@ async fn serve(settings: &Witness, identity: &Identity, desk: Arc<Desk>) -> anyh
     let listen = endpoint.local_addr().context("the socket has no address")?;
     info!(event = "ready", %listen, host = %identity.host());
     systemd::ready();
+    let mut beat = tokio::time::interval(BEAT);
     let result = loop {
+        pulse.beat();
         tokio::select! {
             connection = endpoint.accept() => {
                 tokio::spawn(server.clone().serve(connection?));
@@ -74,6 +83,7 @@ async fn serve(settings: &Witness, identity: &Identity, desk: Arc<Desk>) -> anyh
             _ = interrupt.recv() => break Ok(()),
             _ = hangup.recv() => reload(settings, &endpoint),
             _ = tick.tick() => systemd::watchdog(),
+            _ = beat.tick() => {}
         }
     };
     systemd::stopping();

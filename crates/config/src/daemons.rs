@@ -19,6 +19,13 @@ pub const PKI_DIR: &str = "/etc/romulus/pki";
 /// Where admin sockets are made unless a setting says otherwise.
 pub const RUN_DIR: &str = "/run/romulus";
 
+/// TCP port of the replicator's metrics unless a setting says otherwise; further replicators of a host take the next free ones.
+pub const REPLICATOR_METRICS_PORT: u16 = 7702;
+/// TCP port of the agent's metrics unless a setting says otherwise.
+pub const AGENT_METRICS_PORT: u16 = 7700;
+/// TCP port of the witness's metrics unless a setting says otherwise.
+pub const WITNESS_METRICS_PORT: u16 = 7701;
+
 /// Most kinds of VMM that an agent knows.
 const VMM_KINDS_MAX: usize = 16;
 /// Longest name of a kind of VMM, in bytes.
@@ -52,6 +59,8 @@ pub struct Replicator {
     pub network: Network,
     /// Logs.
     pub log: Log,
+    /// Metrics and health.
+    pub metrics: Metrics,
 }
 
 /// `[epochs]` of the replicator.
@@ -121,6 +130,7 @@ impl Default for Replicator {
             failover: Failover::default(),
             network: Network::default(),
             log: Log::default(),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -164,7 +174,8 @@ impl Settings for Replicator {
             .number("held_frames_max", self.memory.held_frames_max.into(), 64, 1 << 24)?;
         self.failover.check()?;
         self.network.check()?;
-        self.log.check()
+        self.log.check()?;
+        self.metrics.check()
     }
 }
 
@@ -278,6 +289,8 @@ pub struct BackupAgent {
     pub network: Network,
     /// Logs.
     pub log: Log,
+    /// Metrics and health.
+    pub metrics: Metrics,
 }
 
 impl Default for BackupAgent {
@@ -308,6 +321,7 @@ impl Default for BackupAgent {
             failover: Failover::default(),
             network: Network::default(),
             log: Log::default(),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -352,7 +366,8 @@ impl Settings for BackupAgent {
         self.check_vms()?;
         self.failover.check()?;
         self.network.check()?;
-        self.log.check()
+        self.log.check()?;
+        self.metrics.check()
     }
 }
 
@@ -410,7 +425,8 @@ impl Settings for Witness {
             .absolute("admin_socket", &self.admin_socket)?
             .number("vms_max", self.vms_max.into(), 1, 1 << 20)?;
         self.network.check()?;
-        self.log.check()
+        self.log.check()?;
+        self.metrics.check()
     }
 }
 

@@ -21,10 +21,10 @@ mod quantity;
 mod vms;
 
 pub use check::Invalid;
-pub use common::{Failover, Log, LogFormat, Metrics, Network};
+pub use common::{Failover, Log, LogFormat, Metrics, MetricsListen, Network};
 pub use daemons::{
-    BackupAgent, Epochs, KeepImages, Memory, PKI_DIR, RUN_DIR, Replicator, StandbyKind, StandbyUnits, Vmm,
-    Witness,
+    AGENT_METRICS_PORT, BackupAgent, Epochs, KeepImages, Memory, PKI_DIR, REPLICATOR_METRICS_PORT, RUN_DIR,
+    Replicator, StandbyKind, StandbyUnits, Vmm, WITNESS_METRICS_PORT, Witness,
 };
 pub use load::{DROP_INS_MAX, FILE_BYTES_MAX, Settings, default_path, load};
 pub use peer::{PeerAddress, PeerAddressError};

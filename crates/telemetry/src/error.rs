@@ -1,6 +1,5 @@
 //! What can go wrong with logs, metrics and the admin socket.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 /// Why something could not be shown or asked.
@@ -35,15 +34,6 @@ pub enum TelemetryError {
     Socket {
         /// The socket.
         path: PathBuf,
-        /// The cause.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The address for metrics could not be bound.
-    #[error("cannot serve metrics on {address}")]
-    MetricsAddress {
-        /// The address.
-        address: SocketAddr,
         /// The cause.
         #[source]
         source: std::io::Error,

@@ -17,6 +17,7 @@ use crate::TelemetryError;
 /// # Errors
 /// The level is no filter, or logs were set up before.
 pub fn init(log: &Log) -> Result<(), TelemetryError> {
+    crate::process::note_start();
     let filter = EnvFilter::try_new(&log.level).map_err(|source| TelemetryError::Level {
         level: log.level.clone(),
         source,
