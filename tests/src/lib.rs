@@ -33,6 +33,7 @@ pub mod qmp;
 pub mod report;
 mod resp;
 pub mod scenario;
+pub mod scrape;
 pub mod sniffer;
 pub mod soak;
 pub mod stage;
