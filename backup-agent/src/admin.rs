@@ -1,9 +1,9 @@
 //! The agent's admin API on its Unix socket.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use axum::Json;
+use axum::{Json, Router};
 use axum::extract::State;
 use axum::http::StatusCode;
 use romulus_protocol::BackupOrder;
@@ -13,6 +13,7 @@ use romulus_types::VmId;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::refusals::Refused;
 use crate::registry::{ForgetError, Registry};
 use crate::status::{OrderEnd, STATUS_SCHEMA};
 
@@ -60,16 +61,19 @@ pub struct Admin {
     pub endpoint: Arc<Endpoint>,
     /// This host's certificates.
     pub certificates: Arc<Certificates>,
+    /// Where metrics are served by TCP, once they are.
+    pub metrics_listen: Arc<OnceLock<String>>,
 }
 
 /// The routes; each is in `docs/openapi.json`.
-pub fn api() -> Api<Admin> {
+pub fn api(watched: Router) -> Api<Admin> {
     Api::new()
         .get("/v1/status", status)
         .get("/v1/events", events)
         .post("/v1/failover", failover)
         .post("/v1/forget", forget)
         .post("/v1/reload-certificates", reload_certificates)
+        .watched(watched)
 }
 
 async fn status(State(admin): State<Admin>, ApiQuery(wanted): ApiQuery<Wanted>) -> Json<Value> {
@@ -85,8 +89,9 @@ async fn status(State(admin): State<Admin>, ApiQuery(wanted): ApiQuery<Wanted>) 
             "retried": handshakes.retried,
         },
         "witness": if admin.registry.witness_connected() { "connected" } else { "unreachable" },
-        "refused_connections": admin.registry.refused(),
-        "refused_not_allowed": admin.registry.refused_not_allowed(),
+        "refused_connections": admin.registry.refused_count().total(),
+        "refused_not_allowed": admin.registry.refused_count().of(Refused::NotAllowed),
+        "metrics": admin.metrics_listen.get(),
         "vms": chosen(&admin.registry, &wanted, |status| status.json()),
     }))
 }
@@ -193,7 +198,7 @@ mod tests {
     #[test]
     fn the_admin_api_is_what_its_document_says() {
         assert_eq!(
-            api().routes(),
+            api(Router::new()).routes(),
             romulus_telemetry::openapi::Document::shipped().routes("backup-agent")
         );
     }

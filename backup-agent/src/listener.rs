@@ -14,19 +14,22 @@ use tracing::{debug, warn};
 
 use crate::admission::Admission;
 use crate::inbox::Input;
+use crate::refusals::Refused;
 use crate::registry::{Registry, VmHandle};
 use crate::session::{Asking, SessionIn, refuse_early, words};
 
 /// Why a hello is refused before the protocol is asked.
 struct Refusal {
+    cause: Refused,
     error: anyhow::Error,
     /// The same hello may succeed later without an operator.
     passing: bool,
 }
 
 impl Refusal {
-    fn lasting(error: anyhow::Error) -> Self {
+    fn lasting(cause: Refused, error: anyhow::Error) -> Self {
         Self {
+            cause,
             error,
             passing: false,
         }
@@ -78,7 +81,7 @@ impl Listener {
                 peer = peer.as_str(),
                 error = format!("{error:#}")
             );
-            self.registry.refused_count().count();
+            self.registry.refused_count().count(Refused::Hello);
             connection.close(CloseCode::BAD_INPUT, &format!("{error:#}"));
         }
     }
@@ -110,8 +113,12 @@ impl Listener {
         let checked = self.check(&connection, &hello).await;
         let (vm, machine) = match checked {
             Ok(checked) => checked,
-            Err(Refusal { error, passing }) => {
-                self.registry.refused_count().count();
+            Err(Refusal {
+                cause,
+                error,
+                passing,
+            }) => {
+                self.registry.refused_count().count(cause);
                 refuse_early(session, sender, connection, &format!("{error:#}"), passing).await;
                 return Ok(());
             }
@@ -152,32 +159,40 @@ impl Listener {
         hello: &Hello,
     ) -> Result<(VmHandle, MachineSpec), Refusal> {
         if *connection.peer() != hello.primary {
-            return Err(Refusal::lasting(anyhow!(
+            let error = anyhow!(
                 "the certificate is that of {}, the hello says {}",
                 connection.peer(),
                 hello.primary
-            )));
+            );
+            return Err(Refusal::lasting(Refused::Identity, error));
         }
         if !self.allow.allows(&hello.primary, &hello.vm) {
-            self.registry.refused_count().count_not_allowed();
-            return Err(Refusal::lasting(anyhow!(
+            let error = anyhow!(
                 "this backup's settings do not allow {} to have {} backed up here (allow)",
                 hello.primary,
                 hello.vm
-            )));
+            );
+            return Err(Refusal::lasting(Refused::NotAllowed, error));
         }
         // Nothing is made for a VM that only the hello knows of. A VM that is here is the protocol's to judge.
         if !self.registry.has(&hello.vm) {
             self.ask_witness(hello).await?;
         }
-        self.admit(hello).await.map_err(Refusal::lasting)
+        let refused = |error| Refusal::lasting(Refused::Admission, error);
+        self.admit(hello).await.map_err(refused)
     }
 
     /// Whether the witness's record names the host that says hello, in the term that it says.
     async fn ask_witness(&self, hello: &Hello) -> Result<(), Refusal> {
         let asked = tokio::time::timeout(self.witness_wait, self.registry.read_record(&hello.vm)).await;
         let silent = |cause: anyhow::Error| Refusal {
+            cause: Refused::WitnessSilent,
             error: cause.context(words(RefuseReason::WitnessSilent)),
+            passing: true,
+        };
+        let not_named = |reason| Refusal {
+            cause: Refused::NotNamed,
+            error: anyhow!(words(reason)),
             passing: true,
         };
         let answer = match asked {
@@ -188,18 +203,11 @@ impl Listener {
             Answer::Current(record) if record.names_alone(&hello.primary, hello.instance, hello.term) => {
                 Ok(())
             }
-            Answer::Current(record) if record.instance == hello.instance => Err(Refusal {
-                error: anyhow!(words(RefuseReason::NotNamed)),
-                passing: true,
-            }),
-            Answer::UnknownVm => Err(Refusal {
-                error: anyhow!(words(RefuseReason::NotNamed)),
-                passing: true,
-            }),
-            _ => Err(Refusal {
-                error: anyhow!(words(RefuseReason::OtherWitness)),
-                passing: true,
-            }),
+            Answer::Current(record) if record.instance == hello.instance => {
+                Err(not_named(RefuseReason::NotNamed))
+            }
+            Answer::UnknownVm => Err(not_named(RefuseReason::NotNamed)),
+            _ => Err(not_named(RefuseReason::OtherWitness)),
         }
     }
 

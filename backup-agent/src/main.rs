@@ -7,9 +7,11 @@ mod args;
 mod guest;
 mod inbox;
 mod listener;
+mod metrics;
 mod pace;
 mod place;
 mod receive;
+mod refusals;
 mod registry;
 mod service;
 mod session;
@@ -22,14 +24,16 @@ mod vm_image;
 
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::Context;
 use clap::Parser;
+use romulus_config::AGENT_METRICS_PORT;
 use romulus_daemon::{AllowList, BadSettings, Reload, exit_code};
 use romulus_host_sys::SysError;
 use romulus_host_sys::process_clock::Clock;
 use romulus_image::Shelf;
+use romulus_telemetry::{Server, serve_metrics};
 use romulus_transport::{Certificates, Endpoint, Identity, Service, WitnessClient};
 use tracing::{error, info};
 
@@ -114,6 +118,7 @@ async fn run(
             vmms: settings.vmm.clone(),
         },
     });
+    let watching = settings.metrics.clone();
     let (hello_timeout, witness_wait) = (settings.hello_timeout, settings.witness_wait);
     let starts = Starts::new(settings.starts_max.into(), settings.failover.suspicion_timeout);
     let registry = Registry::new(Shared {
@@ -126,13 +131,20 @@ async fn run(
         shelf,
     });
     registry.recover()?;
+    let metrics_listen = Arc::new(OnceLock::new());
+    let watched = metrics::router(&registry, &endpoint, watching.stall_limit);
     let state = admin::Admin {
         registry: registry.clone(),
         endpoint: Arc::clone(&endpoint),
         certificates,
+        metrics_listen: Arc::clone(&metrics_listen),
     };
-    let routes = admin::api().into_router(state);
+    let routes = admin::api(watched.clone()).into_router(state);
     let admin = romulus_telemetry::serve_admin(&admin_socket, admin_group.as_deref(), routes)?;
+    let metrics = serve_metrics(watching.listen(AGENT_METRICS_PORT), 1, watched).await;
+    if let Some(address) = metrics.as_ref().and_then(Server::local_addr) {
+        metrics_listen.get_or_init(|| address.to_string());
+    }
     let listener = Arc::new(Listener {
         endpoint: Arc::clone(&endpoint),
         registry: registry.clone(),
@@ -150,7 +162,7 @@ async fn run(
         "standbys that run a guest go on without the agent"
     );
     endpoint.shutdown("the agent is shutting down").await;
-    drop(admin);
+    drop((admin, metrics));
     Ok(())
 }
 

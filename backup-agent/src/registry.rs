@@ -26,6 +26,7 @@ use crate::admission::{Admission, Claims, staging_bytes};
 use crate::guest::{Guest, GuestConfig};
 use crate::inbox::{EventSink, INBOX_MAX, Input};
 use crate::place;
+use crate::refusals::RefusedCount;
 use crate::standbys::Standbys;
 use crate::starts::Starts;
 use crate::status::VmStatus;
@@ -78,25 +79,6 @@ pub struct VmHandle {
     image_bytes: Arc<AtomicU64>,
 }
 
-/// Connections that were refused, whoever refused them.
-#[derive(Clone, Default)]
-pub struct RefusedCount {
-    all: Arc<AtomicU64>,
-    not_allowed: Arc<AtomicU64>,
-}
-
-impl RefusedCount {
-    /// One more.
-    pub fn count(&self) {
-        self.all.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// One of them was for a VM that the settings do not allow its host; it is counted by [`RefusedCount::count`] as well.
-    pub fn count_not_allowed(&self) {
-        self.not_allowed.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
 /// All VMs.
 #[derive(Clone)]
 pub struct Registry {
@@ -138,6 +120,11 @@ impl Registry {
             }
         }
         Ok(())
+    }
+
+    /// The settings.
+    pub fn settings(&self) -> &BackupAgent {
+        &self.shared.settings
     }
 
     /// Whether the parts of this VM are started.
@@ -359,16 +346,6 @@ impl Registry {
     /// Where refused connections are counted.
     pub fn refused_count(&self) -> &RefusedCount {
         &self.refused
-    }
-
-    /// Connections refused so far.
-    pub fn refused(&self) -> u64 {
-        self.refused.all.load(Ordering::Relaxed)
-    }
-
-    /// Those among them that the settings do not allow.
-    pub fn refused_not_allowed(&self) -> u64 {
-        self.refused.not_allowed.load(Ordering::Relaxed)
     }
 
     /// The statuses, by name.

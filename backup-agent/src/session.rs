@@ -17,8 +17,8 @@ use tracing::{info, warn};
 
 use crate::inbox::EventSink;
 use crate::pace::Pace;
-use crate::registry::RefusedCount;
-use crate::status::VmStatus;
+use crate::refusals::{Refused, RefusedCount};
+use crate::status::{RefusedInput, VmStatus};
 use crate::store::StoreSender;
 
 /// Control messages that wait to be sent, at most. Answers to heartbeats are dropped past that: they are cumulative.
@@ -153,7 +153,7 @@ impl SessionIn {
             primary = self.primary.as_str(),
             reason
         );
-        self.refused.count();
+        self.refused.count(Refused::Protocol);
         self.queue(&ToPrimary::Refused {
             reason: reason.into(),
             passing,
@@ -262,7 +262,7 @@ impl ReadTask {
                     .downcast_ref::<FrameError>()
                     .is_none_or(|e| !matches!(e, FrameError::Transport(_)))
                 {
-                    self.status.count_refused_input();
+                    self.status.count_refused_input(RefusedInput::Session);
                 }
                 self.connection.close(CloseCode::BAD_INPUT, &format!("{error:#}"));
             }

@@ -4,9 +4,8 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use hdrhistogram::Histogram;
-use romulus_protocol::{NotProtected, Protection};
-use romulus_telemetry::EventLog;
+use romulus_protocol::{NotProtected, Notice, Protection};
+use romulus_telemetry::{EventLog, Histogram, Pulse, Samples, catalogue, notice_event};
 use romulus_types::{Epoch, Session, Term, VmId};
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -27,20 +26,60 @@ struct Inner {
     standby_pid: Option<u32>,
     image_bytes: u64,
     commits: u64,
-    verify: Histogram<u64>,
-    apply: Histogram<u64>,
-    receive_to_ack: Histogram<u64>,
+    receive_to_ack: Histogram,
     unacked: VecDeque<(Epoch, Instant)>,
-    refused_input: u64,
+    verify: Histogram,
+    apply: Histogram,
+    refused_input: [u64; RefusedInput::ALL.len()],
+    counts: Counts,
     refused_session: Option<(Session, String)>,
     activation: Option<Value>,
     events: EventLog,
 }
 
+/// How often things happened.
+#[derive(Default)]
+struct Counts {
+    sessions: u64,
+    suspicions: u64,
+    grants: u64,
+    witness_refusals: u64,
+    takeovers: u64,
+    failed_takeovers: u64,
+}
+
+/// What a primary sent that was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefusedInput {
+    /// What ended a session: bytes that are no frame, or a frame that has no place where it came.
+    Session,
+    /// A checkpoint that is not what its record says, or has no room.
+    Checkpoint,
+    /// A message that the protocol does not expect from this primary.
+    Protocol,
+}
+
+impl RefusedInput {
+    const ALL: [Self; 3] = [Self::Session, Self::Checkpoint, Self::Protocol];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Session => "session",
+            Self::Checkpoint => "checkpoint",
+            Self::Protocol => "protocol",
+        }
+    }
+}
+
+/// The states of a standby.
+const STANDBYS: [&str; 5] = ["none", "proven", "waiting", "active", "ended"];
+
 /// The shared snapshot.
 pub struct VmStatus {
     vm: VmId,
     host: String,
+    /// Beats as the driver's loop turns.
+    pub pulse: Pulse,
     inner: Mutex<Inner>,
     orders: watch::Sender<Option<OrderEnd>>,
 }
@@ -76,14 +115,9 @@ impl OrderEnd {
     }
 }
 
-fn histogram() -> Histogram<u64> {
-    // What is longer than an hour counts as an hour.
-    Histogram::new_with_bounds(1, 3_600_000_000_000, 3).expect("the bounds are fixed and allowed")
-}
-
-fn percentiles_us(histogram: &Histogram<u64>) -> Value {
-    let at = |quantile: f64| histogram.value_at_quantile(quantile) / 1000;
-    json!({"p50": at(0.5), "p99": at(0.99), "max": histogram.max() / 1000})
+fn percentiles_us(histogram: &Histogram) -> Value {
+    let at = |percent: f64| histogram.percentile(percent) / 1000;
+    json!({"p50": at(50.0), "p99": at(99.0), "max": histogram.max() / 1000})
 }
 
 impl VmStatus {
@@ -99,11 +133,12 @@ impl VmStatus {
             standby_pid: None,
             image_bytes: 0,
             commits: 0,
-            verify: histogram(),
-            apply: histogram(),
-            receive_to_ack: histogram(),
+            receive_to_ack: Histogram::new(),
             unacked: VecDeque::new(),
-            refused_input: 0,
+            verify: Histogram::new(),
+            apply: Histogram::new(),
+            refused_input: [0; RefusedInput::ALL.len()],
+            counts: Counts::default(),
             refused_session: None,
             activation: None,
             events: EventLog::default(),
@@ -111,6 +146,7 @@ impl VmStatus {
         Self {
             vm,
             host: host.into(),
+            pulse: Pulse::new(),
             inner: Mutex::new(inner),
             orders: watch::channel(None).0,
         }
@@ -165,8 +201,8 @@ impl VmStatus {
     pub fn add_commit(&self, verify_ns: u64, apply_ns: u64, image_bytes: Option<u64>) {
         let mut inner = self.lock();
         inner.commits += 1;
-        inner.verify.saturating_record(verify_ns);
-        inner.apply.saturating_record(apply_ns);
+        inner.verify.record(verify_ns);
+        inner.apply.record(apply_ns);
         inner.image_bytes = image_bytes.unwrap_or(inner.image_bytes);
     }
 
@@ -185,13 +221,15 @@ impl VmStatus {
         while let Some((_, received)) = inner.unacked.pop_front_if(|(unacked, _)| *unacked <= epoch) {
             let took = now.saturating_duration_since(received);
             let took_ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-            inner.receive_to_ack.saturating_record(took_ns);
+            inner.receive_to_ack.record(took_ns);
         }
     }
 
     /// Another session begins: what the last one left is not acknowledged any more.
     pub fn session_begins(&self) {
-        self.lock().unacked.clear();
+        let mut inner = self.lock();
+        inner.unacked.clear();
+        inner.counts.sessions += 1;
     }
 
     /// Bytes of the image and of what is staged, as counted now.
@@ -205,14 +243,14 @@ impl VmStatus {
     }
 
     /// A peer sent something that was refused.
-    pub fn count_refused_input(&self) {
-        self.lock().refused_input += 1;
+    pub fn count_refused_input(&self, cause: RefusedInput) {
+        self.lock().refused_input[cause as usize] += 1;
     }
 
     /// A checkpoint of this session was refused, for this reason.
     pub fn refuse_session(&self, session: Session, reason: String) {
         let mut inner = self.lock();
-        inner.refused_input += 1;
+        inner.refused_input[RefusedInput::Checkpoint as usize] += 1;
         inner.refused_session = Some((session, reason));
     }
 
@@ -230,10 +268,34 @@ impl VmStatus {
 
     /// Keeps an event for `romulus events`, and tells those who wait for an order's end.
     pub fn event(&self, name: &str, detail: &Value) {
-        self.lock().events.add(name, detail);
+        let mut inner = self.lock();
+        match name {
+            "activated" => inner.counts.takeovers += 1,
+            // It comes a second time, without the error, when the protocol has heard of it.
+            "activation_failed" if !detail["error"].is_null() => inner.counts.failed_takeovers += 1,
+            _ => {}
+        }
+        inner.events.add(name, detail);
+        drop(inner);
         if let Some(end) = OrderEnd::of(name, detail) {
             self.orders.send_replace(Some(end));
         }
+    }
+
+    /// What the protocol reported: counted, and kept as an event. Gives the event's name and details.
+    pub fn notice(&self, notice: &Notice) -> (&'static str, Value) {
+        let (name, detail) = notice_event(notice);
+        let mut inner = self.lock();
+        match notice {
+            Notice::Suspicion { .. } => inner.counts.suspicions += 1,
+            Notice::Grant(..) => inner.counts.grants += 1,
+            Notice::Refusal(..) => inner.counts.witness_refusals += 1,
+            Notice::BadPeer(_) => inner.refused_input[RefusedInput::Protocol as usize] += 1,
+            _ => {}
+        }
+        drop(inner);
+        self.event(name, &detail);
+        (name, detail)
     }
 
     /// How failovers end from now on: the next change is the next end.
@@ -268,8 +330,72 @@ impl VmStatus {
             "verify_us": percentiles_us(&inner.verify),
             "apply_us": percentiles_us(&inner.apply),
             "receive_to_ack_us": percentiles_us(&inner.receive_to_ack),
-            "refused_input": inner.refused_input,
+            "refused_input": inner.refused_input.iter().sum::<u64>(),
             "activation": inner.activation,
         })
+    }
+
+    /// Whether this host could take the VM over, or has done so.
+    ///
+    /// # Errors
+    /// Why not, in words.
+    pub fn ready(&self) -> Result<(), String> {
+        let inner = self.lock();
+        match inner.protection.words() {
+            (_, None) => Ok(()),
+            _ if inner.standby == "active" => Ok(()),
+            (_, Some(reason)) => Err(format!("{} is not protected: {reason}", self.vm)),
+        }
+    }
+
+    /// The figures as metrics.
+    pub fn sample(&self, samples: &mut Samples) {
+        let inner = self.lock();
+        let vm = &[self.vm.as_str()];
+        let active = inner.standby == "active";
+        let role = if active { "active" } else { "backup" };
+        samples.flag(&catalogue::ROLE, &[self.vm.as_str(), &self.host, role], true);
+        let reason = match inner.protection {
+            Protection::Protected => None,
+            Protection::NotProtected(reason) => Some(reason.name()),
+        };
+        samples.flag(&catalogue::PROTECTED, vm, reason.is_none());
+        let reasons = NotProtected::ALL.map(NotProtected::name);
+        samples.one_of(&catalogue::NOT_PROTECTED, vm, &reasons, reason);
+        samples.one_of(&catalogue::STANDBY, vm, &STANDBYS, Some(inner.standby));
+        for (definition, number) in [
+            (&catalogue::TERM, inner.term.0),
+            (&catalogue::CONNECTED, u64::from(inner.session.is_some())),
+            (&catalogue::COMMITTED_EPOCH, inner.committed.0),
+            (&catalogue::COMMITS, inner.commits),
+            (&catalogue::SESSIONS, inner.counts.sessions),
+            (&catalogue::SUSPICIONS, inner.counts.suspicions),
+            (&catalogue::GRANTS, inner.counts.grants),
+            (&catalogue::WITNESS_REFUSALS, inner.counts.witness_refusals),
+            (&catalogue::TAKEOVERS, inner.counts.takeovers),
+            (&catalogue::FAILED_TAKEOVERS, inner.counts.failed_takeovers),
+        ] {
+            samples.number(definition, vm, number);
+        }
+        for (definition, histogram) in [
+            (&catalogue::RECEIVE_TO_ACK_SECONDS, &inner.receive_to_ack),
+            (&catalogue::VERIFY_SECONDS, &inner.verify),
+            (&catalogue::APPLY_SECONDS, &inner.apply),
+        ] {
+            samples.buckets(definition, vm, histogram.buckets());
+        }
+        for cause in RefusedInput::ALL {
+            let labels = &[self.vm.as_str(), cause.name()];
+            samples.number(
+                &catalogue::REFUSED_INPUT,
+                labels,
+                inner.refused_input[cause as usize],
+            );
+        }
+        samples.number(
+            &catalogue::MEMORY_BYTES,
+            &[self.vm.as_str(), "image"],
+            inner.image_bytes,
+        );
     }
 }

@@ -121,11 +121,12 @@ impl StoreSender {
 
     /// Hands in a frame; waits while too many do. `false` when the store is gone.
     pub async fn frame(&self, session: Session, frame: Frame) -> bool {
+        let received = Instant::now();
         let Ok(permit) = Arc::clone(&self.frames).acquire_owned().await else {
             return false;
         };
         self.jobs
-            .send(StoreJob::Frame(session, frame, Instant::now(), permit))
+            .send(StoreJob::Frame(session, frame, received, permit))
             .await
             .is_ok()
     }

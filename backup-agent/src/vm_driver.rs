@@ -23,7 +23,6 @@ use romulus_protocol::{
     Backup, BackupCommand, BackupEvent, BackupMessage, NotProtected, Notice, Protection, Remembered,
     WitnessRequest,
 };
-use romulus_telemetry::notice_event;
 use romulus_types::{Epoch, Session, Term};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
@@ -79,6 +78,7 @@ impl VmDriver {
     /// When what must be durable can't be written.
     pub async fn run(mut self) -> anyhow::Result<()> {
         loop {
+            self.status.pulse.beat();
             while let Some(command) = self.backup.poll_command() {
                 self.execute(command).await?;
             }
@@ -308,8 +308,7 @@ impl VmDriver {
         if let Notice::Protection(protection) = notice {
             self.status.set_protection(*protection);
         }
-        let (name, detail) = notice_event(notice);
+        let (name, detail) = self.status.notice(notice);
         info!(event = name, vm = self.status.vm(), detail = %detail);
-        self.status.event(name, &detail);
     }
 }

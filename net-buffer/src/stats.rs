@@ -54,6 +54,25 @@ pub struct GateStats {
     pub hold: HoldTimes,
 }
 
+impl GateStats {
+    /// Adds what another gate has counted. What is held, and was at most, stays as it is: that is of one gate.
+    pub fn add_counts(&mut self, other: &Self) {
+        self.released_frames += other.released_frames;
+        self.released_bytes += other.released_bytes;
+        self.dropped_by_limit_frames += other.dropped_by_limit_frames;
+        self.dropped_by_limit_bytes += other.dropped_by_limit_bytes;
+        self.dropped_by_kernel_frames += other.dropped_by_kernel_frames;
+        self.discarded_frames += other.discarded_frames;
+        self.write_failed_frames += other.write_failed_frames;
+        self.hold.sum_ns = self.hold.sum_ns.saturating_add(other.hold.sum_ns);
+        self.hold.max_ns = self.hold.max_ns.max(other.hold.max_ns);
+        let buckets = self.hold.frames_by_log2_us.iter_mut();
+        for (sum, count) in buckets.zip(other.hold.frames_by_log2_us) {
+            *sum += count;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -68,5 +87,20 @@ mod tests {
         assert_eq!(times.frames_by_log2_us[1], 2);
         assert_eq!(times.frames_by_log2_us[15], 1);
         assert_eq!(times.frames_by_log2_us[HOLD_BUCKETS - 1], 1);
+    }
+
+    #[test]
+    fn the_counts_of_gates_add_up_and_what_they_hold_does_not() {
+        let mut one = GateStats {
+            released_frames: 3,
+            held_frames: 7,
+            ..GateStats::default()
+        };
+        one.hold.record(25_000_000);
+        let mut sum = one.clone();
+        sum.add_counts(&one);
+        assert_eq!((sum.released_frames, sum.held_frames), (6, 7));
+        assert_eq!((sum.hold.sum_ns, sum.hold.max_ns), (50_000_000, 25_000_000));
+        assert_eq!(sum.hold.frames_by_log2_us[15], 2);
     }
 }

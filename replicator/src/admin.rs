@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Json;
+use axum::{Json, Router};
 use axum::extract::State;
 use axum::http::StatusCode;
 use romulus_protocol::PrimaryOrder;
@@ -60,13 +60,14 @@ impl Admin {
 }
 
 /// The routes; each is in `docs/openapi.json`.
-pub fn api() -> Api<Admin> {
+pub fn api(watched: Router) -> Api<Admin> {
     Api::new()
         .get("/v1/status", status)
         .get("/v1/events", events)
         .post("/v1/unprotect", unprotect)
         .post("/v1/failover", failover)
         .post("/v1/reload-certificates", reload_certificates)
+        .watched(watched)
 }
 
 async fn status(
@@ -129,7 +130,7 @@ mod tests {
     #[test]
     fn the_admin_api_is_what_its_document_says() {
         assert_eq!(
-            api().routes(),
+            api(Router::new()).routes(),
             romulus_telemetry::openapi::Document::shipped().routes("replicator")
         );
     }

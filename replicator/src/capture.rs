@@ -12,6 +12,7 @@ use romulus_hypervisor::source::{
     BarrierError, CaptureReport, Checkpoint, GuestEvent as SourceEvent, GuestSource, SourceError,
 };
 use romulus_protocol::{GuestEvent, PrimaryEvent};
+use romulus_telemetry::Pulse;
 use romulus_types::{Epoch, PAGE_BYTES, PageIndex, Session, Time};
 use serde_json::json;
 use tracing::{debug, error, info, warn};
@@ -83,6 +84,8 @@ pub struct CaptureThread {
     pub current: SessionCell,
     /// Figures.
     pub status: Arc<Status>,
+    /// Beats as the loop turns, and in the long jobs.
+    pub pulse: Pulse,
     /// The process's clock.
     pub clock: Clock,
 }
@@ -92,6 +95,7 @@ impl CaptureThread {
     pub fn run(mut self) {
         let mut last_start: Option<Time> = None;
         loop {
+            self.pulse.beat();
             match self.jobs.recv_timeout(IDLE_POLL) {
                 Ok(Job::Describe(answer)) => {
                     // Whoever asked may have given up.
@@ -206,10 +210,12 @@ impl CaptureThread {
             }
             first += count;
             fault::point("replicator.first_copy");
+            self.pulse.beat();
             self.status.set_first_copy(first, pages);
             self.forward_guest_events();
         }
         for _ in 0..PRECOPY_ROUNDS_MAX {
+            self.pulse.beat();
             let Some(mut buffer) = self.buffers.take() else {
                 return Ok(false);
             };
@@ -298,6 +304,7 @@ impl CaptureThread {
             epoch = epoch.0,
             error = format!("{error:#}")
         );
+        self.status.count_failed_capture();
         self.status.set_detail(format!("capture failed: {error:#}"));
         self.status.add_event(
             "capture_failed",

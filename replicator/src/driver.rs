@@ -21,7 +21,7 @@ use romulus_protocol::{
     NotProtected, Notice, Primary, PrimaryCommand, PrimaryEvent, PrimaryMessage, PrimaryOrder, Protection,
     Remembered, WitnessRequest,
 };
-use romulus_telemetry::{notice_event, systemd};
+use romulus_telemetry::{Pulse, notice_event, systemd};
 use romulus_types::{Epoch, Term, Time};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
@@ -81,6 +81,8 @@ pub struct Driver {
     pub terminating: bool,
     /// The guest was moved to the backup on purpose.
     pub handed_over: bool,
+    /// Beats as the loop turns.
+    pub pulse: Pulse,
     /// The record lets this host speak, and a gate could not be opened: when to try again.
     pub reopen_at: Option<Instant>,
     /// Patted by the loop: one that hangs is ended, so that the guest is not held for longer than need be.
@@ -114,6 +116,7 @@ impl Driver {
     pub async fn run(mut self) -> anyhow::Result<()> {
         systemd::ready();
         loop {
+            self.pulse.beat();
             if matches!(self.carry_out().await?, Step::Finished) {
                 return Ok(());
             }
@@ -206,7 +209,7 @@ impl Driver {
             .is_some_and(|(epoch, _)| *epoch <= committed)
         {
             let (_, captured) = self.captured_at.pop_front().expect("front was there");
-            self.status.add_commit_lag(now.since_ns(captured));
+            self.status.add_commit(captured, now);
         }
         self.status.set_progress(
             self.primary.term().unwrap_or(Term(0)),
@@ -358,7 +361,7 @@ impl Driver {
                 self.status.reset_measurements();
             }
         }
-        let (name, detail) = notice_event(notice);
+        let (name, detail) = self.status.add_notice(notice);
         let failed = match notice {
             Notice::OrderRefused(_) => Some(format!("not possible now: {}", detail["reason"])),
             Notice::HandOverFailed => {
@@ -370,7 +373,6 @@ impl Driver {
             self.end_orders(&Err(why));
         }
         info!(event = name, detail = %detail);
-        self.status.add_event(name, &detail);
     }
 
     /// Detaches and lets the last messages out.

@@ -11,7 +11,7 @@ use net_buffer::LearntAddress;
 use romulus_host_sys::priority;
 use romulus_hypervisor::fault;
 use romulus_hypervisor::source::Checkpoint;
-use romulus_page_codec::{HeldPages, Page, SessionEncoder};
+use romulus_page_codec::{HeldPages, Kind, Page, SessionEncoder};
 use romulus_protocol::PrimaryEvent;
 use romulus_types::{Epoch, PAGE_BYTES, PageIndex, Session, Time};
 use romulus_wire::{
@@ -135,10 +135,10 @@ impl Encoder {
             EncodeJob::FirstCopy { session, first, data } => {
                 let (pages, _) = data.as_chunks::<PAGE_BYTES>();
                 let pages = (first.0..).map(PageIndex).zip(pages);
-                self.send_pages(session, FIRST_COPY_EPOCH, pages);
+                self.first_copy(session, pages);
             }
             EncodeJob::Precopy { session, buffer } => {
-                self.send_pages(session, FIRST_COPY_EPOCH, buffer.page_contents());
+                self.first_copy(session, buffer.page_contents());
                 self.buffers.give(buffer);
             }
             EncodeJob::FirstCopyDone { session } => self.first_copy_done(session),
@@ -169,6 +169,12 @@ impl Encoder {
             held: held.left(),
         });
         self.pages.begin(held);
+    }
+
+    fn first_copy<'p>(&mut self, session: Session, pages: impl Iterator<Item = (PageIndex, &'p Page)>) {
+        if let Some(tally) = self.send_pages(session, FIRST_COPY_EPOCH, pages) {
+            self.status.add_first_copy(tally.wire_bytes);
+        }
     }
 
     fn first_copy_done(&mut self, session: Session) {
@@ -219,6 +225,7 @@ impl Encoder {
             tally.wire_bytes + state.len() as u64,
             tally.kinds,
         );
+        self.status.set_encoder_bytes(self.pages.memory_bytes() as u64);
     }
 
     fn send_commit(
@@ -264,6 +271,7 @@ impl Encoder {
         let mut writer = PagesWriter::new(session, epoch, FRAME_BYTES);
         for (index, page) in pages {
             let Some((kind, payload)) = self.pages.encode(index, page) else {
+                tally.kinds[usize::from(Kind::Same.number())] += 1;
                 continue;
             };
             tally.page_bytes += PAGE_BYTES as u64;

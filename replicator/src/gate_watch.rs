@@ -20,7 +20,7 @@ pub fn run(gates: &Gates, status: &Arc<Status>, inbox: &mpsc::Sender<Input>) {
     priority::lower();
     while !inbox.is_closed() {
         std::thread::sleep(INTERVAL);
-        status.set_gates(gates.status());
+        status.set_gates(gates.figures());
         if let Err(error) = gates.check()
             && inbox.blocking_send(Input::GateLost(error.to_string())).is_err()
         {

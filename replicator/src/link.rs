@@ -16,11 +16,13 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use romulus_hypervisor::fault;
-use romulus_page_codec::HeldPages;
+use romulus_page_codec::{HeldPages, NoSuchPage};
 use romulus_protocol::{Hello, PrimaryEvent, PrimaryMessage, ToBackup, ToPrimary};
-use romulus_transport::{CloseCode, Connection, Control, Endpoint, FrameReader, PeerAddress, SendStream};
+use romulus_transport::{
+    CloseCode, Connection, Control, Endpoint, FrameError, FrameReader, PeerAddress, SendStream,
+};
 use romulus_types::{HostId, Session, Term, VmId, WitnessInstance};
-use romulus_wire::{FrameType, HeldPagesFrame, decode_control, encode_control, encode_message};
+use romulus_wire::{FrameType, HeldPagesFrame, WireError, decode_control, encode_control, encode_message};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
@@ -28,7 +30,7 @@ use tracing::{info, warn};
 use crate::capture::Job;
 use crate::encode::EncodeJob;
 use crate::events::EventSink;
-use crate::status::Status;
+use crate::status::{RefusedInput, Status};
 
 /// Control messages that wait to be sent, at most. Heartbeats are dropped past that: they would be stale.
 const CONTROL_WAITING_MAX: usize = 64;
@@ -153,6 +155,11 @@ impl Link {
     }
 }
 
+/// A message of the backup that has no place where it came.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Unexpected(&'static str);
+
 struct SessionTask {
     config: Arc<LinkConfig>,
     endpoint: Arc<Endpoint>,
@@ -182,6 +189,7 @@ impl SessionTask {
             _ = &mut ended => Ok(()),
         };
         if let Err(error) = result {
+            self.count_if_refused(&error);
             warn!(event = "session_ended", error = format!("{error:#}"));
             self.status.set_detail(format!("{error:#}"));
             self.status
@@ -241,6 +249,7 @@ impl SessionTask {
         self.begin_encoding(held, sink).await?;
         info!(event = "session", session = %self.session);
         self.connected.store(true, Ordering::Relaxed);
+        self.status.count_session();
         self.refusals.store(0, Ordering::Relaxed);
         fault::point("replicator.connected");
         self.events
@@ -282,7 +291,7 @@ impl SessionTask {
                 // It changed its mind: the image could not be made, or the record says otherwise by now.
                 match decode_control::<ToPrimary>(&frame)? {
                     ToPrimary::Refused { reason, .. } => bail!("the backup refused: {reason}"),
-                    _ => bail!("the backup spoke before it had said what it holds"),
+                    _ => bail!(Unexpected("the backup spoke before it had said what it holds")),
                 }
             }
             let part = HeldPagesFrame::parse(&frame)?;
@@ -319,20 +328,13 @@ impl SessionTask {
                 Ok(())
             }
             ToPrimary::Refused { reason, .. } => bail!("the backup refused: {reason}"),
-            ToPrimary::Peer(_) => bail!("the backup spoke before it answered the hello"),
+            ToPrimary::Peer(_) => bail!(Unexpected("the backup spoke before it answered the hello")),
         }
     }
 
     async fn read_control(&self, reader: &mut FrameReader) -> anyhow::Result<()> {
         loop {
-            let frame = match reader.next().await {
-                Ok(Some(frame)) => frame,
-                Ok(None) => bail!("the backup ended the session"),
-                Err(error) => {
-                    self.count_if_refused(&error);
-                    return Err(error.into());
-                }
-            };
+            let frame = reader.next().await?.context("the backup ended the session")?;
             match decode_control::<ToPrimary>(&frame)? {
                 ToPrimary::Peer(message) => {
                     self.events
@@ -340,15 +342,21 @@ impl SessionTask {
                         .await;
                 }
                 ToPrimary::Refused { reason, .. } => bail!("the backup ended the session: {reason}"),
-                ToPrimary::Welcome { .. } => bail!("the backup welcomed twice"),
+                ToPrimary::Welcome { .. } => bail!(Unexpected("the backup welcomed twice")),
             }
         }
     }
 
-    fn count_if_refused(&self, error: &romulus_transport::FrameError) {
-        if matches!(error, romulus_transport::FrameError::Wire(_)) {
-            self.status.count_refused_input();
-        }
+    /// What the backup sent may be what ended the session.
+    fn count_if_refused(&self, error: &anyhow::Error) {
+        let cause = if error.is::<Unexpected>() || error.is::<NoSuchPage>() {
+            RefusedInput::Unexpected
+        } else if error.is::<WireError>() || matches!(error.downcast_ref(), Some(FrameError::Wire(_))) {
+            RefusedInput::Malformed
+        } else {
+            return;
+        };
+        self.status.count_refused_input(cause);
     }
 }
 

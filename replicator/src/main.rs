@@ -11,6 +11,7 @@ mod events;
 mod gate_watch;
 mod gates;
 mod link;
+mod metrics;
 mod pause_parts;
 mod protect;
 mod session_cell;

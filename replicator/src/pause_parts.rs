@@ -1,10 +1,8 @@
 //! Where the time of the pauses goes: a distribution for each part, in the order of time.
 
-use hdrhistogram::Histogram;
 use romulus_hypervisor::source::CaptureReport;
-use serde_json::{Map, Value};
-
-use crate::status::{histogram, percentiles_ms};
+use romulus_telemetry::Histogram;
+use serde_json::{Map, Value, json};
 
 type Part = (&'static str, fn(&CaptureReport) -> u64);
 
@@ -18,18 +16,18 @@ const PARTS: [Part; 5] = [
 ];
 
 /// The parts of all pauses since the last reset.
-pub struct PauseParts([Histogram<u64>; PARTS.len()]);
+pub struct PauseParts([Histogram; PARTS.len()]);
 
 impl PauseParts {
     /// No pause yet.
     pub fn new() -> Self {
-        Self(PARTS.map(|_| histogram()))
+        Self(PARTS.map(|_| Histogram::new()))
     }
 
     /// Adds one pause.
     pub fn add(&mut self, report: &CaptureReport) {
         for (histogram, (_, part_ns)) in self.0.iter_mut().zip(PARTS) {
-            histogram.saturating_record(part_ns(report));
+            histogram.record(part_ns(report));
         }
     }
 
@@ -38,10 +36,16 @@ impl PauseParts {
         self.0.iter_mut().for_each(Histogram::reset);
     }
 
+    /// By name, in nanoseconds: of all pauses, whatever was reset.
+    pub fn sums_ns(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        let parts = PARTS.iter().zip(&self.0);
+        parts.map(|((name, _), histogram)| (*name, histogram.buckets().sum()))
+    }
+
     /// By name, in milliseconds.
     pub fn json(&self) -> Value {
         let parts = PARTS.iter().zip(&self.0);
-        let named = parts.map(|((name, _), histogram)| ((*name).to_owned(), percentiles_ms(histogram)));
+        let named = parts.map(|((name, _), histogram)| ((*name).to_owned(), json!(histogram.summary_ms())));
         Value::Object(named.collect::<Map<_, _>>())
     }
 }
@@ -75,5 +79,7 @@ mod tests {
         assert!((sum_ms - 15.0).abs() < 0.1, "{json}");
         parts.reset();
         assert_eq!(parts.json()["copy"]["count"], 0);
+        let copied = parts.sums_ns().find(|(name, _)| *name == "copy");
+        assert_eq!(copied, Some(("copy", 4_000_000)), "metrics never go back");
     }
 }

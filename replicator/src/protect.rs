@@ -12,7 +12,7 @@ use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use anyhow::Context;
-use romulus_config::{PeerAddress, Replicator};
+use romulus_config::{PeerAddress, REPLICATOR_METRICS_PORT, Replicator};
 use romulus_host_sys::process_clock::Clock;
 use romulus_host_sys::{durable, priority, random};
 use romulus_hypervisor::kvm::{self, source::KvmSource};
@@ -20,7 +20,7 @@ use romulus_hypervisor::qemu::source::{AttachOptions, GuardianProgram, QemuSourc
 use romulus_hypervisor::source::{Allowances, GuestSource};
 use romulus_protocol::{Primary, PrimaryConfig, Remembered};
 use romulus_daemon::{BadSettings, Reload};
-use romulus_telemetry::systemd;
+use romulus_telemetry::{Pulse, Server, serve_metrics, systemd};
 use romulus_transport::{Certificates, Endpoint, Identity, Service, WitnessClient};
 use romulus_types::{HostId, PAGE_BYTES};
 use tokio::signal::unix::{SignalKind, signal};
@@ -37,6 +37,7 @@ use crate::events::{EventSink, INBOX_MAX, Input};
 use crate::gate_watch;
 use crate::gates::{GateLimits, Gates};
 use crate::link::{Link, LinkConfig};
+use crate::metrics::{self, Watched};
 use crate::session_cell::SessionCell;
 use crate::status::Status;
 use crate::witness_task;
@@ -170,11 +171,12 @@ async fn drive(
     status.add_event("attach", &describe(&settings.vm));
     let (inbox_sender, inbox) = mpsc::channel(INBOX_MAX);
     let events = EventSink(inbox_sender.clone());
-    let gates = Gates::new(GateLimits {
+    let limits = GateLimits {
         taps: settings.vm.taps.clone(),
         held_bytes_max: usize::try_from(settings.memory.held_bytes_max.bytes())?,
         held_frames_max: usize::try_from(settings.memory.held_frames_max)?,
-    });
+    };
+    let gates = Gates::new(limits.clone());
     gates.check_taps().context("this guest's output can't be gated")?;
     let current = SessionCell::default();
     let (jobs, job_receiver) = sync_channel(JOBS_MAX);
@@ -185,6 +187,7 @@ async fn drive(
     std::thread::Builder::new()
         .name("encoder".into())
         .spawn(move || encode.run(&encode_jobs))?;
+    let (driver_pulse, capture_pulse) = (Pulse::new(), Pulse::new());
     let capture = CaptureThread {
         source,
         jobs: job_receiver,
@@ -194,6 +197,7 @@ async fn drive(
         gates: gates.clone(),
         current: current.clone(),
         status: Arc::clone(&status),
+        pulse: capture_pulse.clone(),
         clock,
     };
     let capture = std::thread::Builder::new()
@@ -208,7 +212,7 @@ async fn drive(
     ));
     let witness = WitnessClient::new(witness_endpoint, settings.witness.clone());
     let (asks, requests) = mpsc::channel(witness_task::REQUESTS_MAX);
-    tokio::spawn(witness_task::run(witness, requests, events.clone()));
+    tokio::spawn(witness_task::run(witness.clone(), requests, events.clone()));
     let link_config = LinkConfig {
         vm: options.vm.clone(),
         host: host.clone(),
@@ -226,12 +230,26 @@ async fn drive(
     let config = protocol(options, settings, host, backup);
     let primary = Primary::new(config, remembered, random::random_u128()?, clock.now());
     let admin_socket = settings.admin_socket(&options.vm);
-    let routes = api().into_router(Admin {
+    let watched = metrics::router(Watched {
+        status: Arc::clone(&status),
+        clock,
+        limits,
+        witness,
+        driver: driver_pulse.clone(),
+        capture: capture_pulse,
+        stall_limit: settings.metrics.stall_limit,
+    });
+    let routes = api(watched.clone()).into_router(Admin {
         status: Arc::clone(&status),
         inbox: inbox_sender.clone(),
         certificates,
     });
     let admin = romulus_telemetry::serve_admin(&admin_socket, settings.admin_group.as_deref(), routes)?;
+    let metrics_address = settings.metrics.listen(REPLICATOR_METRICS_PORT);
+    let metrics = serve_metrics(metrics_address, metrics::PORTS_TRIED, watched).await;
+    if let Some(address) = metrics.as_ref().and_then(Server::local_addr) {
+        status.set_metrics_listen(address.to_string());
+    }
     forward_signals(inbox_sender.clone())?;
     let (watched, seen, lost) = (gates.clone(), Arc::clone(&status), inbox_sender.clone());
     std::thread::Builder::new()
@@ -253,6 +271,7 @@ async fn drive(
         waiting: Vec::new(),
         terminating: false,
         handed_over: false,
+        pulse: driver_pulse,
         reopen_at: None,
         watchdog: systemd::Watchdog::from_environment(),
     };
@@ -262,7 +281,7 @@ async fn drive(
     tokio::task::spawn_blocking(move || capture.join())
         .await?
         .map_err(|_| anyhow::anyhow!("the capture thread panicked"))?;
-    drop(admin);
+    drop((admin, metrics));
     result
 }
 

@@ -2,13 +2,14 @@
 
 use std::sync::{Mutex, MutexGuard};
 
-use hdrhistogram::Histogram;
 use romulus_hypervisor::source::CaptureReport;
-use romulus_protocol::{NotProtected, Protection};
-use romulus_telemetry::EventLog;
+use romulus_page_codec::Kind;
+use romulus_protocol::{NotProtected, Notice, Protection};
+use romulus_telemetry::{EventLog, Histogram, Samples, catalogue, notice_event};
 use romulus_types::{Epoch, Session, Term, Time};
 use serde_json::{Value, json};
 
+use crate::gates::{GateFigures, GateLimits};
 use crate::pause_parts::PauseParts;
 
 /// Version of the JSON that `romulus status --json` prints.
@@ -23,26 +24,60 @@ struct Inner {
     session: Option<Session>,
     captured: Epoch,
     committed: Epoch,
+    /// When the newest commit of the session was captured.
+    committed_state: Option<Time>,
     epochs: u64,
+    late_epochs: u64,
+    failed_captures: u64,
     on_time: u64,
     intervals: u64,
-    command: Histogram<u64>,
-    pause: Histogram<u64>,
+    command: Histogram,
+    pause: Histogram,
     parts: PauseParts,
-    scan_copy: Histogram<u64>,
-    device: Histogram<u64>,
-    dirty: Histogram<u64>,
-    commit_lag: Histogram<u64>,
+    scan_copy: Histogram,
+    device: Histogram,
+    dirty: Histogram,
+    commit_lag: Histogram,
     pause_total_ns: u64,
     first_capture: Option<Time>,
     last_capture: Option<Time>,
     first_copy: Option<(u64, u64)>,
+    first_copy_wire_bytes: u64,
     wire_bytes: u64,
     page_bytes: u64,
     pages_by_kind: [u64; 8],
-    refused_input: u64,
-    gates: Vec<Value>,
+    encoder_bytes: u64,
+    refused_input: [u64; RefusedInput::ALL.len()],
+    sessions: u64,
+    suspicions: u64,
+    grants: u64,
+    witness_refusals: u64,
+    gates: GateFigures,
+    metrics_listen: Option<String>,
     events: EventLog,
+}
+
+/// What a backup sent that was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefusedInput {
+    /// Bytes that are no frame, or a frame whose contents are not what it says.
+    Malformed,
+    /// A frame that has no place where it came.
+    Unexpected,
+    /// A message that the protocol does not expect from this backup.
+    Protocol,
+}
+
+impl RefusedInput {
+    const ALL: [Self; 3] = [Self::Malformed, Self::Unexpected, Self::Protocol];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::Unexpected => "unexpected",
+            Self::Protocol => "protocol",
+        }
+    }
 }
 
 /// The shared snapshot.
@@ -52,18 +87,6 @@ pub struct Status {
     backup: String,
     epoch_ns: u64,
     inner: Mutex<Inner>,
-}
-
-/// Of nanoseconds.
-pub(crate) fn histogram() -> Histogram<u64> {
-    // What is longer than an hour counts as an hour.
-    Histogram::new_with_bounds(1, 3_600_000_000_000, 3).expect("the bounds are fixed and allowed")
-}
-
-/// Of a histogram of nanoseconds.
-pub(crate) fn percentiles_ms(histogram: &Histogram<u64>) -> Value {
-    let at = |quantile: f64| nanoseconds_to_ms(histogram.value_at_quantile(quantile));
-    json!({"p50": at(0.5), "p99": at(0.99), "max": nanoseconds_to_ms(histogram.max()), "count": histogram.len()})
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a status figure, not an account")]
@@ -86,25 +109,35 @@ impl Status {
             session: None,
             captured: Epoch::NONE,
             committed: Epoch::NONE,
+            committed_state: None,
             epochs: 0,
+            late_epochs: 0,
+            failed_captures: 0,
             on_time: 0,
             intervals: 0,
-            command: histogram(),
-            pause: histogram(),
+            command: Histogram::new(),
+            pause: Histogram::new(),
             parts: PauseParts::new(),
-            scan_copy: histogram(),
-            device: histogram(),
-            dirty: histogram(),
-            commit_lag: histogram(),
+            scan_copy: Histogram::new(),
+            device: Histogram::new(),
+            dirty: Histogram::of_numbers(),
+            commit_lag: Histogram::new(),
             pause_total_ns: 0,
             first_capture: None,
             last_capture: None,
             first_copy: None,
+            first_copy_wire_bytes: 0,
             wire_bytes: 0,
             page_bytes: 0,
             pages_by_kind: [0; 8],
-            refused_input: 0,
-            gates: Vec::new(),
+            encoder_bytes: 0,
+            refused_input: [0; RefusedInput::ALL.len()],
+            sessions: 0,
+            suspicions: 0,
+            grants: 0,
+            witness_refusals: 0,
+            gates: GateFigures::default(),
+            metrics_listen: None,
             events: EventLog::default(),
         };
         Self {
@@ -144,7 +177,25 @@ impl Status {
     /// Where the protocol stands.
     pub fn set_progress(&self, term: Term, session: Option<Session>, captured: Epoch, committed: Epoch) {
         let mut inner = self.lock();
+        if session != inner.session {
+            inner.committed_state = None;
+        }
         (inner.term, inner.session, inner.captured, inner.committed) = (term, session, captured, committed);
+    }
+
+    /// The backup accepted a session.
+    pub fn count_session(&self) {
+        self.lock().sessions += 1;
+    }
+
+    /// A checkpoint could not be taken.
+    pub fn count_failed_capture(&self) {
+        self.lock().failed_captures += 1;
+    }
+
+    /// Where metrics are served by TCP.
+    pub fn set_metrics_listen(&self, address: String) {
+        self.lock().metrics_listen = Some(address);
     }
 
     /// Pages of the first copy sent, of how many.
@@ -153,13 +204,13 @@ impl Status {
     }
 
     /// What the gates hold.
-    pub fn set_gates(&self, gates: Vec<Value>) {
+    pub fn set_gates(&self, gates: GateFigures) {
         self.lock().gates = gates;
     }
 
     /// A peer sent something that was refused.
-    pub fn count_refused_input(&self) {
-        self.lock().refused_input += 1;
+    pub fn count_refused_input(&self, cause: RefusedInput) {
+        self.lock().refused_input[cause as usize] += 1;
     }
 
     /// A capture ended at `now`; it began `interval_ns` after the one before, 0 for the first.
@@ -167,15 +218,17 @@ impl Status {
         let mut inner = self.lock();
         inner.epochs += 1;
         if interval_ns > 0 {
+            let on_time = interval_ns <= self.epoch_ns + ON_TIME_SLACK_NS;
             inner.intervals += 1;
-            inner.on_time += u64::from(interval_ns <= self.epoch_ns + ON_TIME_SLACK_NS);
+            inner.on_time += u64::from(on_time);
+            inner.late_epochs += u64::from(!on_time);
         }
-        inner.command.saturating_record(report.command_ns);
-        inner.pause.saturating_record(report.pause_ns);
+        inner.command.record(report.command_ns);
+        inner.pause.record(report.pause_ns);
         inner.parts.add(report);
-        inner.scan_copy.saturating_record(report.scan_ns + report.copy_ns);
-        inner.device.saturating_record(report.device_state_ns);
-        inner.dirty.saturating_record(report.dirty_pages);
+        inner.scan_copy.record(report.scan_ns + report.copy_ns);
+        inner.device.record(report.device_state_ns);
+        inner.dirty.record(report.dirty_pages);
         inner.pause_total_ns += report.pause_ns;
         inner.first_capture.get_or_insert(now);
         inner.last_capture = Some(now);
@@ -191,9 +244,36 @@ impl Status {
         }
     }
 
-    /// From the end of a capture to its commit, in nanoseconds.
-    pub fn add_commit_lag(&self, lag_ns: u64) {
-        self.lock().commit_lag.saturating_record(lag_ns);
+    /// A part of the first copy was sent.
+    pub fn add_first_copy(&self, wire_bytes: u64) {
+        self.lock().first_copy_wire_bytes += wire_bytes;
+    }
+
+    /// Memory that the encoder has for what it knows of the backup's image.
+    pub fn set_encoder_bytes(&self, bytes: u64) {
+        self.lock().encoder_bytes = bytes;
+    }
+
+    /// At `now` it is known that what was captured at `captured` is committed.
+    pub fn add_commit(&self, captured: Time, now: Time) {
+        let mut inner = self.lock();
+        inner.commit_lag.record(now.since_ns(captured));
+        inner.committed_state = Some(captured);
+    }
+
+    /// What the protocol reported: counted, and kept as an event. Gives the event's name and details.
+    pub fn add_notice(&self, notice: &Notice) -> (&'static str, Value) {
+        let (name, detail) = notice_event(notice);
+        let mut inner = self.lock();
+        match notice {
+            Notice::Suspicion { .. } => inner.suspicions += 1,
+            Notice::Grant(..) => inner.grants += 1,
+            Notice::Refusal(..) => inner.witness_refusals += 1,
+            Notice::BadPeer(_) => inner.refused_input[RefusedInput::Protocol as usize] += 1,
+            _ => {}
+        }
+        inner.events.add(name, &detail);
+        (name, detail)
     }
 
     /// Forgets the measurements, so that the next ones speak of what follows.
@@ -224,10 +304,6 @@ impl Status {
     pub fn json(&self) -> Value {
         let inner = self.lock();
         let (state, reason) = inner.protection.words();
-        let elapsed_ns = match (inner.first_capture, inner.last_capture) {
-            (Some(first), Some(last)) => last.since_ns(first),
-            _ => 0,
-        };
         json!({
             "schema": STATUS_SCHEMA,
             "role": "primary",
@@ -245,20 +321,132 @@ impl Status {
             "epoch_ms": nanoseconds_to_ms(self.epoch_ns),
             "epochs": inner.epochs,
             "epoch_on_time_ratio": ratio(inner.on_time, inner.intervals),
-            "command_ms": percentiles_ms(&inner.command),
-            "pause_ms": percentiles_ms(&inner.pause),
+            "command_ms": inner.command.summary_ms(),
+            "pause_ms": inner.pause.summary_ms(),
             "pause_parts_ms": inner.parts.json(),
-            "scan_copy_ms": percentiles_ms(&inner.scan_copy),
-            "device_state_ms": percentiles_ms(&inner.device),
-            "commit_lag_ms": percentiles_ms(&inner.commit_lag),
-            "dirty_pages": {"p50": inner.dirty.value_at_quantile(0.5), "p99": inner.dirty.value_at_quantile(0.99)},
-            "clock_slip_ratio": ratio(inner.pause_total_ns, elapsed_ns),
+            "scan_copy_ms": inner.scan_copy.summary_ms(),
+            "device_state_ms": inner.device.summary_ms(),
+            "commit_lag_ms": inner.commit_lag.summary_ms(),
+            "dirty_pages": {"p50": inner.dirty.percentile(50.0), "p99": inner.dirty.percentile(99.0)},
+            "clock_slip_ratio": ratio(inner.pause_total_ns, inner.elapsed_ns()),
             "first_copy": inner.first_copy.map(|(done, all)| json!({"pages": done, "of_pages": all})),
             "page_bytes": inner.page_bytes,
             "wire_bytes": inner.wire_bytes,
             "pages_by_kind": inner.pages_by_kind,
-            "refused_input": inner.refused_input,
-            "gates": inner.gates,
+            "refused_input": inner.refused_input.iter().sum::<u64>(),
+            "gates": inner.gates.json(),
+            "metrics": inner.metrics_listen,
         })
+    }
+
+    /// Whether the VM is protected.
+    ///
+    /// # Errors
+    /// Why it is not, in words.
+    pub fn ready(&self) -> Result<(), String> {
+        match self.lock().protection.words() {
+            (_, None) => Ok(()),
+            (_, Some(reason)) => Err(format!("{} is not protected: {reason}", self.vm)),
+        }
+    }
+
+    /// The figures as metrics, at `now`.
+    pub fn sample(&self, samples: &mut Samples, now: Time, limits: &GateLimits) {
+        let inner = self.lock();
+        let vm = &[self.vm.as_str()];
+        samples.flag(&catalogue::ROLE, &[&self.vm, &self.host, "primary"], true);
+        sample_protection(samples, &self.vm, inner.protection);
+        for (definition, number) in [
+            (&catalogue::TERM, inner.term.0),
+            (&catalogue::CONNECTED, u64::from(inner.session.is_some())),
+            (&catalogue::EPOCH, inner.captured.0),
+            (&catalogue::COMMITTED_EPOCH, inner.committed.0),
+            (
+                &catalogue::LAG_EPOCHS,
+                inner.captured.0.saturating_sub(inner.committed.0),
+            ),
+            (&catalogue::EPOCH_LENGTH_SECONDS, self.epoch_ns),
+            (&catalogue::EPOCHS, inner.epochs),
+            (&catalogue::LATE_EPOCHS, inner.late_epochs),
+            (&catalogue::FAILED_CAPTURES, inner.failed_captures),
+            (&catalogue::PAGE_BYTES, inner.page_bytes),
+            (&catalogue::SESSIONS, inner.sessions),
+            (&catalogue::SUSPICIONS, inner.suspicions),
+            (&catalogue::GRANTS, inner.grants),
+            (&catalogue::WITNESS_REFUSALS, inner.witness_refusals),
+        ] {
+            samples.number(definition, vm, number);
+        }
+        if let Some(state) = inner.committed_state {
+            samples.number(&catalogue::LAG_SECONDS, vm, now.since_ns(state));
+        }
+        inner.sample_pauses(samples, &self.vm);
+        inner.sample_encoding(samples, &self.vm);
+        inner.gates.sample(samples, &self.vm, limits);
+        for cause in RefusedInput::ALL {
+            let count = inner.refused_input[cause as usize];
+            samples.number(&catalogue::REFUSED_INPUT, &[&self.vm, cause.name()], count);
+        }
+    }
+}
+
+/// The VM's state and, if it is not protected, why.
+fn sample_protection(samples: &mut Samples, vm: &str, protection: Protection) {
+    let reason = match protection {
+        Protection::Protected => None,
+        Protection::NotProtected(reason) => Some(reason.name()),
+    };
+    samples.flag(&catalogue::PROTECTED, &[vm], reason.is_none());
+    let reasons = NotProtected::ALL.map(NotProtected::name);
+    samples.one_of(&catalogue::NOT_PROTECTED, &[vm], &reasons, reason);
+}
+
+impl Inner {
+    fn sample_pauses(&self, samples: &mut Samples, vm: &str) {
+        samples.buckets(&catalogue::PAUSE_SECONDS, &[vm], self.pause.buckets());
+        samples.buckets(
+            &catalogue::COMMIT_LATENCY_SECONDS,
+            &[vm],
+            self.commit_lag.buckets(),
+        );
+        samples.buckets(&catalogue::CHECKPOINT_PAGES, &[vm], self.dirty.buckets());
+        for (part, sum_ns) in self.parts.sums_ns() {
+            samples.number(&catalogue::PAUSE_PART_SECONDS, &[vm, part], sum_ns);
+        }
+        let elapsed_ns = self.elapsed_ns();
+        samples.real(
+            &catalogue::CLOCK_SLIP_RATIO,
+            &[vm],
+            ratio(self.pause_total_ns, elapsed_ns).unwrap_or(0.0),
+        );
+    }
+
+    fn sample_encoding(&self, samples: &mut Samples, vm: &str) {
+        for kind in Kind::ALL {
+            let pages = self.pages_by_kind[usize::from(kind.number())];
+            samples.number(&catalogue::PAGES, &[vm, kind.name()], pages);
+        }
+        for (phase, bytes) in [
+            ("first_copy", self.first_copy_wire_bytes),
+            ("checkpoint", self.wire_bytes),
+        ] {
+            samples.number(&catalogue::WIRE_BYTES, &[vm, phase], bytes);
+        }
+        let (done, all) = self.first_copy.unwrap_or((0, 0));
+        samples.number(&catalogue::RESYNC_PAGES, &[vm], all);
+        samples.real(
+            &catalogue::RESYNC_DONE_RATIO,
+            &[vm],
+            ratio(done, all).unwrap_or(0.0),
+        );
+        samples.number(&catalogue::MEMORY_BYTES, &[vm, "deltas"], self.encoder_bytes);
+    }
+
+    /// From the first to the last capture since the last reset.
+    fn elapsed_ns(&self) -> u64 {
+        match (self.first_capture, self.last_capture) {
+            (Some(first), Some(last)) => last.since_ns(first),
+            _ => 0,
+        }
     }
 }

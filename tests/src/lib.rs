@@ -35,6 +35,7 @@ pub mod qmp;
 pub mod report;
 mod resp;
 pub mod scenario;
+pub mod scrape;
 pub mod sniffer;
 pub mod soak;
 pub mod stage;

@@ -1,14 +1,14 @@
 //! The witness's admin API and metrics.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use axum::Json;
+use axum::{Json, Router};
 use axum::extract::State;
 use axum::http::StatusCode;
 use romulus_protocol::Record;
-use romulus_telemetry::{Api, ApiQuery, Metrics, mode_json, refusal};
-use romulus_transport::Certificates;
+use romulus_telemetry::{Api, ApiQuery, Check, Metrics, Pulse, catalogue, mode_json, refusal};
+use romulus_transport::{Certificates, Endpoint};
 use romulus_types::{VmId, WitnessInstance};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -39,49 +39,57 @@ struct Wanted {
 struct Nothing {}
 
 /// The routes; each is in `docs/openapi.json`.
-pub(crate) fn api(metrics: &Metrics) -> Api<Admin> {
+pub(crate) fn api(watched: Router) -> Api<Admin> {
     Api::new()
         .get("/v1/status", status)
         .get("/v1/records", records)
         .post("/v1/forget", forget)
         .post("/v1/reload-certificates", reload_certificates)
-        .merge(&[("GET", "/metrics")], metrics.router().with_state(()))
+        .watched(watched)
 }
 
-/// Counters and gauges, read from the counts.
-pub(crate) fn metrics(admin: &Admin) -> Metrics {
-    let metrics = Metrics::new();
-    let vms = metrics.gauge("witness_vms", "VMs that have a record");
-    let answered = metrics.counter("witness_requests", "Requests answered");
-    let granted = metrics.counter(
-        "witness_grants",
-        "Changes of a record granted, repetitions included",
-    );
-    let bad = metrics.counter(
-        "witness_bad_requests",
-        "Requests that were malformed or for another host",
-    );
-    let not_allowed = metrics.counter(
-        "witness_not_allowed",
-        "Requests for a VM that the settings do not allow the host",
-    );
-    let admin = admin.clone();
-    metrics.on_read(move || {
-        vms.set(i64::try_from(admin.desk.records().len()).unwrap_or(i64::MAX));
-        for (counter, count) in [
-            (&answered, &admin.counts.answered),
-            (&granted, &admin.counts.granted),
-            (&bad, &admin.counts.bad),
-            (&not_allowed, &admin.counts.not_allowed),
-        ] {
-            counter.inner().store(load(count), Ordering::Relaxed);
+/// What the witness shows to those who watch it.
+pub(crate) struct Watched {
+    pub(crate) admin: Admin,
+    pub(crate) endpoint: Arc<Endpoint>,
+    pub(crate) vms_max: u64,
+    /// The loop that accepts connections.
+    pub(crate) pulse: Pulse,
+    pub(crate) stall_limit: Duration,
+}
+
+/// The routes `/metrics`, `/healthz` and `/readyz`.
+pub(crate) fn watched_router(watched: Watched) -> Router {
+    let Watched {
+        admin: Admin { desk, counts, .. },
+        endpoint,
+        vms_max,
+        pulse,
+        stall_limit,
+    } = watched;
+    let shown = Arc::clone(&desk);
+    let version = env!("CARGO_PKG_VERSION");
+    let metrics = Metrics::new(catalogue::WITNESS, "witness", version, move |samples| {
+        samples.number(&catalogue::VMS, &[], shown.records().len() as u64);
+        samples.number(&catalogue::VMS_LIMIT, &[], vms_max);
+        for (answer, count) in counts.answers() {
+            samples.number(&catalogue::WITNESS_REQUESTS, &[answer], count);
+        }
+        for (cause, count) in counts.bad() {
+            samples.number(&catalogue::WITNESS_BAD_REQUESTS, &[cause], count);
+        }
+        let connections = endpoint.accept_counts();
+        samples.number(&catalogue::CONNECTIONS, &[], connections.open);
+        for (result, count) in connections.by_result() {
+            samples.number(&catalogue::HANDSHAKES, &[result], count);
         }
     });
-    metrics
-}
-
-fn load(count: &AtomicU64) -> u64 {
-    count.load(Ordering::Relaxed)
+    let alive: Check = Arc::new(move || pulse.check("the loop that accepts hosts", stall_limit));
+    let ready: Check = Arc::new(move || match desk.failed() {
+        false => Ok(()),
+        true => Err("the store failed, so nobody is answered".to_owned()),
+    });
+    romulus_telemetry::watched_router(&metrics, alive, ready)
 }
 
 async fn status(State(admin): State<Admin>, ApiQuery(Nothing {}): ApiQuery<Nothing>) -> Json<Value> {
@@ -90,10 +98,10 @@ async fn status(State(admin): State<Admin>, ApiQuery(Nothing {}): ApiQuery<Nothi
         "role": "witness",
         "instance": admin.desk.instance().to_string(),
         "vms": admin.desk.records().len(),
-        "answered": load(&admin.counts.answered),
-        "granted": load(&admin.counts.granted),
-        "bad": load(&admin.counts.bad),
-        "not_allowed": load(&admin.counts.not_allowed),
+        "answered": admin.counts.answered(),
+        "granted": admin.counts.of("granted"),
+        "bad": admin.counts.bad().map(|(_, count)| count).sum::<u64>(),
+        "not_allowed": admin.counts.of("not_allowed"),
     }))
 }
 
@@ -173,7 +181,7 @@ mod tests {
     #[test]
     fn the_admin_api_is_what_its_document_says() {
         assert_eq!(
-            api(&Metrics::new()).routes(),
+            api(Router::new()).routes(),
             romulus_telemetry::openapi::Document::shipped().routes("witness")
         );
     }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use romulus_config::{LogFormat, Witness, load};
+use romulus_config::{LogFormat, MetricsListen, Witness, load};
 use romulus_types::VmId;
 
 /// Keeps the record of who may let a VM speak.
@@ -93,9 +93,9 @@ pub(crate) struct RunOptions {
     /// text or json.
     #[arg(long)]
     log_format: Option<LogFormat>,
-    /// A TCP address for metrics.
+    /// TCP address for metrics, or "none". Default 127.0.0.1:7701.
     #[arg(long)]
-    metrics_listen: Option<SocketAddr>,
+    metrics_listen: Option<MetricsListen>,
 }
 
 impl RunOptions {

@@ -83,6 +83,11 @@ impl Desk {
         Ok(())
     }
 
+    /// The store failed: nobody is answered any more.
+    pub(crate) fn failed(&self) -> bool {
+        self.lock().failed
+    }
+
     pub(crate) fn instance(&self) -> WitnessInstance {
         self.lock().store.instance()
     }

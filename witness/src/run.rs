@@ -4,20 +4,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use romulus_config::Witness;
+use romulus_config::{WITNESS_METRICS_PORT, Witness};
 use romulus_daemon::{AllowList, Reload};
-use romulus_telemetry::{serve_admin, serve_metrics, systemd};
+use romulus_telemetry::{Pulse, serve_admin, serve_metrics, systemd};
 use romulus_transport::{Certificates, Endpoint, Identity, Service};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::info;
 
-use crate::admin::{self, Admin};
+use crate::admin::{self, Admin, Watched};
 use crate::args::RunOptions;
 use crate::desk::Desk;
 use crate::server::{Counts, Server};
 use crate::store::Store;
 
+/// The loop turns at least this often.
+const BEAT: Duration = Duration::from_secs(1);
 /// Without a watchdog the tick does nothing.
 const IDLE_TICK: Duration = Duration::from_secs(3600);
 
@@ -59,7 +61,7 @@ async fn serve(
     let server = Server {
         desk: desk.clone(),
         counts: counts.clone(),
-        allow: allow,
+        allow,
         fatal,
     };
     let (records, mut line) = (desk.clone(), systemd::StatusLine::default());
@@ -68,16 +70,20 @@ async fn serve(
         counts,
         certificates,
     };
-    let metrics = admin::metrics(&admin);
+    let pulse = Pulse::new();
+    let watched = admin::watched_router(Watched {
+        admin: admin.clone(),
+        endpoint: Arc::clone(&endpoint),
+        vms_max: settings.vms_max.into(),
+        pulse: pulse.clone(),
+        stall_limit: settings.metrics.stall_limit,
+    });
     let _socket = serve_admin(
         &settings.admin_socket,
         settings.admin_group.as_deref(),
-        admin::api(&metrics).into_router(admin),
+        admin::api(watched.clone()).into_router(admin),
     )?;
-    let _metrics = match settings.metrics.listen {
-        Some(address) => Some(serve_metrics(address, metrics.router()).await?),
-        None => None,
-    };
+    let _metrics = serve_metrics(settings.metrics.listen(WITNESS_METRICS_PORT), 1, watched).await;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
@@ -86,7 +92,9 @@ async fn serve(
     info!(event = "ready", %listen, host = %identity.host());
     systemd::ready();
     line.set(format!("{} VMs have a record", records.records().len()));
+    let mut beat = tokio::time::interval(BEAT);
     let result = loop {
+        pulse.beat();
         tokio::select! {
             connection = endpoint.accept() => {
                 tokio::spawn(server.clone().serve(connection?));
@@ -101,6 +109,7 @@ async fn serve(
                 systemd::watchdog();
                 line.set(format!("{} VMs have a record", records.records().len()));
             }
+            _ = beat.tick() => {}
         }
     };
     systemd::stopping();

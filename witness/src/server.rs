@@ -22,10 +22,67 @@ const REQUEST_MAX: Duration = Duration::from_secs(5);
 /// What has become of requests.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
-    pub(crate) answered: AtomicU64,
-    pub(crate) granted: AtomicU64,
-    pub(crate) bad: AtomicU64,
-    pub(crate) not_allowed: AtomicU64,
+    answered: [AtomicU64; ANSWERS.len()],
+    bad: [AtomicU64; BAD.len()],
+}
+
+/// Kinds of answers.
+const ANSWERS: [&str; 6] = ["granted", "refused", "unknown_vm", "wrong_instance", "current", NOT_ALLOWED];
+/// The settings do not allow the host to ask for the VM; it is told `unknown_vm`.
+const NOT_ALLOWED: &str = "not_allowed";
+/// Why requests are refused unanswered.
+const BAD: [&str; 5] = ["other_host", "other_nonce", "late", "empty", "malformed"];
+
+impl Counts {
+    fn count_answer(&self, answer: &Answer) {
+        let position = match answer {
+            Answer::Granted(_) => 0,
+            Answer::Refused(_) => 1,
+            Answer::UnknownVm => 2,
+            Answer::WrongInstance(_) => 3,
+            Answer::Current(_) => 4,
+        };
+        self.answered[position].fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn count_not_allowed(&self) {
+        self.answered[ANSWERS.len() - 1].fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn count_bad(&self, error: &Bad) {
+        let position = match error {
+            Bad::OtherHost { .. } => 0,
+            Bad::OtherNonce => 1,
+            Bad::Late => 2,
+            Bad::Empty => 3,
+            Bad::Frame(_) | Bad::Wire(_) => 4,
+        };
+        self.bad[position].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Answers given.
+    pub(crate) fn answered(&self) -> u64 {
+        self.answers().map(|(_, count)| count).sum()
+    }
+
+    /// Answers of one kind.
+    pub(crate) fn of(&self, kind: &str) -> u64 {
+        self.answers().find(|(name, _)| *name == kind).map_or(0, |(_, count)| count)
+    }
+
+    /// Answers given, by kind.
+    pub(crate) fn answers(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        ANSWERS.into_iter().zip(self.answered.iter().map(load))
+    }
+
+    /// Requests refused unanswered, by cause.
+    pub(crate) fn bad(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        BAD.into_iter().zip(self.bad.iter().map(load))
+    }
+}
+
+fn load(count: &AtomicU64) -> u64 {
+    count.load(Ordering::Relaxed)
 }
 
 /// What a connection's tasks share.
@@ -74,7 +131,7 @@ impl Server {
         if matches!(error, Bad::Frame(romulus_transport::FrameError::Transport(_))) {
             return;
         }
-        self.counts.bad.fetch_add(1, Ordering::Relaxed);
+        self.counts.count_bad(error);
         warn!(host = %connection.peer(), %error, "a request was refused");
         let code = match error {
             Bad::OtherHost { .. } => CloseCode::IDENTITY,
@@ -117,7 +174,7 @@ impl Server {
 
     /// For a host that has no business with a VM there is no such VM. The connection stays: others of the host's VMs use it.
     fn not_allowed(&self, request: &WitnessRequest) -> WitnessReply {
-        self.counts.not_allowed.fetch_add(1, Ordering::Relaxed);
+        self.counts.count_not_allowed();
         let WitnessRequest { vm, host, nonce, .. } = request;
         warn!(event = "not_allowed", %vm, %host, "the settings do not allow this host to ask for this VM (allow)");
         WitnessReply {
@@ -142,11 +199,10 @@ impl Server {
     }
 
     fn note(&self, request: &WitnessRequest, reply: &WitnessReply) {
-        self.counts.answered.fetch_add(1, Ordering::Relaxed);
+        self.counts.count_answer(&reply.answer);
         let (vm, host) = (&request.vm, &request.host);
         match &reply.answer {
             Answer::Granted(record) => {
-                self.counts.granted.fetch_add(1, Ordering::Relaxed);
                 info!(event = "grant", %vm, %host, term = record.term.0, mode = ?record.mode);
             }
             Answer::Refused(record) => {

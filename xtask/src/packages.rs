@@ -17,6 +17,8 @@ const NEEDED: &[(&str, &str)] = &[
     ("util-linux", "setpriv"),
     ("ovmf", "/usr/share/OVMF/OVMF_CODE_4M.fd"),
     ("xz-utils", "xz"),
+    // Its promtool looks at what the daemons show.
+    ("prometheus", "promtool"),
     ("libc6-dev", "/usr/lib/x86_64-linux-gnu/libc.a"),
 ];
 

@@ -1,6 +1,6 @@
 //! Sections that more than one daemon has: suspicion, the network, logs and metrics.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -204,10 +204,80 @@ impl Log {
 }
 
 /// `[metrics]`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Metrics {
-    /// TCP address that serves `/metrics`; without it they are on the admin socket alone. Default none.
+    /// Where `/metrics`, `/healthz` and `/readyz` are served, besides the admin socket. Default [`Metrics::listen`].
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub listen: Option<SocketAddr>,
+    pub listen: Option<MetricsListen>,
+    /// A work loop that has not turned for longer makes `/healthz` say so. Default 60 s.
+    #[serde(with = "duration")]
+    pub stall_limit: Duration,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self {
+            listen: None,
+            stall_limit: Duration::from_secs(60),
+        }
+    }
+}
+
+impl Metrics {
+    /// The TCP address, by default this port of the loopback address.
+    pub fn listen(&self, default_port: u16) -> Option<SocketAddr> {
+        match self.listen {
+            None => Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), default_port)),
+            Some(MetricsListen::Nowhere) => None,
+            Some(MetricsListen::At(address)) => Some(address),
+        }
+    }
+
+    pub(crate) fn check(&self) -> Result<(), Invalid> {
+        let (s, limit) = (Duration::from_secs, self.stall_limit);
+        Checks::new("metrics")
+            .duration("stall_limit", limit, s(2), s(3600))
+            .map(drop)
+    }
+}
+
+/// A TCP address, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum MetricsListen {
+    /// Metrics are on the admin socket alone.
+    Nowhere,
+    /// They are here as well.
+    At(SocketAddr),
+}
+
+impl std::str::FromStr for MetricsListen {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::Nowhere),
+            _ => text.parse().map(Self::At).map_err(|_| {
+                format!(
+                    "{text:?} is no TCP address: write ADDRESS:PORT, such as \"127.0.0.1:7702\", or \"none\""
+                )
+            }),
+        }
+    }
+}
+
+impl TryFrom<String> for MetricsListen {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<MetricsListen> for String {
+    fn from(listen: MetricsListen) -> Self {
+        match listen {
+            MetricsListen::Nowhere => "none".to_owned(),
+            MetricsListen::At(address) => address.to_string(),
+        }
+    }
 }

@@ -20,6 +20,13 @@ pub const PKI_DIR: &str = "/etc/romulus/pki";
 /// Where admin sockets are made unless a setting says otherwise.
 pub const RUN_DIR: &str = "/run/romulus";
 
+/// TCP port of the replicator's metrics unless a setting says otherwise; further replicators of a host take the next free ones.
+pub const REPLICATOR_METRICS_PORT: u16 = 7702;
+/// TCP port of the agent's metrics unless a setting says otherwise.
+pub const AGENT_METRICS_PORT: u16 = 7700;
+/// TCP port of the witness's metrics unless a setting says otherwise.
+pub const WITNESS_METRICS_PORT: u16 = 7701;
+
 /// Most kinds of VMM that an agent knows.
 const VMM_KINDS_MAX: usize = 16;
 /// Longest name of a kind of VMM, in bytes.
@@ -58,6 +65,8 @@ pub struct Replicator {
     pub network: Network,
     /// Logs.
     pub log: Log,
+    /// Metrics and health.
+    pub metrics: Metrics,
 }
 
 /// `[vm]` of the replicator: what one guest is reached by. Belongs into that VM's own file; the command line can say the same.
@@ -169,6 +178,7 @@ impl Default for Replicator {
             failover: Failover::default(),
             network: Network::default(),
             log: Log::default(),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -218,7 +228,8 @@ impl Settings for Replicator {
             .number("held_frames_max", self.memory.held_frames_max.into(), 64, 1 << 24)?;
         self.failover.check()?;
         self.network.check()?;
-        self.log.check()
+        self.log.check()?;
+        self.metrics.check()
     }
 }
 
@@ -337,6 +348,8 @@ pub struct BackupAgent {
     pub network: Network,
     /// Logs.
     pub log: Log,
+    /// Metrics and health.
+    pub metrics: Metrics,
 }
 
 impl Default for BackupAgent {
@@ -369,6 +382,7 @@ impl Default for BackupAgent {
             failover: Failover::default(),
             network: Network::default(),
             log: Log::default(),
+            metrics: Metrics::default(),
         }
     }
 }
@@ -419,7 +433,8 @@ impl Settings for BackupAgent {
         allow::check(&self.allow)?;
         self.failover.check()?;
         self.network.check()?;
-        self.log.check()
+        self.log.check()?;
+        self.metrics.check()
     }
 }
 
@@ -490,7 +505,8 @@ impl Settings for Witness {
         allow::check_group(self.admin_group.as_deref())?;
         allow::check(&self.allow)?;
         self.network.check()?;
-        self.log.check()
+        self.log.check()?;
+        self.metrics.check()
     }
 }
 

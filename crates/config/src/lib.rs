@@ -25,10 +25,10 @@ mod vms;
 
 pub use allow::{ALLOW_MAX, Allow, is_allowed};
 pub use check::Invalid;
-pub use common::{Failover, Log, LogFormat, Metrics, Network};
+pub use common::{Failover, Log, LogFormat, Metrics, MetricsListen, Network};
 pub use daemons::{
-    BackupAgent, Epochs, Guest, KeepImages, Memory, PKI_DIR, RUN_DIR, Replicator, StandbyKind, StandbyUnits,
-    Vmm, Witness,
+    AGENT_METRICS_PORT, BackupAgent, Epochs, Guest, KeepImages, Memory, PKI_DIR, REPLICATOR_METRICS_PORT,
+    RUN_DIR, Replicator, StandbyKind, StandbyUnits, Vmm, WITNESS_METRICS_PORT, Witness,
 };
 pub use load::{
     DROP_INS_MAX, FILE_BYTES_MAX, Settings, changed_keys, default_path, load, load_over, vm_path,

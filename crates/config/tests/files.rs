@@ -262,3 +262,19 @@ fn the_defaults_are_those_of_the_design() {
         Path::new("/run/romulus/replicator-web.sock")
     );
 }
+
+#[test]
+fn metrics_are_served_on_the_loopback_address_elsewhere_or_not_at_all() {
+    let listen =
+        |text: &str| load_files(&[("replicator.toml", text)]).map(|settings| settings.metrics.listen(7702));
+    assert_eq!(listen("").unwrap(), Some(([127, 0, 0, 1], 7702).into()));
+    assert_eq!(
+        listen("[metrics]\nlisten = \"10.0.0.1:99\"").unwrap(),
+        Some(([10, 0, 0, 1], 99).into())
+    );
+    assert_eq!(listen("[metrics]\nlisten = \"none\"").unwrap(), None);
+    let error = listen("[metrics]\nlisten = \"everywhere\"").unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("no TCP address"), "{text}");
+    assert!(listen("[metrics]\nstall_limit = \"1s\"").is_err());
+}

@@ -55,6 +55,11 @@ impl SessionEncoder {
         self.image.digest()
     }
 
+    /// Bytes that previous versions and the digests of all pages take.
+    pub fn memory_bytes(&self) -> usize {
+        self.previous.memory_bytes() + self.digests.len() * size_of::<Digest>()
+    }
+
     /// Pages that the backup holds and that were not yet compared with the guest's. There must be none at a checkpoint.
     pub fn held_left(&self) -> u64 {
         self.held.left()

@@ -13,6 +13,40 @@ impl Protection {
 }
 
 impl NotProtected {
+    /// Every reason.
+    pub const ALL: [Self; 12] = [
+        Self::Starting,
+        Self::WitnessRefuses,
+        Self::WitnessUnreachable,
+        Self::NoBackup,
+        Self::Resynchronising,
+        Self::StandbyNotProven,
+        Self::Pairing,
+        Self::Resolving,
+        Self::GuestNotRunning,
+        Self::Disabled,
+        Self::Fenced,
+        Self::TookOver,
+    ];
+
+    /// The reason as a name, for programs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::WitnessRefuses => "witness_refuses",
+            Self::WitnessUnreachable => "witness_unreachable",
+            Self::NoBackup => "no_backup",
+            Self::Resynchronising => "resynchronising",
+            Self::StandbyNotProven => "standby_not_proven",
+            Self::Pairing => "pairing",
+            Self::Resolving => "resolving",
+            Self::GuestNotRunning => "guest_not_running",
+            Self::Disabled => "disabled",
+            Self::Fenced => "fenced",
+            Self::TookOver => "took_over",
+        }
+    }
+
     /// The reason in words.
     pub fn words(self) -> &'static str {
         match self {
@@ -28,6 +62,22 @@ impl NotProtected {
             Self::Disabled => "disabled",
             Self::Fenced => "fenced: another host speaks for this VM",
             Self::TookOver => "running here after a takeover",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_has_a_name_and_words_of_its_own() {
+        let mut names = NotProtected::ALL.map(NotProtected::name).to_vec();
+        let mut words = NotProtected::ALL.map(NotProtected::words).to_vec();
+        for list in [&mut names, &mut words] {
+            list.sort_unstable();
+            list.dedup();
+            assert_eq!(list.len(), NotProtected::ALL.len());
         }
     }
 }

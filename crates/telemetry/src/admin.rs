@@ -84,19 +84,40 @@ pub fn serve_admin(path: &Path, group: Option<&str>, router: Router) -> Result<S
     })
 }
 
-/// Serves `router` (that of [`crate::Metrics`]) on a TCP address in a background task.
-///
-/// # Errors
-/// The address cannot be bound.
-pub async fn serve_metrics(address: SocketAddr, router: Router) -> Result<Server, TelemetryError> {
-    let failed = |source| TelemetryError::MetricsAddress { address, source };
-    let listener = TcpListener::bind(address).await.map_err(failed)?;
-    let address = Some(listener.local_addr().map_err(failed)?);
-    Ok(Server {
-        task: start(listener, router),
-        socket: None,
-        address,
-    })
+/// Serves `router` (metrics and health) on a TCP address in a background task. A port that is taken is passed over for the next
+/// one, `ports` of them in all, as several daemons of a kind can be on a host. When none is free that is said in the log, and the
+/// daemon goes on: nobody's protection depends on being watched. `None` then, and without an address.
+pub async fn serve_metrics(address: Option<SocketAddr>, ports: u16, router: Router) -> Option<Server> {
+    let first = address?;
+    let mut result = bind(first).await;
+    for offset in 1..ports {
+        let taken = matches!(&result, Err(error) if error.kind() == io::ErrorKind::AddrInUse);
+        let Some(port) = first.port().checked_add(offset).filter(|_| taken) else {
+            break;
+        };
+        result = bind(SocketAddr::new(first.ip(), port)).await;
+    }
+    match result {
+        Ok((listener, address)) => {
+            tracing::info!(event = "metrics", listen = %address);
+            Some(Server {
+                task: start(listener, router),
+                socket: None,
+                address: Some(address),
+            })
+        }
+        Err(error) => {
+            tracing::warn!(event = "metrics", listen = %first, %error, "nobody can read metrics by TCP: free the port, or \
+                set metrics.listen");
+            None
+        }
+    }
+}
+
+async fn bind(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
+    let listener = TcpListener::bind(address).await?;
+    let address = listener.local_addr()?;
+    Ok((listener, address))
 }
 
 /// A group's number, from its number or from its name in `/etc/group`.

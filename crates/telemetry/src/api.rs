@@ -13,6 +13,9 @@ use axum::{Json, Router};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+/// What [`watched_router`](crate::watched_router) serves.
+const WATCHED_PATHS: [&str; 3] = ["/metrics", "/healthz", "/readyz"];
+
 /// Method and path of a route, such as `("GET", "/v1/status")`.
 pub type Route = (&'static str, &'static str);
 
@@ -71,12 +74,12 @@ impl<S: Clone + Send + Sync + 'static> Api<S> {
         }
     }
 
-    /// Adds a router made elsewhere, which serves exactly `routes`.
+    /// Adds what is served to those who watch the daemon as well: [`watched_router`](crate::watched_router).
     #[must_use]
-    pub fn merge(mut self, routes: &[Route], router: Router<S>) -> Self {
-        self.routes.extend_from_slice(routes);
+    pub fn watched(mut self, router: Router) -> Self {
+        self.routes.extend(WATCHED_PATHS.map(|path| ("GET", path)));
         Self {
-            router: self.router.merge(router),
+            router: self.router.merge(router.with_state(())),
             routes: self.routes,
         }
     }

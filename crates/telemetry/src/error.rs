@@ -1,6 +1,5 @@
 //! What can go wrong with logs, metrics and the admin socket.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 /// Why something could not be shown or asked.
@@ -44,15 +43,6 @@ pub enum TelemetryError {
     Group {
         /// The setting.
         group: String,
-    },
-    /// The address for metrics could not be bound.
-    #[error("cannot serve metrics on {address}")]
-    MetricsAddress {
-        /// The address.
-        address: SocketAddr,
-        /// The cause.
-        #[source]
-        source: std::io::Error,
     },
     /// No daemon listens on the socket, or it may not be opened.
     #[error("cannot reach the daemon on {}: check that it runs and that you may open its socket", path.display())]

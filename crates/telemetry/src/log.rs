@@ -41,6 +41,7 @@ fn parse(level: &str) -> Result<EnvFilter, TelemetryError> {
 /// # Errors
 /// The level is no filter, or logs were set up before.
 pub fn init(log: &Log) -> Result<(), TelemetryError> {
+    crate::process::note_start();
     let (filter, handle) = reload::Layer::new(parse(&log.level)?);
     let registry = tracing_subscriber::registry().with(filter);
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);

@@ -1,12 +1,16 @@
 //! The admin socket: served, asked, replaced, guarded, bounded.
 
 use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use romulus_telemetry::{AdminClient, CONNECTIONS_MAX, Metrics, TelemetryError, serve_admin, serve_metrics};
+use romulus_telemetry::{
+    AdminClient, CONNECTIONS_MAX, Metrics, Server, TelemetryError, catalogue, health_router, serve_admin,
+    serve_metrics,
+};
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::UnixStream;
@@ -145,28 +149,74 @@ async fn garbage_ends_its_own_connection_only() {
     assert!(AdminClient::new(&path).get("/v1/status").await.is_ok());
 }
 
-#[tokio::test]
-async fn metrics_are_on_the_socket_and_on_tcp() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("admin.sock");
-    let metrics = Metrics::new();
-    metrics.counter("requests", "Requests answered").inc();
-    let _socket = serve_admin(&path, None, router().merge(metrics.router())).unwrap();
-    let text = AdminClient::new(&path).text("/metrics").await.unwrap();
-    assert!(text.contains("romulus_requests_total 1"), "{text}");
-    let tcp = serve_metrics(([127, 0, 0, 1], 0).into(), metrics.router())
-        .await
-        .unwrap();
-    let mut stream = tokio::net::TcpStream::connect(tcp.local_addr().unwrap())
-        .await
-        .unwrap();
-    tokio::io::AsyncWriteExt::write_all(&mut stream, b"GET /metrics HTTP/1.0\r\n\r\n")
+fn metrics() -> Metrics {
+    Metrics::new(catalogue::WITNESS, "witness", "1", |samples| {
+        samples.number(&catalogue::VMS, &[], 1);
+    })
+}
+
+async fn ask(server: &Server, path: &str, head: &str) -> String {
+    let address = server.local_addr().unwrap();
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.0\r\n{head}\r\n");
+    tokio::io::AsyncWriteExt::write_all(&mut stream, request.as_bytes())
         .await
         .unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+#[tokio::test]
+async fn metrics_are_on_the_socket_and_on_tcp_in_the_form_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("admin.sock");
+    let _socket = serve_admin(&path, router().merge(metrics().router())).unwrap();
+    let text = AdminClient::new(&path).text("/metrics").await.unwrap();
+    assert!(text.contains("romulus_vms 1"), "{text}");
+    let tcp = serve_metrics(Some(([127, 0, 0, 1], 0).into()), 1, metrics().router())
+        .await
+        .unwrap();
+    let plain = ask(&tcp, "/metrics", "").await;
     assert!(
-        answer.contains("openmetrics-text") && answer.contains("romulus_requests_total 1"),
-        "{answer}"
+        plain.contains("text/plain; version=0.0.4")
+            && plain.contains("romulus_vms 1")
+            && !plain.contains("# EOF"),
+        "{plain}"
+    );
+    let accept = "Accept: application/openmetrics-text;version=1.0.0,text/plain;q=0.5\r\n";
+    let open = ask(&tcp, "/metrics", accept).await;
+    assert!(
+        open.contains("application/openmetrics-text") && open.contains("# EOF"),
+        "{open}"
+    );
+}
+
+#[tokio::test]
+async fn a_taken_port_is_passed_over_and_none_at_all_is_no_end() {
+    let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = Some(held.local_addr().unwrap());
+    assert!(serve_metrics(taken, 1, metrics().router()).await.is_none());
+    assert!(serve_metrics(None, 32, metrics().router()).await.is_none());
+    // Some port of many is free, whatever else runs here.
+    let server = serve_metrics(taken, 1000, metrics().router()).await.unwrap();
+    assert_ne!(server.local_addr(), taken);
+}
+
+#[tokio::test]
+async fn health_is_a_status_code_and_a_reason() {
+    let ready = health_router(Arc::new(|| Ok(())), Arc::new(|| Err("no backup".into())));
+    let server = serve_metrics(Some(([127, 0, 0, 1], 0).into()), 1, ready)
+        .await
+        .unwrap();
+    let alive = ask(&server, "/healthz", "").await;
+    assert!(
+        alive.starts_with("HTTP/1.0 200") && alive.ends_with("ok\n"),
+        "{alive}"
+    );
+    let not_ready = ask(&server, "/readyz", "").await;
+    assert!(
+        not_ready.starts_with("HTTP/1.0 503") && not_ready.ends_with("no backup\n"),
+        "{not_ready}"
     );
 }

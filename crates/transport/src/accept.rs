@@ -37,6 +37,20 @@ pub struct AcceptCounts {
     pub refused_of_host: u64,
     /// Made to prove their address first.
     pub retried: u64,
+    /// Open now.
+    pub open: u64,
+}
+
+impl AcceptCounts {
+    /// The attempts that have ended, by what became of them: each in one of these.
+    pub fn by_result(&self) -> [(&'static str, u64); 4] {
+        [
+            ("accepted", self.accepted),
+            ("failed", self.failed),
+            ("refused", self.refused - self.refused_of_host.min(self.refused)),
+            ("refused_of_host", self.refused_of_host),
+        ]
+    }
 }
 
 #[derive(Debug)]
@@ -60,6 +74,7 @@ struct Shared {
     refused_of_host: AtomicU64,
     retried: AtomicU64,
     connections: Arc<Semaphore>,
+    connections_max: usize,
     hosts: Arc<Mutex<HashMap<HostId, u16>>>,
     per_host_max: u16,
     handshakes: Mutex<HashMap<IpAddr, u16>>,
@@ -78,6 +93,7 @@ impl Acceptor {
             refused_of_host: AtomicU64::new(0),
             retried: AtomicU64::new(0),
             connections: Arc::new(Semaphore::new(connections_max)),
+            connections_max,
             hosts: Arc::default(),
             per_host_max: network.connections_per_host_max,
             handshakes: Mutex::new(HashMap::new()),
@@ -105,6 +121,7 @@ impl Acceptor {
             refused: load(&self.shared.refused),
             refused_of_host: load(&self.shared.refused_of_host),
             retried: load(&self.shared.retried),
+            open: (self.shared.connections_max - self.shared.connections.available_permits()) as u64,
         }
     }
 }

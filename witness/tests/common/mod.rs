@@ -68,6 +68,8 @@ impl Place {
     pub fn start(&self, fault: Option<&str>) -> Daemon {
         let mut command = Command::new(env!("CARGO_BIN_EXE_witness"));
         command.args(["run", "--listen", &self.listen.to_string()]);
+        // Several witnesses are tried at once here; who wants metrics asks the socket.
+        command.args(["--metrics-listen", "none"]);
         command
             .arg("--dir")
             .arg(self.store())
