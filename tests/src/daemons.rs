@@ -153,6 +153,14 @@ impl Lab {
     /// # Errors
     /// As [`Lab::start_agent`].
     pub fn start_agent_with(&self, config: &AgentConfig) -> Result<Process> {
+        self.start_daemon(Host::Backup, "backup-agent", &self.agent_argv(config)?)
+    }
+
+    /// The command line of the backup's agent.
+    ///
+    /// # Errors
+    /// When it is not built, or its settings can't be written.
+    pub fn agent_argv(&self, config: &AgentConfig) -> Result<Vec<String>> {
         let mut argv = armed(config.fault.as_ref());
         argv.extend(config.wrapper.iter().cloned());
         argv.extend([self.program("backup-agent")?, "run".into()]);
@@ -177,7 +185,7 @@ impl Lab {
         push(&mut argv, "--admin", &word(&self.admin(Host::Backup)));
         push(&mut argv, "--log-format", "json");
         self.push_settings(Host::Backup, &mut argv, &config.extra)?;
-        self.start_daemon(Host::Backup, "backup-agent", &argv)
+        Ok(argv)
     }
 
     /// The command line of `replicator protect`.

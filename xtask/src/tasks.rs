@@ -8,6 +8,9 @@ use anyhow::{Context as _, Result, bail};
 use crate::trial::Suite;
 use crate::{deb, demo, kvm, setup, sh, systemd_tree};
 
+/// The files of end-to-end tests that need `/dev/kvm`.
+const OVER_KVM: [&str; 4] = ["kvm.rs", "many.rs", "restarts.rs", "systemd_kvm.rs"];
+
 /// What `cargo xtask test` can be told.
 #[derive(clap::Args, Debug)]
 pub(crate) struct TestArgs {
@@ -82,7 +85,7 @@ fn end_to_end(every_shape: bool, over_kvm: bool) -> Result<Command> {
         let wanted = if every_shape {
             path.ends_with("shapes.rs")
         } else {
-            over_kvm || !["kvm.rs", "many.rs", "systemd_kvm.rs"].iter().any(|name| path.ends_with(name))
+            over_kvm || !OVER_KVM.iter().any(|test| path.ends_with(test))
         };
         if wanted && path.extension().is_some_and(|extension| extension == "rs") {
             command.arg("--test").arg(path.file_stem().unwrap_or_default());
