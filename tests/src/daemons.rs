@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
+use romulus_telemetry::openapi::Document;
 use serde_json::Value;
 
 use crate::guest::{attach, qmp};
@@ -286,7 +287,12 @@ impl Lab {
     pub fn status(&self, host: Host) -> Result<Value> {
         let argv = self.romulus_argv(host, &["status", "--json"])?;
         let text = self.output_or(host, &argv, &[NOT_PROTECTED])?;
-        serde_json::from_str(&text).context("`romulus status --json` printed something else than JSON")
+        let status: Value = serde_json::from_str(&text)
+            .context("`romulus status --json` printed something else than JSON")?;
+        Document::shipped()
+            .check("GET", "/v1/status", 200, &status)
+            .map_err(|problem| anyhow!("docs/openapi.json does not fit the status: {problem}"))?;
+        Ok(status)
     }
 
     /// Runs `romulus` against a host's daemon.

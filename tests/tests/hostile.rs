@@ -19,9 +19,15 @@ mod primary;
 #[path = "hostile/stranger.rs"]
 mod stranger;
 
+#[path = "hostile/allowed.rs"]
+mod allowed;
 #[path = "hostile/at_agent.rs"]
 mod at_agent;
 #[path = "hostile/at_witness.rs"]
 mod at_witness;
+#[path = "hostile/certificates.rs"]
+mod certificates;
 #[path = "hostile/liars.rs"]
 mod liars;
+#[path = "hostile/storm.rs"]
+mod storm;

@@ -138,22 +138,35 @@ impl Place {
 
     /// Starts the witness with the store that it has.
     pub async fn restart_witness(&self) -> Daemon {
+        self.restart_witness_with("").await
+    }
+
+    /// The same with further settings.
+    pub async fn restart_witness_with(&self, settings: &str) -> Daemon {
+        let config = self.path("witness.toml");
+        std::fs::write(&config, settings).unwrap();
         let store = self.path("store");
         let listen = self.witness_at.to_string();
         let (pki, admin) = (self.path("pki/witness"), self.path("witness.sock"));
         let arguments = [
-            "run", "--listen", &listen, "--dir", &store, "--pki", &pki, "--admin", &admin,
+            "run", "--config", &config, "--listen", &listen, "--dir", &store, "--pki", &pki, "--admin",
+            &admin,
         ];
         self.up("witness", &arguments).await
     }
 
     /// The agent suspects nobody for 50 s: no takeover gets into the way of what is tried.
     pub async fn start_agent(&self) -> Daemon {
+        self.start_agent_with("", "").await
+    }
+
+    /// The same with further settings, and with further ones of its network.
+    pub async fn start_agent_with(&self, settings: &str, network: &str) -> Daemon {
         let config = self.path("agent.toml");
         std::fs::write(
             &config,
             format!("staging_bytes_max = \"{STAGING_MIB} MiB\"\nvms_max = 3\nhello_timeout = \"1s\"\nwitness_wait = \"1s\"\n\
-                 [network]\nconnections_per_host_max = 6\n"),
+                 {settings}\n[network]\nconnections_per_host_max = 6\n{network}\n"),
         )
         .unwrap();
         let (listen, witness) = (self.agent_at.to_string(), self.witness_at.to_string());
@@ -193,6 +206,20 @@ impl Place {
         }
         daemon.note_memory();
         daemon
+    }
+
+    /// Runs `romulus` with these words for a daemon, and gives whether it succeeded and what it said.
+    pub fn romulus(&self, words: &[&str], name: &str) -> (bool, String) {
+        let mut command = Command::new(Paths::here().binary("romulus").unwrap());
+        command
+            .args(words)
+            .args(["--admin", &self.path(&format!("{name}.sock"))]);
+        let output = command.output().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&said).into_owned(),
+        )
     }
 
     /// What `romulus status --json` says of a daemon.
