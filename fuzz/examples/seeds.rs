@@ -27,6 +27,7 @@ fn main() -> io::Result<()> {
     wire_frames(&seeds.join("wire_frames"))?;
     page_decode(&seeds.join("page_decode"))?;
     attach(&seeds)?;
+    guest_resp(&seeds.join("guest_resp"))?;
     attach_state(&seeds.join("attach_state"))
 }
 
@@ -39,6 +40,20 @@ fn attach_state(folder: &Path) -> io::Result<()> {
     writer.finish().expect("it is short");
     write(folder, "sections", [1, 1], &blob[HEADER_BYTES_OF_STATE..])?;
     fs::write(folder.join("whole"), [&[0], &blob[..]].concat())
+}
+
+fn guest_resp(folder: &Path) -> io::Result<()> {
+    let inputs: [(&str, &[u8]); 5] = [
+        ("array", b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$5\r\nv\r\n v\r\n"),
+        ("inline", b"SET key value\r\nGET key\n"),
+        ("pipeline", b"*1\r\n$4\r\nPING\r\n*2\r\n$4\r\nINCR\r\n$1\r\nn\r\n\r\n"),
+        ("empty", b"*0\r\n*-1\r\n*1\r\n$0\r\n\r\n"),
+        ("numbers", b"EXPIRE -1 0 9223372036854775807\r\n"),
+    ];
+    fs::create_dir_all(folder)?;
+    inputs
+        .iter()
+        .try_for_each(|(name, input)| fs::write(folder.join(name), input))
 }
 
 fn write(folder: &Path, name: &str, head: [u8; 2], bytes: &[u8]) -> io::Result<()> {
