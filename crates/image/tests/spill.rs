@@ -101,8 +101,8 @@ fn memory_keeps_to_its_share_and_gets_back_what_is_not_needed() {
     let share = StagingShare::new(SHARE);
     let files = |share: &StagingShare| {
         Spilling::new(
-            HostFiles::open(Arc::new(FolderShelf::new(memory.path())), &vm()).unwrap(),
-            HostFiles::open(Arc::new(FolderShelf::new(spill.path())), &vm()).unwrap(),
+            HostFiles::create(Arc::new(FolderShelf::new(memory.path())), &vm(), 6).unwrap(),
+            HostFiles::create(Arc::new(FolderShelf::new(spill.path())), &vm(), 2).unwrap(),
             share.clone(),
             false,
         )
