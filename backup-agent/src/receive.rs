@@ -18,7 +18,12 @@ pub enum Received {
     /// The checkpoint goes on.
     More,
     /// It is complete, verified and durable.
-    Committed(Epoch),
+    Committed {
+        /// Its epoch.
+        epoch: Epoch,
+        /// Its pages.
+        pages: u64,
+    },
 }
 
 /// A checkpoint that is being received.
@@ -152,6 +157,9 @@ impl Receiver {
             first,
         })?;
         self.last = record.epoch;
-        Ok(Received::Committed(record.epoch))
+        Ok(Received::Committed {
+            epoch: record.epoch,
+            pages: record.pages.pages,
+        })
     }
 }

@@ -10,6 +10,8 @@ use romulus_types::{Epoch, Session, Term, VmId};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+/// Acknowledgements whose times are kept: at 40 a second those of 25 s.
+const RECENT_ACKS: usize = 1024;
 /// Commits that are verified and not acknowledged yet, at most: more than a primary can have in flight.
 const UNACKED_MAX: usize = 256;
 
@@ -32,6 +34,8 @@ struct Inner {
     apply: Histogram,
     refused_input: [u64; RefusedInput::ALL.len()],
     counts: Counts,
+    recent_acks_ns: VecDeque<u64>,
+    committed_pages: u64,
     refused_session: Option<(Session, String)>,
     activation: Option<Value>,
     events: EventLog,
@@ -120,6 +124,17 @@ fn percentiles_us(histogram: &Histogram) -> Value {
     json!({"p50": at(50.0), "p99": at(99.0), "max": histogram.max() / 1000})
 }
 
+/// Exact percentiles of the last acknowledgements.
+fn recent_us(recent_ns: &VecDeque<u64>) -> Value {
+    let mut sorted: Vec<u64> = recent_ns.iter().copied().collect();
+    sorted.sort_unstable();
+    let at = |permille: usize| {
+        let position = (sorted.len() * permille / 1000).min(sorted.len().saturating_sub(1));
+        sorted.get(position).map(|ns| ns / 1000)
+    };
+    json!({"p50": at(500), "p99": at(990), "max": at(1000), "count": sorted.len()})
+}
+
 impl VmStatus {
     /// Nothing has happened yet.
     pub fn new(vm: VmId, host: &str) -> Self {
@@ -139,6 +154,8 @@ impl VmStatus {
             apply: Histogram::new(),
             refused_input: [0; RefusedInput::ALL.len()],
             counts: Counts::default(),
+            recent_acks_ns: VecDeque::new(),
+            committed_pages: 0,
             refused_session: None,
             activation: None,
             events: EventLog::default(),
@@ -197,10 +214,11 @@ impl VmStatus {
         (inner.standby, inner.standby_pid) = (standby, pid);
     }
 
-    /// One checkpoint was verified and applied; nanoseconds, and the image's size in bytes.
-    pub fn add_commit(&self, verify_ns: u64, apply_ns: u64, image_bytes: Option<u64>) {
+    /// One checkpoint of so many pages was verified and applied; nanoseconds, and the image's size in bytes.
+    pub fn add_commit(&self, pages: u64, verify_ns: u64, apply_ns: u64, image_bytes: Option<u64>) {
         let mut inner = self.lock();
         inner.commits += 1;
+        inner.committed_pages += pages;
         inner.verify.record(verify_ns);
         inner.apply.record(apply_ns);
         inner.image_bytes = image_bytes.unwrap_or(inner.image_bytes);
@@ -222,6 +240,10 @@ impl VmStatus {
             let took = now.saturating_duration_since(received);
             let took_ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
             inner.receive_to_ack.record(took_ns);
+            if inner.recent_acks_ns.len() == RECENT_ACKS {
+                inner.recent_acks_ns.pop_front();
+            }
+            inner.recent_acks_ns.push_back(took_ns);
         }
     }
 
@@ -331,6 +353,8 @@ impl VmStatus {
             "apply_us": percentiles_us(&inner.apply),
             "receive_to_ack_us": percentiles_us(&inner.receive_to_ack),
             "refused_input": inner.refused_input.iter().sum::<u64>(),
+            "receive_to_ack_recent_us": recent_us(&inner.recent_acks_ns),
+            "committed_pages": inner.committed_pages,
             "activation": inner.activation,
         })
     }
@@ -397,5 +421,46 @@ impl VmStatus {
             &[self.vm.as_str(), "image"],
             inner.image_bytes,
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn the_time_from_the_last_byte_to_the_acknowledgement_is_that_of_each_commit_and_of_this_session_only() {
+        let status = VmStatus::new(VmId::new("vm").expect("a name"), "backup");
+        let (at, ms) = (Instant::now(), Duration::from_millis);
+        status.commit_received(Epoch(1), at);
+        status.commit_received(Epoch(2), at + ms(1));
+        status.commit_received(Epoch(3), at + ms(2));
+        // One answer acknowledges both.
+        status.commit_acked(Epoch(2), at + ms(5));
+        let recent = &status.json()["receive_to_ack_recent_us"];
+        assert_eq!((&recent["count"], &recent["max"]), (&json!(2), &json!(5000)));
+        // The third was never acknowledged, and the next session's third is another one.
+        status.session_begins();
+        status.commit_received(Epoch(1), at + ms(100));
+        status.commit_acked(Epoch(1), at + ms(101));
+        let recent = &status.json()["receive_to_ack_recent_us"];
+        assert_eq!((&recent["count"], &recent["max"]), (&json!(3), &json!(5000)));
+        assert_eq!(recent["p50"], 4000);
+    }
+
+    #[test]
+    fn what_is_kept_of_acknowledgements_is_bounded() {
+        let status = VmStatus::new(VmId::new("vm").expect("a name"), "backup");
+        let at = Instant::now();
+        for epoch in 1..=3000 {
+            status.commit_received(Epoch(epoch), at);
+        }
+        assert_eq!(status.lock().unacked.len(), UNACKED_MAX);
+        for epoch in 3001..=6000 {
+            status.commit_received(Epoch(epoch), at);
+            status.commit_acked(Epoch(epoch), at);
+        }
+        assert_eq!(status.json()["receive_to_ack_recent_us"]["count"], RECENT_ACKS);
     }
 }

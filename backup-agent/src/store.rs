@@ -258,7 +258,9 @@ impl Store {
         let began = Instant::now();
         match receiver.frame(frame, &mut self.image) {
             Ok(Received::More) => {}
-            Ok(Received::Committed(epoch)) => self.committed(session, epoch, received, began),
+            Ok(Received::Committed { epoch, pages }) => {
+                self.committed(session, epoch, pages, [received, began]);
+            }
             Err(error) => {
                 let epoch = receiver.epoch();
                 self.invalid(session, epoch, &error);
@@ -266,7 +268,8 @@ impl Store {
         }
     }
 
-    fn committed(&mut self, session: Session, epoch: Epoch, received: Instant, began: Instant) {
+    /// `received`: when its last byte came; `began`: when it was looked at.
+    fn committed(&mut self, session: Session, epoch: Epoch, pages: u64, [received, began]: [Instant; 2]) {
         let verify_ns = elapsed_ns(began);
         // Before it can be acknowledged.
         debug!(
@@ -289,7 +292,8 @@ impl Store {
             .0
             .is_multiple_of(SIZE_EVERY_COMMITS)
             .then(|| self.image.touched_bytes());
-        self.status.add_commit(verify_ns, elapsed_ns(began), image_bytes);
+        self.status
+            .add_commit(pages, verify_ns, elapsed_ns(began), image_bytes);
     }
 
     fn invalid(&mut self, session: Session, epoch: Epoch, error: &anyhow::Error) {

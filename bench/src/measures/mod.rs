@@ -2,6 +2,7 @@
 
 mod codec;
 mod digest;
+mod host;
 mod kvm;
 mod memory;
 mod transport;
@@ -93,6 +94,31 @@ pub(crate) const ALL: &[Kind] = &[
         name: "kvm.clock",
         about: "how far the guest's clocks slip while it is protected, against unprotected",
         parse: parse::<kvm::Clock>,
+    },
+    Kind {
+        name: "host.ack",
+        about: "from a checkpoint's last byte to its acknowledgement at an agent with many VMs, against one VM",
+        parse: parse::<host::Ack>,
+    },
+    Kind {
+        name: "host.cpu",
+        about: "the agent's processor time for a committed page with many VMs, against one VM",
+        parse: parse::<host::Cpu>,
+    },
+    Kind {
+        name: "host.memory",
+        about: "the agent's memory with many VMs, against the touched pages of their images",
+        parse: parse::<host::Memory>,
+    },
+    Kind {
+        name: "host.flood",
+        about: "acknowledgements of VMs beside one that floods, against without it",
+        parse: parse::<host::Flood>,
+    },
+    Kind {
+        name: "host.takeover",
+        about: "until all VMs of a dead host serve again, against the first of them",
+        parse: parse::<host::Takeover>,
     },
 ];
 

@@ -82,7 +82,7 @@ impl<F: Files> Image<F> {
         }
         let file = FileName::Staging(area);
         self.files
-            .cut(file, self.limits.staging_bytes_kept)
+            .reuse(file, self.limits.staging_bytes_kept)
             .named("shorten", file)?;
         let buffer = std::mem::take(&mut self.write_buffer);
         self.staging = Some(Writer::new(area, session, epoch, self.limits, buffer));

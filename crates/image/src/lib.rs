@@ -51,7 +51,7 @@ pub use commit::Expected;
 pub use error::ImageError;
 pub use files::{
     Area, Claim, Crashing, FileName, Files, FolderShelf, Fuse, HostFiles, Keeper, KeptShelf, MemFiles,
-    NoSuchFile, Shelf,
+    NoSuchFile, Shelf, Spilling, StagingShare,
 };
 pub use image::{Image, ImageState, Limits, UnusableReason};
 pub use recover::Recovery;

@@ -71,7 +71,7 @@ fn machine_problem(memory_mib: u32, vcpus: u32) -> Option<String> {
 }
 
 /// What is wrong with what a guest is to dirty.
-fn dirty_problem(dirty: &str) -> Option<String> {
+pub(super) fn dirty_problem(dirty: &str) -> Option<String> {
     let parsed = romulus_guest_core::dirty::Dirtying::parse(dirty);
     parsed.err().map(|why| format!("dirty = {dirty:?}: {why}"))
 }

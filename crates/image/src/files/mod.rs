@@ -4,7 +4,8 @@
 //! ```text
 //!   Image<F> ──► Files ──┬── HostFiles      files of the host, on a Shelf
 //!                        ├── MemFiles       the simulator's disk, with power loss
-//!                        └── Crashing<F>    any of them, dying at a chosen step
+//!                        ├── Crashing<F>    any of them, dying at a chosen step
+//!                        └── Spilling<M, S> one of them, whose staging goes on in another one
 //! ```
 
 mod crash;
@@ -13,6 +14,7 @@ mod host;
 mod kept;
 mod mem;
 mod shelf;
+mod spill;
 
 use std::fmt;
 use std::io;
@@ -27,6 +29,7 @@ pub use host::HostFiles;
 pub use kept::{Keeper, KeptShelf};
 pub use mem::MemFiles;
 pub use shelf::{Claim, Shelf};
+pub use spill::{Spilling, StagingShare};
 
 /// One of the two staging areas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -141,6 +144,14 @@ pub trait Files {
     /// # Errors
     /// Whatever the file system reports; `NotFound` when the file is not open.
     fn cut(&mut self, name: FileName, bytes: u64) -> io::Result<()>;
+
+    /// The file's contents are not needed any more; `bytes_kept` of it may stay for speed.
+    ///
+    /// # Errors
+    /// As for [`cut`](Self::cut).
+    fn reuse(&mut self, name: FileName, bytes_kept: u64) -> io::Result<()> {
+        self.cut(name, bytes_kept)
+    }
 
     /// Waits until everything written to the file is as durable as the medium allows.
     ///
