@@ -15,7 +15,7 @@
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -29,6 +29,8 @@ use crate::server::Stopped;
 
 /// No moment yet.
 const NEVER: u64 = u64::MAX;
+/// How long whoever waits for the first entry into the guest stays awake for it.
+const ENTRY_SPIN: Duration = Duration::from_micros(500);
 
 /// Why vCPUs could not be started, stopped or looked at.
 #[derive(Debug, thiserror::Error)]
@@ -96,7 +98,7 @@ struct Shared {
     changed: Condvar,
     /// They may run, or have to end.
     go: Condvar,
-    /// When the first vCPU went on after the last `run`.
+    /// When the first vCPU went on after it was let go last.
     gone_on_at_ns: AtomicU64,
     ring_full: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
@@ -116,7 +118,6 @@ struct Gate {
     /// vCPUs that stand still or have ended.
     still: usize,
     shutdown: bool,
-    entered_at_ns: Option<u64>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -154,7 +155,6 @@ impl Vcpus {
             stop: true,
             still: 0,
             shutdown: false,
-            entered_at_ns: None,
         };
         let shared = Arc::new(Shared {
             vcpus,
@@ -232,9 +232,7 @@ impl Vcpus {
     /// Lets all vCPUs run. Returns the moment, on CLOCK_MONOTONIC, in nanoseconds.
     pub fn run(&self) -> u64 {
         let shared = &*self.shared;
-        let gate = shared.lock();
-        shared.gone_on_at_ns.store(NEVER, Ordering::SeqCst);
-        shared.release(gate);
+        shared.release(shared.lock());
         // One that was waiting for a core may have taken ours: it runs since then, and not since we are back.
         monotonic_ns().min(shared.gone_on_at_ns.load(Ordering::SeqCst))
     }
@@ -246,15 +244,23 @@ impl Vcpus {
     /// [`VcpuError::NotEntered`].
     pub fn run_and_wait_entry(&self, limit: Duration) -> Result<u64, VcpuError> {
         let shared = &*self.shared;
-        let mut gate = shared.lock();
-        gate.entered_at_ns = None;
-        shared.release(gate);
-        let (gate, _) = shared
+        shared.release(shared.lock());
+        let gone_on = || Some(shared.gone_on_at_ns.load(Ordering::SeqCst)).filter(|at| *at != NEVER);
+        let begun = Instant::now();
+        // Whoever slept here would be woken on the core of the vCPU that wakes it, and a guest that never waits keeps that core
+        // for milliseconds. Awake, it keeps its own.
+        while begun.elapsed() < limit.min(ENTRY_SPIN) {
+            if let Some(at) = gone_on() {
+                return Ok(at);
+            }
+            std::hint::spin_loop();
+        }
+        let waited = shared
             .changed
-            .wait_timeout_while(shared.lock(), limit, |gate| gate.entered_at_ns.is_none())
-            .unwrap_or_else(PoisonError::into_inner);
+            .wait_timeout_while(shared.lock(), limit, |_| gone_on().is_none());
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
         let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
-        gate.entered_at_ns.ok_or(VcpuError::NotEntered { limit_ms })
+        gone_on().ok_or(VcpuError::NotEntered { limit_ms })
     }
 
     /// Whether they were told to stand still.
@@ -324,6 +330,7 @@ impl Shared {
 
     fn release(&self, mut gate: MutexGuard<'_, Gate>) {
         gate.stop = false;
+        self.gone_on_at_ns.store(NEVER, Ordering::SeqCst);
         self.stop.store(false, Ordering::SeqCst);
         drop(gate);
         self.go.notify_all();
@@ -362,9 +369,7 @@ impl Shared {
             gate = self.go.wait(gate).unwrap_or_else(PoisonError::into_inner);
         }
         gate.still -= 1;
-        self.gone_on_at_ns.fetch_min(monotonic_ns(), Ordering::SeqCst);
-        if gate.entered_at_ns.is_none() {
-            gate.entered_at_ns = Some(monotonic_ns());
+        if self.gone_on_at_ns.fetch_min(monotonic_ns(), Ordering::SeqCst) == NEVER {
             self.changed.notify_all();
         }
         !gate.shutdown
