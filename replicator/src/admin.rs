@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::{Json, Router};
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::{Json, Router};
 use romulus_protocol::PrimaryOrder;
 use romulus_telemetry::{Api, ApiQuery, refusal};
 use romulus_transport::Certificates;

@@ -21,7 +21,7 @@ use romulus_protocol::{
     NotProtected, Notice, Primary, PrimaryCommand, PrimaryEvent, PrimaryMessage, PrimaryOrder, Protection,
     Remembered, WitnessRequest,
 };
-use romulus_telemetry::{Pulse, notice_event, systemd};
+use romulus_telemetry::{Pulse, systemd};
 use romulus_types::{Epoch, Term, Time};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};

@@ -13,13 +13,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use romulus_config::{PeerAddress, REPLICATOR_METRICS_PORT, Replicator};
+use romulus_daemon::{BadSettings, Reload};
 use romulus_host_sys::process_clock::Clock;
 use romulus_host_sys::{durable, priority, random};
 use romulus_hypervisor::kvm::{self, source::KvmSource};
 use romulus_hypervisor::qemu::source::{AttachOptions, GuardianProgram, QemuSource};
 use romulus_hypervisor::source::{Allowances, GuestSource};
 use romulus_protocol::{Primary, PrimaryConfig, Remembered};
-use romulus_daemon::{BadSettings, Reload};
 use romulus_telemetry::{Pulse, Server, serve_metrics, systemd};
 use romulus_transport::{Certificates, Endpoint, Identity, Service, WitnessClient};
 use romulus_types::{HostId, PAGE_BYTES};
@@ -222,7 +222,9 @@ async fn drive(
         jobs: jobs.clone(),
     };
     let again = options.clone();
-    let reload = Reload::new(settings.clone(), Arc::clone(&certificates), move || again.settings());
+    let reload = Reload::new(settings.clone(), Arc::clone(&certificates), move || {
+        again.settings()
+    });
     reload_at_hangup(reload)?;
     let link = Link::new(link_config, endpoint, encoder, events, Arc::clone(&status));
     let state_file = options.state_dir.join(format!("{}.json", options.vm));

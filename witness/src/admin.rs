@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::{Json, Router};
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::{Json, Router};
 use romulus_protocol::Record;
 use romulus_telemetry::{Api, ApiQuery, Check, Metrics, Pulse, catalogue, mode_json, refusal};
 use romulus_transport::{Certificates, Endpoint};

@@ -27,7 +27,14 @@ pub(crate) struct Counts {
 }
 
 /// Kinds of answers.
-const ANSWERS: [&str; 6] = ["granted", "refused", "unknown_vm", "wrong_instance", "current", NOT_ALLOWED];
+const ANSWERS: [&str; 6] = [
+    "granted",
+    "refused",
+    "unknown_vm",
+    "wrong_instance",
+    "current",
+    NOT_ALLOWED,
+];
 /// The settings do not allow the host to ask for the VM; it is told `unknown_vm`.
 const NOT_ALLOWED: &str = "not_allowed";
 /// Why requests are refused unanswered.
@@ -67,7 +74,9 @@ impl Counts {
 
     /// Answers of one kind.
     pub(crate) fn of(&self, kind: &str) -> u64 {
-        self.answers().find(|(name, _)| *name == kind).map_or(0, |(_, count)| count)
+        self.answers()
+            .find(|(name, _)| *name == kind)
+            .map_or(0, |(_, count)| count)
     }
 
     /// Answers given, by kind.

@@ -96,7 +96,11 @@ impl<S: Settings + Clone + Send + 'static> Reload<S> {
         }
         let changed = changed_keys(&self.last, &after);
         let mut applied = Vec::new();
-        for (key, apply) in self.live.iter().filter(|(key, _)| changed.iter().any(|k| k == key)) {
+        for (key, apply) in self
+            .live
+            .iter()
+            .filter(|(key, _)| changed.iter().any(|k| k == key))
+        {
             match apply(&after) {
                 Ok(()) => applied.push(*key),
                 Err(error) => {

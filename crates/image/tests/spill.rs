@@ -157,7 +157,8 @@ fn an_area_that_is_cut_reads_as_any_file_would() {
             files.cut(staging, cut_to).unwrap();
         }
         let length = plain.open(staging).unwrap().unwrap();
-        let mut read = [vec![0; length as usize], vec![0; length as usize]];
+        let bytes = usize::try_from(length).unwrap();
+        let mut read = [vec![0; bytes], vec![0; bytes]];
         plain.read_at(staging, 0, &mut read[0]).unwrap();
         spilling.read_at(staging, 0, &mut read[1]).unwrap();
         assert_eq!(read[0], read[1], "written at {write_at}, cut to {cut_to}");

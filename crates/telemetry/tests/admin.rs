@@ -171,7 +171,7 @@ async fn ask(server: &Server, path: &str, head: &str) -> String {
 async fn metrics_are_on_the_socket_and_on_tcp_in_the_form_that_is_asked_for() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("admin.sock");
-    let _socket = serve_admin(&path, router().merge(metrics().router())).unwrap();
+    let _socket = serve_admin(&path, None, router().merge(metrics().router())).unwrap();
     let text = AdminClient::new(&path).text("/metrics").await.unwrap();
     assert!(text.contains("romulus_vms 1"), "{text}");
     let tcp = serve_metrics(Some(([127, 0, 0, 1], 0).into()), 1, metrics().router())
