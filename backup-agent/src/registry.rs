@@ -9,13 +9,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, bail};
 use romulus_config::{BackupAgent, VmLimits};
-use romulus_host_sys::durable;
+use romulus_daemon::RecordFile;
 use romulus_host_sys::process_clock::Clock;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_image::Shelf;
 use romulus_protocol::{
     Answer, Ask, Backup, BackupConfig, BackupEvent, BackupOrder, ImageStatus, Mode, NotProtected, Protection,
-    Remembered, WitnessRequest,
+    WitnessRequest,
 };
 use romulus_transport::WitnessClient;
 use romulus_types::{Epoch, HostId, Nonce, VmId};
@@ -34,8 +34,6 @@ use crate::store::{Store, StoreSender, store_channel};
 use crate::vm_driver::VmDriver;
 use crate::vm_image::VmImage;
 
-/// Largest state file, in bytes.
-const STATE_BYTES_MAX: u64 = 64 << 10;
 /// Requests to the witness that wait, at most.
 const REQUESTS_MAX: usize = 8;
 
@@ -214,10 +212,7 @@ impl Registry {
             status.set_detail(text.to_owned());
         }
         let state_file = shared.state_dir.join(format!("{vm}.json"));
-        let remembered = durable::read_small(&state_file, STATE_BYTES_MAX)?
-            .map(|bytes| serde_json::from_slice::<Remembered>(&bytes))
-            .transpose()
-            .with_context(|| format!("{} is damaged: restore or remove it", state_file.display()))?;
+        let (record_file, remembered) = RecordFile::open(&state_file)?;
         let config = BackupConfig {
             vm: vm.clone(),
             host: shared.host.clone(),
@@ -252,7 +247,7 @@ impl Registry {
             status: Arc::clone(&status),
             clock: shared.clock,
             acked: Cell::new(Epoch::NONE),
-            state_file,
+            remembered: record_file,
         };
         let failed = Arc::clone(&status);
         tokio::spawn(async move {

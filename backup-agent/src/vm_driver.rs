@@ -10,13 +10,13 @@
 //! the next command.
 
 use std::cell::Cell;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use romulus_config::VmLimits;
+use romulus_daemon::RecordFile;
 use romulus_host_sys::process_clock::Clock;
 use romulus_hypervisor::fault;
 use romulus_protocol::{
@@ -67,8 +67,8 @@ pub struct VmDriver {
     pub clock: Clock,
     /// The newest commit that was acknowledged.
     pub acked: Cell<Epoch>,
-    /// Where what must be remembered is kept.
-    pub state_file: PathBuf,
+    /// What must be remembered.
+    pub remembered: RecordFile<Remembered>,
 }
 
 impl VmDriver {
@@ -176,10 +176,11 @@ impl VmDriver {
         let (done, wait) = oneshot::channel();
         self.store.send(StoreJob::Forget(done)).map_err(|_| gone())?;
         wait.await.map_err(|_| gone())??;
-        match std::fs::remove_file(&self.state_file) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(format!("could not remove {}: {error}", self.state_file.display()))
-            }
+        match std::fs::remove_file(self.remembered.path()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(format!(
+                "could not remove {}: {error}",
+                self.remembered.path().display()
+            )),
             _ => Ok(()),
         }
     }
@@ -188,7 +189,7 @@ impl VmDriver {
         match command {
             BackupCommand::Remember(remembered) => {
                 fault::point("agent.before_remember");
-                self.remember(&remembered)?;
+                self.remembered.write(&remembered)?;
                 fault::point("agent.after_remember");
             }
             BackupCommand::AskWitness(request) => {
@@ -288,11 +289,6 @@ impl VmDriver {
             &json!({"session": session.to_string(), "primary": current.primary().as_str()}),
         );
         Ok(())
-    }
-
-    fn remember(&self, remembered: &Remembered) -> anyhow::Result<()> {
-        romulus_host_sys::durable::replace(&self.state_file, &serde_json::to_vec(remembered)?)
-            .with_context(|| format!("could not write {}", self.state_file.display()))
     }
 
     /// The readers share this thread: after a short sleep what had arrived is in the inbox, before this.

@@ -4,8 +4,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use romulus_config::{PeerAddress, Replicator, load};
+use romulus_daemon::RecordFile;
 use romulus_protocol::{Answer, Ask, Mode, Remembered, WitnessRequest};
 use romulus_transport::{Endpoint, Identity, Service, WitnessClient};
 use romulus_types::{HostId, Nonce, VmId};
@@ -15,7 +16,6 @@ use crate::args::MayRunOptions;
 use crate::exit;
 
 /// Largest file of what a daemon remembers, in bytes.
-const STATE_BYTES_MAX: u64 = 64 << 10;
 /// The folders of the daemons' state, below the state folder.
 const DAEMONS: [&str; 2] = ["replicator", "backup-agent"];
 
@@ -101,12 +101,7 @@ fn remembered(state_dir: &Path, vm: &VmId) -> anyhow::Result<Vec<Remembered>> {
     let file = |daemon: &str| -> PathBuf { state_dir.join(daemon).join(format!("{vm}.json")) };
     let mut found = Vec::new();
     for path in DAEMONS.map(file) {
-        let bytes = romulus_host_sys::durable::read_small(&path, STATE_BYTES_MAX)
-            .with_context(|| format!("could not read {}", path.display()))?;
-        if let Some(bytes) = bytes {
-            let known = serde_json::from_slice(&bytes);
-            found.push(known.with_context(|| format!("{} is damaged", path.display()))?);
-        }
+        found.extend(RecordFile::<Remembered>::read(&path)?);
     }
     Ok(found)
 }

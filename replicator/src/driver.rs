@@ -10,12 +10,11 @@
 //! The loop never waits for the network, the disk's data or the hypervisor: it writes one small state file (which must
 //! be durable before the next command) and moves frames out of the gates.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use romulus_daemon::RecordFile;
 use romulus_hypervisor::fault;
 use romulus_protocol::{
     NotProtected, Notice, Primary, PrimaryCommand, PrimaryEvent, PrimaryMessage, PrimaryOrder, Protection,
@@ -71,8 +70,8 @@ pub struct Driver {
     pub status: Arc<Status>,
     /// The process's clock.
     pub clock: Clock,
-    /// Where what must be remembered is kept.
-    pub state_file: PathBuf,
+    /// What must be remembered.
+    pub remembered: RecordFile<Remembered>,
     /// When epochs ended, until they are committed: for the commit lag.
     pub captured_at: std::collections::VecDeque<(Epoch, Time)>,
     /// Whoever ordered something and waits for the end.
@@ -224,7 +223,7 @@ impl Driver {
         match command {
             PrimaryCommand::Remember(remembered) => {
                 fault::point("replicator.before_remember");
-                self.remember(&remembered)?;
+                self.remembered.write(&remembered)?;
                 fault::point("replicator.after_remember");
             }
             PrimaryCommand::AskWitness(request) => {
@@ -327,11 +326,6 @@ impl Driver {
             error!(event = "gate_failed", %error, "could not {what}: the guest stays mute");
             self.status.set_detail(format!("could not {what}: {error}"));
         }
-    }
-
-    fn remember(&self, remembered: &Remembered) -> anyhow::Result<()> {
-        romulus_host_sys::durable::replace(&self.state_file, &serde_json::to_vec(remembered)?)
-            .with_context(|| format!("could not write {}", self.state_file.display()))
     }
 
     /// The readers share this thread: after a short sleep what had arrived is in the inbox, before this.

@@ -13,9 +13,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use romulus_config::{PeerAddress, REPLICATOR_METRICS_PORT, Replicator};
-use romulus_daemon::{BadSettings, Reload};
+use romulus_daemon::{BadSettings, RecordFile, Reload};
 use romulus_host_sys::process_clock::Clock;
-use romulus_host_sys::{durable, priority, random};
+use romulus_host_sys::{priority, random};
 use romulus_hypervisor::kvm::{self, source::KvmSource};
 use romulus_hypervisor::qemu::source::{AttachOptions, GuardianProgram, QemuSource};
 use romulus_hypervisor::source::{Allowances, GuestSource};
@@ -46,8 +46,6 @@ use crate::witness_task;
 const JOBS_MAX: usize = 64;
 /// Jobs that wait for the encoder, at most.
 const ENCODE_JOBS_MAX: usize = 4;
-/// Largest state file, in bytes.
-const STATE_BYTES_MAX: u64 = 64 << 10;
 /// Between two tries to reach the backup or the witness.
 const RETRY: Duration = Duration::from_millis(100);
 /// How long the admin socket goes on answering after the driver ended.
@@ -228,7 +226,7 @@ async fn drive(
     reload_at_hangup(reload)?;
     let link = Link::new(link_config, endpoint, encoder, events, Arc::clone(&status));
     let state_file = options.state_dir.join(format!("{}.json", options.vm));
-    let remembered = remembered(&options.state_dir, &state_file)?;
+    let (record_file, remembered) = remembered(&options.state_dir, &state_file)?;
     let config = protocol(options, settings, host, backup);
     let primary = Primary::new(config, remembered, random::random_u128()?, clock.now());
     let admin_socket = settings.admin_socket(&options.vm);
@@ -268,7 +266,7 @@ async fn drive(
         current,
         status,
         clock,
-        state_file,
+        remembered: record_file,
         captured_at: VecDeque::new(),
         waiting: Vec::new(),
         terminating: false,
@@ -312,17 +310,9 @@ fn backup_host(options: &ProtectOptions, address: &PeerAddress) -> anyhow::Resul
     Ok(HostId::new(name)?)
 }
 
-fn remembered(dir: &Path, file: &Path) -> anyhow::Result<Option<Remembered>> {
+fn remembered(dir: &Path, file: &Path) -> anyhow::Result<(RecordFile<Remembered>, Option<Remembered>)> {
     std::fs::create_dir_all(dir).with_context(|| format!("could not make {}", dir.display()))?;
-    durable::read_small(file, STATE_BYTES_MAX)?
-        .map(|bytes| serde_json::from_slice(&bytes))
-        .transpose()
-        .with_context(|| {
-            format!(
-                "{} is damaged: restore it, or remove it and say --register",
-                file.display()
-            )
-        })
+    RecordFile::open(file).context("what is remembered of the VM can't be used; without it, say --register")
 }
 
 fn forward_signals(inbox: mpsc::Sender<Input>) -> anyhow::Result<()> {

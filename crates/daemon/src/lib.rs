@@ -4,9 +4,11 @@
 mod allow_list;
 mod bad_settings;
 mod certificates;
+mod record_file;
 mod reload;
 
 pub use allow_list::AllowList;
 pub use bad_settings::{BadSettings, exit_code};
 pub use certificates::reload_certificates;
+pub use record_file::{RecordError, RecordFile};
 pub use reload::Reload;
