@@ -1,8 +1,8 @@
 //! A small record that must survive, replaced with one write to the disk: a takeover waits for it.
 //!
 //! ```text
-//!   0       {"sequence":6,"crc32":…,"record":{…}} and blanks
-//!   4096    {"sequence":7,"crc32":…,"record":{…}} and blanks      written in turn; the newer whole one holds
+//!   0       {"sequence":6,"crc32":…,"record":"{…}"} and blanks
+//!   4096    {"sequence":7,"crc32":…,"record":"{…}"} and blanks    written in turn; the newer whole one holds
 //! ```
 //!
 //! A record that was torn by a crash was not durable yet, so nothing followed from it.
@@ -62,11 +62,12 @@ pub struct RecordFile<T> {
 struct Place {
     sequence: u64,
     crc32: u32,
-    record: serde_json::Value,
+    /// JSON by itself: a [`serde_json::Value`] has no 128-bit numbers.
+    record: String,
 }
 
 impl Place {
-    fn checksum(sequence: u64, record: &serde_json::Value) -> u32 {
+    fn checksum(sequence: u64, record: &str) -> u32 {
         crc32fast::hash(format!("{sequence} {record}").as_bytes())
     }
 
@@ -117,7 +118,7 @@ impl<T: Serialize + DeserializeOwned> RecordFile<T> {
     /// [`RecordError`]: then either record may be read later.
     pub fn write(&mut self, record: &T) -> Result<(), RecordError> {
         let sequence = self.sequence + 1;
-        let record = serde_json::to_value(record).map_err(|error| failed(&self.path)(error.into()))?;
+        let record = serde_json::to_string(record).map_err(|error| failed(&self.path)(error.into()))?;
         let place = Place {
             sequence,
             crc32: Place::checksum(sequence, &record),
@@ -163,7 +164,7 @@ fn newest<T: DeserializeOwned>(file: &File, path: &Path) -> Result<(u64, Option<
     };
     match newest {
         Some(place) => {
-            let record = serde_json::from_value(place.record).map_err(|_| damaged())?;
+            let record = serde_json::from_str(&place.record).map_err(|_| damaged())?;
             Ok((place.sequence, Some(record)))
         }
         // Only the very first record can be torn with nothing before it.
@@ -217,6 +218,15 @@ mod tests {
         file.write(&"5".to_owned()).unwrap();
         file.write(&"6".to_owned()).unwrap();
         assert_eq!(open(&path).unwrap().1.as_deref(), Some("6"));
+    }
+
+    #[test]
+    fn a_record_with_the_largest_numbers_reads_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.json");
+        let record = (u128::MAX, u64::MAX);
+        RecordFile::open(&path).unwrap().0.write(&record).unwrap();
+        assert_eq!(RecordFile::<(u128, u64)>::read(&path).unwrap(), Some(record));
     }
 
     #[test]
