@@ -158,7 +158,7 @@ impl Registry {
         let mut vms = self.lock();
         let mut others = Claims::default();
         for (other, handle) in vms.iter() {
-            others.used_bytes += handle.status.image_bytes();
+            others.used_bytes += handle.status.usage().bytes();
             if other != vm {
                 let image_bytes = handle.image_bytes.load(Ordering::Relaxed);
                 others.image_bytes += image_bytes;
@@ -197,7 +197,7 @@ impl Registry {
         };
         let mut image = VmImage::open(&shared.shelf, &shared.settings.image_dir, vm, limits)?;
         let guest = self.find_guest(vm, &mut image, &status);
-        status.set_image_bytes(image.touched_bytes());
+        status.set_usage(image.usage());
         let known = image.machine().map_or(0, |machine| machine.layout.bytes());
         let image_bytes = Arc::new(AtomicU64::new(known));
         let image_status = image.status();

@@ -293,7 +293,7 @@ impl ReadTask {
         let mut pace = limit.map(|limit| Pace::new(limit, Instant::now()));
         while let Some(frame) = reader.next().await? {
             let bytes = frame.payload.len();
-            if !self.store.frame(self.session, frame).await {
+            if !self.store.frame(self.session, frame, reader.received_at()).await {
                 bail!("the store of this VM is gone");
             }
             let wait = pace.as_mut().and_then(|pace| pace.read(bytes, Instant::now()));

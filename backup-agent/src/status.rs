@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use romulus_image::Usage;
 use romulus_protocol::{NotProtected, Notice, Protection};
 use romulus_telemetry::{EventLog, Histogram, Pulse, Samples, catalogue, notice_event};
 use romulus_types::{Epoch, Session, Term, VmId};
@@ -26,7 +27,7 @@ struct Inner {
     committed: Epoch,
     standby: &'static str,
     standby_pid: Option<u32>,
-    image_bytes: u64,
+    usage: Usage,
     commits: u64,
     receive_to_ack: Histogram,
     unacked: VecDeque<(Epoch, Instant)>,
@@ -146,7 +147,7 @@ impl VmStatus {
             committed: Epoch::NONE,
             standby: "none",
             standby_pid: None,
-            image_bytes: 0,
+            usage: Usage::default(),
             commits: 0,
             receive_to_ack: Histogram::new(),
             unacked: VecDeque::new(),
@@ -214,14 +215,13 @@ impl VmStatus {
         (inner.standby, inner.standby_pid) = (standby, pid);
     }
 
-    /// One checkpoint of so many pages was verified and applied; nanoseconds, and the image's size in bytes.
-    pub fn add_commit(&self, pages: u64, verify_ns: u64, apply_ns: u64, image_bytes: Option<u64>) {
+    /// One checkpoint of so many pages was verified and applied; nanoseconds.
+    pub fn add_commit(&self, pages: u64, verify_ns: u64, apply_ns: u64) {
         let mut inner = self.lock();
         inner.commits += 1;
         inner.committed_pages += pages;
         inner.verify.record(verify_ns);
         inner.apply.record(apply_ns);
-        inner.image_bytes = image_bytes.unwrap_or(inner.image_bytes);
     }
 
     /// The last byte of this epoch's checkpoint came at `received`; it is verified now.
@@ -254,14 +254,14 @@ impl VmStatus {
         inner.counts.sessions += 1;
     }
 
-    /// Bytes of the image and of what is staged, as counted now.
-    pub fn set_image_bytes(&self, image_bytes: u64) {
-        self.lock().image_bytes = image_bytes;
+    /// What the image takes, as counted now.
+    pub fn set_usage(&self, usage: Usage) {
+        self.lock().usage = usage;
     }
 
-    /// Bytes of the image that the guest has touched, as last counted.
-    pub fn image_bytes(&self) -> u64 {
-        self.lock().image_bytes
+    /// What the image takes, as last counted.
+    pub fn usage(&self) -> Usage {
+        self.lock().usage
     }
 
     /// A peer sent something that was refused.
@@ -348,7 +348,8 @@ impl VmStatus {
             "commits": inner.commits,
             "standby": inner.standby,
             "standby_pid": inner.standby_pid,
-            "image_bytes": inner.image_bytes,
+            "image_bytes": inner.usage.ram_bytes,
+            "staging_bytes": inner.usage.staging_bytes,
             "verify_us": percentiles_us(&inner.verify),
             "apply_us": percentiles_us(&inner.apply),
             "receive_to_ack_us": percentiles_us(&inner.receive_to_ack),
@@ -416,11 +417,12 @@ impl VmStatus {
                 inner.refused_input[cause as usize],
             );
         }
-        samples.number(
-            &catalogue::MEMORY_BYTES,
-            &[self.vm.as_str(), "image"],
-            inner.image_bytes,
-        );
+        for (kind, bytes) in [
+            ("image", inner.usage.ram_bytes),
+            ("staging", inner.usage.staging_bytes),
+        ] {
+            samples.number(&catalogue::MEMORY_BYTES, &[self.vm.as_str(), kind], bytes);
+        }
     }
 }
 

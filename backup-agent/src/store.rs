@@ -38,8 +38,9 @@ const FRAMES_WAITING_MAX: usize = 32;
 const JOBS_WAITING_MAX: usize = 64;
 /// One wait for the end of a guest; then it is waited for again.
 const GUEST_LOOK: Duration = Duration::from_secs(3600);
-/// Commits between two looks at the image's size.
+/// Commits between two looks at the image's size; the first is after the first one.
 const SIZE_EVERY_COMMITS: u64 = 64;
+const FIRST_SIZE: u64 = 1;
 
 /// What the store is asked to do.
 pub enum StoreJob {
@@ -119,9 +120,8 @@ impl StoreSender {
         self.jobs.downgrade()
     }
 
-    /// Hands in a frame; waits while too many do. `false` when the store is gone.
-    pub async fn frame(&self, session: Session, frame: Frame) -> bool {
-        let received = Instant::now();
+    /// Hands in a frame whose last byte came at `received`; waits while too many do. `false` when the store is gone.
+    pub async fn frame(&self, session: Session, frame: Frame, received: Instant) -> bool {
         let Ok(permit) = Arc::clone(&self.frames).acquire_owned().await else {
             return false;
         };
@@ -198,7 +198,7 @@ impl Store {
                 {
                     self.receiver = None;
                     self.image.discard_staging();
-                    self.status.set_image_bytes(self.image.touched_bytes());
+                    self.status.set_usage(self.image.usage());
                 }
             }
             StoreJob::MarkUnusable(done) => match self.image.mark_unusable() {
@@ -288,12 +288,10 @@ impl Store {
             return self.invalid(session, epoch, &error);
         }
         fault::point("agent.after_apply");
-        let image_bytes = epoch
-            .0
-            .is_multiple_of(SIZE_EVERY_COMMITS)
-            .then(|| self.image.touched_bytes());
-        self.status
-            .add_commit(pages, verify_ns, elapsed_ns(began), image_bytes);
+        self.status.add_commit(pages, verify_ns, elapsed_ns(began));
+        if epoch.0 % SIZE_EVERY_COMMITS == FIRST_SIZE {
+            self.status.set_usage(self.image.usage());
+        }
     }
 
     fn invalid(&mut self, session: Session, epoch: Epoch, error: &anyhow::Error) {

@@ -7,7 +7,7 @@ use anyhow::{Context, anyhow};
 use romulus_host_sys::durable;
 use romulus_hypervisor::fault;
 use romulus_hypervisor::spec::MachineSpec;
-use romulus_image::{HostFiles, Image, ImageError, ImageState, Limits, Shelf, UnusableReason};
+use romulus_image::{HostFiles, Image, ImageError, ImageState, Limits, Shelf, UnusableReason, Usage};
 use romulus_page_codec::Page;
 use romulus_protocol::ImageStatus;
 use romulus_types::{BlockId, Digest, Epoch, PageIndex, Session, VmId};
@@ -341,12 +341,12 @@ impl VmImage {
         remove_file(&self.consumed_file())
     }
 
-    /// Bytes that the guest has touched.
-    pub fn touched_bytes(&self) -> u64 {
+    /// What it takes; nothing when that can't be found out.
+    pub fn usage(&self) -> Usage {
         self.image
             .as_ref()
-            .and_then(|image| image.touched_bytes().ok())
-            .unwrap_or(0)
+            .and_then(|image| image.usage().ok())
+            .unwrap_or_default()
     }
 }
 

@@ -9,7 +9,7 @@ use romulus_types::{BlockId, Digest, Epoch, PageIndex, RamLayout, Session, Term,
 
 use crate::digests::DigestTable;
 use crate::error::Named;
-use crate::files::{FileName, Files, HostFiles};
+use crate::files::{Area, FileName, Files, HostFiles};
 use crate::memory::{block_ids, digest_all, locate, survey, sync_blocks, write_page};
 use crate::slot::{self, CommitRecord, Slot, Verdict};
 use crate::staging::{Contents, Writer};
@@ -35,6 +35,22 @@ impl Default for Limits {
             device_state_bytes_max: 64 << 20,
             staging_bytes_kept: 32 << 20,
         }
+    }
+}
+
+/// Memory (or disk space) that an image takes, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Of the guest's memory: pages that hold something.
+    pub ram_bytes: u64,
+    /// Of both staging areas, with what they keep between checkpoints for speed.
+    pub staging_bytes: u64,
+}
+
+impl Usage {
+    /// Both together.
+    pub fn bytes(self) -> u64 {
+        self.ram_bytes + self.staging_bytes
     }
 }
 
@@ -301,14 +317,21 @@ impl<F: Files> Image<F> {
         }
     }
 
-    /// Memory (or disk space) in use by the guest's memory and the staging areas, in bytes.
+    /// Memory (or disk space) in use by the guest's memory and the staging areas.
     ///
     /// # Errors
     /// [`ImageError::Io`].
-    pub fn touched_bytes(&self) -> Result<u64, ImageError> {
-        let staging = [crate::Area::A, crate::Area::B].map(FileName::Staging);
+    pub fn usage(&self) -> Result<Usage, ImageError> {
+        let ram: Vec<FileName> = block_ids(&self.layout).map(FileName::Ram).collect();
+        Ok(Usage {
+            ram_bytes: self.touched_bytes(&ram)?,
+            staging_bytes: self.touched_bytes(&[Area::A, Area::B].map(FileName::Staging))?,
+        })
+    }
+
+    fn touched_bytes(&self, files: &[FileName]) -> Result<u64, ImageError> {
         let mut bytes = 0;
-        for file in block_ids(&self.layout).map(FileName::Ram).chain(staging) {
+        for &file in files {
             bytes += self.files.touched_bytes(file).named("measure", file)?;
         }
         Ok(bytes)

@@ -53,7 +53,7 @@ pub use files::{
     Area, Claim, Crashing, FileName, Files, FolderShelf, Fuse, HostFiles, Keeper, KeptShelf, MemFiles,
     NoSuchFile, Shelf, Spilling, StagingShare,
 };
-pub use image::{Image, ImageState, Limits, UnusableReason};
+pub use image::{Image, ImageState, Limits, UnusableReason, Usage};
 pub use recover::Recovery;
 
 use romulus_types::Digest;

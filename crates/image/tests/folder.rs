@@ -37,9 +37,11 @@ fn an_image_in_a_folder_is_private_sparse_locked_and_removed_whole() {
     image.begin_sync(Session(1)).unwrap();
     let far = PageIndex((1 << 20) - 1);
     image.sync_page(far, &page(3)).unwrap();
-    assert!((4096..1 << 20).contains(&image.touched_bytes().unwrap()));
+    let usage = image.usage().unwrap();
+    assert!((4096..1 << 20).contains(&usage.ram_bytes));
+    assert_eq!(usage.staging_bytes, 0, "nothing was staged: {usage:?}");
     image.sync_page(far, &page(0)).unwrap();
-    assert_eq!(image.touched_bytes().unwrap(), 0);
+    assert_eq!(image.usage().unwrap().bytes(), 0);
     assert_eq!(image.image_digest(), Digest(0));
     drop(image);
     let image = Image::open_in(dir.path(), &vm(), limits()).unwrap();

@@ -1,5 +1,7 @@
 //! Whole frames from a stream of bytes.
 
+use std::time::Instant;
+
 use bytes::Bytes;
 use romulus_types::Session;
 use romulus_wire::{Frame, FrameDecoder, FrameType, WireError};
@@ -27,6 +29,7 @@ pub struct FrameReader {
     stream: RecvStream,
     decoder: FrameDecoder,
     chunk: Bytes,
+    chunk_read: Instant,
 }
 
 impl FrameReader {
@@ -36,6 +39,7 @@ impl FrameReader {
             stream,
             decoder: FrameDecoder::for_session(session),
             chunk: Bytes::new(),
+            chunk_read: Instant::now(),
         }
     }
 
@@ -45,6 +49,7 @@ impl FrameReader {
             stream,
             decoder: FrameDecoder::first_frame(frame_type),
             chunk: Bytes::new(),
+            chunk_read: Instant::now(),
         }
     }
 
@@ -59,13 +64,19 @@ impl FrameReader {
             }
             if self.chunk.is_empty() {
                 match self.stream.recv().await? {
-                    Some(chunk) => self.chunk = chunk,
+                    Some(chunk) => (self.chunk, self.chunk_read) = (chunk, Instant::now()),
                     None => return self.end(),
                 }
             }
             let taken = self.decoder.push(&self.chunk);
             let _ = self.chunk.split_to(taken);
         }
+    }
+
+    /// When the last byte of the frame that [`next`](Self::next) gave last was taken from the connection: with it may have come
+    /// frames that `next` gives later.
+    pub fn received_at(&self) -> Instant {
+        self.chunk_read
     }
 
     /// A header that was taken already counts as well: its payload is missing.
