@@ -33,7 +33,7 @@ use romulus_daemon::{AllowList, BadSettings, Reload, exit_code};
 use romulus_host_sys::SysError;
 use romulus_host_sys::process_clock::Clock;
 use romulus_image::Shelf;
-use romulus_telemetry::{Server, serve_metrics};
+use romulus_telemetry::{Pulse, Server, serve_metrics};
 use romulus_transport::{Certificates, Endpoint, Identity, Service, WitnessClient};
 use tracing::{error, info};
 
@@ -132,7 +132,8 @@ async fn run(
     });
     registry.recover()?;
     let metrics_listen = Arc::new(OnceLock::new());
-    let watched = metrics::router(&registry, &endpoint, watching.stall_limit);
+    let pulse = Pulse::of_service();
+    let watched = metrics::router(&registry, &endpoint, &pulse, watching.stall_limit);
     let state = admin::Admin {
         registry: registry.clone(),
         endpoint: Arc::clone(&endpoint),
@@ -156,7 +157,7 @@ async fn run(
     });
     tokio::spawn(listener.run());
     info!(event = "ready", host = host.as_str(), %listen);
-    service::serve(&registry, reload).await?;
+    service::serve(&registry, &pulse, reload).await?;
     info!(
         event = "terminate",
         "standbys that run a guest go on without the agent"

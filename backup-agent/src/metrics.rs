@@ -4,13 +4,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use romulus_telemetry::{Check, Metrics, catalogue, watched_router};
+use romulus_telemetry::{Check, Metrics, Pulse, catalogue, watched_router};
 use romulus_transport::Endpoint;
 
 use crate::registry::Registry;
 
-/// The routes `/metrics`, `/healthz` and `/readyz`.
-pub fn router(registry: &Registry, endpoint: &Arc<Endpoint>, stall_limit: Duration) -> Router {
+/// The routes `/metrics`, `/healthz` and `/readyz`; `service` beats in the loop that serves the service manager.
+pub fn router(
+    registry: &Registry,
+    endpoint: &Arc<Endpoint>,
+    service: &Pulse,
+    stall_limit: Duration,
+) -> Router {
     let (shown, endpoint) = (registry.clone(), Arc::clone(endpoint));
     let version = env!("CARGO_PKG_VERSION");
     let metrics = Metrics::new(catalogue::BACKUP_AGENT, "backup-agent", version, move |samples| {
@@ -32,8 +37,9 @@ pub fn router(registry: &Registry, endpoint: &Arc<Endpoint>, stall_limit: Durati
             status.sample(samples);
         }
     });
-    let (works, able) = (registry.clone(), registry.clone());
+    let (works, able, service) = (registry.clone(), registry.clone(), service.clone());
     let alive: Check = Arc::new(move || {
+        service.check("the agent's own loop", stall_limit)?;
         every(&works, |status| {
             status
                 .pulse

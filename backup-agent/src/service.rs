@@ -1,13 +1,13 @@
 //! The agent towards its service manager: signals, the status line, the watchdog.
 //!
 //! All drivers and sessions are tasks of the thread that this loop runs on: as long as it comes round, none of them blocks the
-//! others. So the watchdog is patted here.
+//! others. So its pulse is the service's, which pats the watchdog.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use romulus_config::BackupAgent;
 use romulus_daemon::Reload;
-use romulus_telemetry::systemd;
+use romulus_telemetry::{Pulse, systemd};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::registry::Registry;
@@ -19,12 +19,15 @@ const TURN: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// When signals can't be waited for.
-pub async fn serve(registry: &Registry, mut reload: Reload<BackupAgent>) -> anyhow::Result<()> {
+pub async fn serve(
+    registry: &Registry,
+    pulse: &Pulse,
+    mut reload: Reload<BackupAgent>,
+) -> anyhow::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut hangup = signal(SignalKind::hangup())?;
     let mut turn = tokio::time::interval(TURN);
     turn.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut watchdog = systemd::Watchdog::from_environment();
     let mut line = systemd::StatusLine::default();
     systemd::ready();
     loop {
@@ -33,7 +36,7 @@ pub async fn serve(registry: &Registry, mut reload: Reload<BackupAgent>) -> anyh
             _ = interrupt.recv() => break,
             _ = hangup.recv() => reload = reload.run().await,
             _ = turn.tick() => {
-                watchdog.pat(Instant::now());
+                pulse.beat();
                 line.set(status_line(registry));
             }
         }

@@ -80,12 +80,11 @@ pub struct Driver {
     pub terminating: bool,
     /// The guest was moved to the backup on purpose.
     pub handed_over: bool,
-    /// Beats as the loop turns.
+    /// Beats as the loop turns, and pats the watchdog: a loop that hangs is ended, so that the guest is not held for longer
+    /// than need be.
     pub pulse: Pulse,
     /// The record lets this host speak, and a gate could not be opened: when to try again.
     pub reopen_at: Option<Instant>,
-    /// Patted by the loop: one that hangs is ended, so that the guest is not held for longer than need be.
-    pub watchdog: systemd::Watchdog,
 }
 
 /// The record names another host: starting again changes nothing.
@@ -119,7 +118,6 @@ impl Driver {
             if matches!(self.carry_out().await?, Step::Finished) {
                 return Ok(());
             }
-            self.watchdog.pat(Instant::now());
             let deadline = self.deadline();
             tokio::select! {
                 biased;

@@ -20,7 +20,7 @@ use romulus_hypervisor::kvm::{self, source::KvmSource};
 use romulus_hypervisor::qemu::source::{AttachOptions, GuardianProgram, QemuSource};
 use romulus_hypervisor::source::{Allowances, GuestSource};
 use romulus_protocol::{Primary, PrimaryConfig, Remembered};
-use romulus_telemetry::{Pulse, Server, serve_metrics, systemd};
+use romulus_telemetry::{Pulse, Server, serve_metrics};
 use romulus_transport::{Certificates, Endpoint, Identity, Service, WitnessClient};
 use romulus_types::{HostId, PAGE_BYTES};
 use tokio::signal::unix::{SignalKind, signal};
@@ -185,7 +185,7 @@ async fn drive(
     std::thread::Builder::new()
         .name("encoder".into())
         .spawn(move || encode.run(&encode_jobs))?;
-    let (driver_pulse, capture_pulse) = (Pulse::new(), Pulse::new());
+    let (driver_pulse, capture_pulse) = (Pulse::of_service(), Pulse::new());
     let capture = CaptureThread {
         source,
         jobs: job_receiver,
@@ -273,7 +273,6 @@ async fn drive(
         handed_over: false,
         pulse: driver_pulse,
         reopen_at: None,
-        watchdog: systemd::Watchdog::from_environment(),
     };
     let result = driver.run().await;
     // Whoever ordered the end still waits for the answer.

@@ -20,8 +20,8 @@ use crate::store::Store;
 
 /// The loop turns at least this often.
 const BEAT: Duration = Duration::from_secs(1);
-/// Without a watchdog the tick does nothing.
-const IDLE_TICK: Duration = Duration::from_secs(3600);
+/// How often the status line is looked at, which waits for the records.
+const LINE_EVERY: Duration = Duration::from_secs(15);
 
 /// Runs until SIGTERM or SIGINT.
 ///
@@ -70,7 +70,7 @@ async fn serve(
         counts,
         certificates,
     };
-    let pulse = Pulse::new();
+    let pulse = Pulse::of_service();
     let watched = admin::watched_router(Watched {
         admin: admin.clone(),
         endpoint: Arc::clone(&endpoint),
@@ -87,12 +87,11 @@ async fn serve(
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
-    let mut tick = tokio::time::interval(systemd::watchdog_interval().unwrap_or(IDLE_TICK));
     let listen = endpoint.local_addr().context("the socket has no address")?;
     info!(event = "ready", %listen, host = %identity.host());
     systemd::ready();
-    line.set(format!("{} VMs have a record", records.records().len()));
     let mut beat = tokio::time::interval(BEAT);
+    let mut look = tokio::time::interval(LINE_EVERY);
     let result = loop {
         pulse.beat();
         tokio::select! {
@@ -105,10 +104,7 @@ async fn serve(
             _ = terminate.recv() => break Ok(()),
             _ = interrupt.recv() => break Ok(()),
             _ = hangup.recv() => reload = reload.run().await,
-            _ = tick.tick() => {
-                systemd::watchdog();
-                line.set(format!("{} VMs have a record", records.records().len()));
-            }
+            _ = look.tick() => line.set(format!("{} VMs have a record", records.records().len())),
             _ = beat.tick() => {}
         }
     };

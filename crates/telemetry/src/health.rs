@@ -9,6 +9,7 @@ use axum::http::StatusCode;
 use axum::routing::get;
 
 use crate::Metrics;
+use crate::systemd::Watchdog;
 
 /// Beats each time that a loop which does the work has turned. Clones stand for the same loop.
 #[derive(Clone, Debug)]
@@ -16,6 +17,7 @@ pub struct Pulse {
     began: Instant,
     /// Milliseconds after `began`.
     last: Arc<AtomicU64>,
+    watchdog: Option<Arc<Watchdog>>,
 }
 
 impl Default for Pulse {
@@ -30,6 +32,15 @@ impl Pulse {
         Self {
             began: Instant::now(),
             last: Arc::default(),
+            watchdog: None,
+        }
+    }
+
+    /// That of the loop by which systemd judges the daemon: it pats the watchdog as well, when the unit has one.
+    pub fn of_service() -> Self {
+        Self {
+            watchdog: Watchdog::from_environment().map(Arc::new),
+            ..Self::new()
         }
     }
 
@@ -37,6 +48,9 @@ impl Pulse {
     pub fn beat(&self) {
         let ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.last.store(ms, Ordering::Relaxed);
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.pat(ms);
+        }
     }
 
     /// How long ago the loop turned last.
@@ -92,7 +106,7 @@ mod tests {
     fn a_loop_that_stands_still_is_found_and_named() {
         let pulse = Pulse {
             began: Instant::now() - Duration::from_secs(90),
-            last: Arc::default(),
+            ..Pulse::new()
         };
         let found = pulse.check("the driver", Duration::from_secs(60)).unwrap_err();
         assert!(found.starts_with("the driver has not turned for 9"), "{found}");

@@ -1,7 +1,8 @@
 //! Notes to systemd (`Type=notify`). Outside systemd, and when a note fails, nothing happens: a daemon must not
 //! stop protecting because nobody listens.
 
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use sd_notify::NotifyState;
 
@@ -40,45 +41,42 @@ pub fn stopping() {
     tell(&[NotifyState::Stopping]);
 }
 
-/// The daemon makes progress. Call it from the loop that does the work, never from a timer of its own.
-pub fn watchdog() {
-    tell(&[NotifyState::Watchdog]);
-}
-
-/// How often [`watchdog`] should be called: half the unit's `WatchdogSec`. `None` without a watchdog.
-pub fn watchdog_interval() -> Option<Duration> {
-    sd_notify::watchdog_enabled().map(|limit| limit / 2)
-}
-
-/// Pats the watchdog, as often as is needed and not more, from a loop that comes by more often than that.
+/// Pats the unit's watchdog, as often as is needed and not more, from a loop that comes by more often than that.
 #[derive(Debug)]
-pub struct Watchdog {
-    every: Option<Duration>,
-    last: Option<Instant>,
+pub(crate) struct Watchdog {
+    every_ms: u64,
+    /// When the next one is due, in the time of those who pat.
+    next_ms: AtomicU64,
 }
 
 impl Watchdog {
-    /// As the unit's `WatchdogSec` says; does nothing without one.
-    pub fn from_environment() -> Self {
-        Self {
-            every: watchdog_interval(),
-            last: None,
-        }
+    /// As the unit's `WatchdogSec` says; none without one.
+    pub(crate) fn from_environment() -> Option<Self> {
+        sd_notify::watchdog_enabled().map(Self::new)
     }
 
-    /// The loop has come round, at this time.
-    pub fn pat(&mut self, now: Instant) {
-        if self.is_due(now) {
-            self.last = Some(now);
-            watchdog();
-        }
-    }
-
-    fn is_due(&self, now: Instant) -> bool {
+    fn new(limit: Duration) -> Self {
         // Early enough that one pat may be late.
-        let due = |last: Instant, every: Duration| now.saturating_duration_since(last) >= every / 2;
-        self.every
-            .is_some_and(|every| self.last.is_none_or(|last| due(last, every)))
+        Self {
+            every_ms: u64::try_from((limit / 4).as_millis()).unwrap_or(u64::MAX),
+            next_ms: AtomicU64::new(0),
+        }
+    }
+
+    /// The loop has come round, at this time, in milliseconds from any beginning.
+    pub(crate) fn pat(&self, now_ms: u64) {
+        if self.is_due(now_ms) {
+            tell(&[NotifyState::Watchdog]);
+        }
+    }
+
+    /// Whether a pat is due, which it then is not again for a while.
+    fn is_due(&self, now_ms: u64) -> bool {
+        let due = now_ms >= self.next_ms.load(Ordering::Relaxed);
+        if due {
+            self.next_ms.store(now_ms + self.every_ms, Ordering::Relaxed);
+        }
+        due
     }
 }
 
@@ -102,17 +100,12 @@ mod tests {
 
     #[test]
     fn the_watchdog_is_patted_in_time_and_not_at_every_turn() {
-        let start = Instant::now();
-        let at = |ms| start + Duration::from_millis(ms);
-        let mut watchdog = Watchdog {
-            every: Some(Duration::from_secs(10)),
-            last: None,
-        };
-        assert!(watchdog.is_due(at(0)));
-        watchdog.last = Some(at(0));
-        assert!(!watchdog.is_due(at(4_999)));
-        assert!(watchdog.is_due(at(5_000)));
-        watchdog.every = None;
-        assert!(!watchdog.is_due(at(60_000)));
+        let watchdog = Watchdog::new(Duration::from_secs(20));
+        assert!(watchdog.is_due(0));
+        assert!(!watchdog.is_due(0));
+        assert!(!watchdog.is_due(4_999));
+        assert!(watchdog.is_due(5_001));
+        assert!(!watchdog.is_due(10_000));
+        assert!(watchdog.is_due(10_001));
     }
 }
