@@ -106,6 +106,14 @@ impl Lab {
         Ok(String::from_utf8_lossy(&out.stdout).into_owned())
     }
 
+    /// Does something in the network of a host, on this thread; what it opens there stays there.
+    ///
+    /// # Errors
+    /// When the network is gone.
+    pub fn on<T>(&self, host: Host, work: impl FnOnce() -> T) -> Result<T> {
+        visit(&self.net.namespace(host), work)
+    }
+
     /// A path in the folder for sockets and state.
     #[must_use]
     pub fn run_path(&self, name: &str) -> PathBuf {

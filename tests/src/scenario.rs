@@ -1,14 +1,17 @@
 //! The main job, once: a guest serves, is protected while it runs, its host dies, and its clients notice a stall.
 
+use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::client::ClientReport;
 use crate::daemons::ProtectConfig;
+use crate::dashboard::{Dashboard, picture};
 use crate::probe::{Quantiles, Random};
+use crate::prometheus::Prometheus;
 use crate::report::{Kill, OK};
 use crate::stage::{Stage, StageConfig};
 use crate::{Paths, Stamp, Vmm};
@@ -29,6 +32,8 @@ pub struct ScenarioConfig {
     pub protected: Duration,
     /// Go on for so long after the takeover.
     pub after: Duration,
+    /// Have a Prometheus watch the daemons, and draw the dashboard of the run into this file.
+    pub dashboard: Option<PathBuf>,
 }
 
 impl Default for ScenarioConfig {
@@ -39,6 +44,7 @@ impl Default for ScenarioConfig {
             before: Duration::from_secs(5),
             protected: Duration::from_secs(10),
             after: Duration::from_secs(5),
+            dashboard: None,
         }
     }
 }
@@ -49,6 +55,8 @@ impl Default for ScenarioConfig {
 /// When it does not come as far as a takeover, or nothing can be verified afterwards. A loss is no error but a verdict.
 pub fn kill_once(paths: &Paths, prefix: &str, config: &ScenarioConfig) -> Result<Kill> {
     let mut stage = Stage::raise(paths, prefix, &config.stage)?;
+    let watching = config.dashboard.as_ref().map(|_| Prometheus::start(&stage.lab));
+    let watching = watching.transpose()?;
     let baseline_from = Stamp::now();
     sleep(config.before);
     let baseline_to = Stamp::now();
@@ -69,6 +77,9 @@ pub fn kill_once(paths: &Paths, prefix: &str, config: &ScenarioConfig) -> Result
         .quantiles(protected_from, killed.minus(Duration::from_millis(200)));
     let answered = stage.wait_ack_after(killed.plus(Duration::from_millis(20)), REPLY_AT_MOST);
     sleep(config.after);
+    if let Some((prometheus, file)) = watching.as_ref().zip(config.dashboard.as_ref()) {
+        draw_dashboard(&stage, prometheus, (baseline_from, killed), file)?;
+    }
     let whole = match stage.lab.vmm {
         Vmm::Qemu => Ok(()),
         Vmm::Testbed => stage.ensure_guest_is_whole(),
@@ -117,6 +128,24 @@ pub fn survive(paths: &Paths, prefix: &str, config: &ScenarioConfig) -> Result<K
     );
     ensure!(kill.acked_writes > 100, "only {} writes", kill.acked_writes);
     Ok(kill)
+}
+
+/// Draws what the dashboard shows of the run until now.
+fn draw_dashboard(
+    stage: &Stage,
+    prometheus: &Prometheus,
+    (began, killed): (Stamp, Stamp),
+    file: &Path,
+) -> Result<()> {
+    let dashboard = Dashboard::shipped()?;
+    let whole = (began, Stamp::now());
+    let run = dashboard.ask(prometheus, &stage.lab, whole, &[(killed, "the host is killed")])?;
+    let title = format!(
+        "a run of `cargo xtask demo`: a guest in {}, protected, then its host killed",
+        stage.lab.vmm.name()
+    );
+    std::fs::write(file, picture(&dashboard, &run, &title))
+        .with_context(|| format!("cannot write {}", file.display()))
 }
 
 /// What the status said before the kill.

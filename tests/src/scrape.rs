@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-use crate::namespace::visit;
 use crate::{Host, Lab};
 
 /// Longest that a page may take.
@@ -88,9 +87,7 @@ impl Lab {
     /// # Errors
     /// When nobody answers, or not in HTTP.
     pub fn page(&self, host: Host, port: u16, path: &str) -> Result<(u16, String)> {
-        let connected = visit(&self.net.namespace(host), || {
-            TcpStream::connect((Ipv4Addr::LOCALHOST, port))
-        })?;
+        let connected = self.on(host, || TcpStream::connect((Ipv4Addr::LOCALHOST, port)))?;
         let mut stream = connected.with_context(|| format!("nobody answers on port {port} of {host}"))?;
         stream.set_read_timeout(Some(PAGE_AT_MOST))?;
         stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())?;

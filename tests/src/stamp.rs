@@ -36,6 +36,12 @@ impl Stamp {
         self.0
     }
 
+    /// Seconds since 1970.
+    #[must_use]
+    pub fn seconds(self) -> f64 {
+        Duration::from_micros(self.0).as_secs_f64()
+    }
+
     /// Milliseconds from `earlier` to this moment; negative when it is not earlier.
     #[must_use]
     pub fn ms_since(self, earlier: Stamp) -> f64 {

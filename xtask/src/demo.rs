@@ -41,6 +41,9 @@ pub(crate) struct Args {
     /// QEMU's accelerator, tcg or kvm; found out by trying when not given
     #[arg(long, value_name = "NAME", value_parser = ["tcg", "kvm"], conflicts_with = "kvm")]
     accel: Option<String>,
+    /// Have a Prometheus watch the daemons, and draw the Grafana dashboard of the run into this file, as SVG
+    #[arg(long, value_name = "FILE")]
+    dashboard: Option<PathBuf>,
     /// Let the guest steer its clock by the emulated RTC, the remedy for the clock's slip
     #[arg(long, conflicts_with = "kvm")]
     clock_remedy: bool,
@@ -138,6 +141,7 @@ fn choose_accel(args: &Args, paths: &Paths) -> Result<Accel> {
 fn scenario(args: &Args, accelerator: &Accel, seed: u64) -> ScenarioConfig {
     let mut config = ScenarioConfig {
         protected: Duration::from_secs(args.protected),
+        dashboard: args.dashboard.clone(),
         ..ScenarioConfig::default()
     };
     config.stage.seed = seed;

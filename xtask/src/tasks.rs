@@ -9,7 +9,14 @@ use crate::trial::Suite;
 use crate::{deb, demo, kvm, setup, sh, systemd_tree};
 
 /// The files of end-to-end tests that need `/dev/kvm`.
-const OVER_KVM: [&str; 4] = ["kvm.rs", "many.rs", "restarts.rs", "systemd_kvm.rs"];
+const OVER_KVM: [&str; 6] = [
+    "kvm.rs",
+    "many.rs",
+    "metrics.rs",
+    "restarts.rs",
+    "storm.rs",
+    "systemd_kvm.rs",
+];
 
 /// What `cargo xtask test` can be told.
 #[derive(clap::Args, Debug)]
