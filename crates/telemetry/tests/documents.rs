@@ -1,5 +1,7 @@
-//! docs/src/metrics.md lists every metric, as the daemons' catalogues have them. `UPDATE_DOCS=1` writes the lists anew.
+//! docs/src/metrics.md lists every metric, as the daemons' catalogues have them; `UPDATE_DOCS=1` writes the lists anew. And the tests
+//! that the threat model names are there.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -64,5 +66,42 @@ fn the_documentation_says_every_reason_why_a_vm_is_not_protected() {
     for reason in NotProtected::ALL {
         let line = format!("| `{}` | {} |\n", reason.name(), reason.words());
         assert!(document.contains(&line), "{line}");
+    }
+}
+
+/// The names of all functions in Rust files below a folder.
+fn functions(folder: &Path, found: &mut BTreeSet<String>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            functions(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let names = text
+                .split("fn ")
+                .skip(1)
+                .filter_map(|rest| rest.split('(').next());
+            found.extend(names.map(str::to_owned));
+        }
+    }
+}
+
+#[test]
+fn every_test_that_the_threat_model_names_is_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let document = std::fs::read_to_string(root.join("docs/src/threat-model.md")).unwrap();
+    let mut there = BTreeSet::new();
+    for folder in ["tests/tests", "crates/transport/tests"] {
+        functions(&root.join(folder), &mut there);
+    }
+    let names = document.split('`').skip(1).step_by(2);
+    // A promise has more words than a setting.
+    let promises: Vec<&str> = names.filter(|name| name.matches('_').count() > 5).collect();
+    assert!(promises.len() > 10, "{promises:?}");
+    for name in promises {
+        assert!(
+            there.contains(name),
+            "the threat model names {name}, which is no test"
+        );
     }
 }

@@ -18,7 +18,7 @@ async fn a_host_has_those_vms_backed_up_that_the_settings_allow_it_and_no_other(
     let place = Place::new();
     let _witness = place.start_witness().await;
     let mut agent = place
-        .start_agent_with("allow = [{ host = \"primary\", vms = [\"web*\"] }]", "")
+        .start_agent_with("allow = [{ host = \"primary\", vms = [\"web*\"] }]")
         .await;
     let endpoint = client(&place.identity("primary"), Service::Pair);
     let asked = true_hello(&place, "web-1", "primary", Session(1)).await;

@@ -113,7 +113,7 @@ async fn strangers_and_noise_reach_nothing_and_are_counted() {
     send_noise(at, &packets[100]);
     siege.still_serves("noise and damaged packets").await;
 
-    let held = half_open(at, &packets[..100]);
+    let held = half_open(std::net::Ipv4Addr::LOCALHOST, at, &packets[..100]);
     siege.still_serves("100 half-open handshakes").await;
     let endpoint = client(&siege.place.identity("other"), Service::Pair);
     let connected = endpoint.connect(&peer(at)).await;
@@ -235,7 +235,7 @@ async fn sessions_that_may_not_be_are_refused_with_the_cause() {
         .await
         .unwrap();
     good.commit().await;
-    good.leave().await;
+    good.leave(&siege.place).await;
     let mut older = siege.hello(VM, "other").await;
     older.term = Term(0);
     asked.push(("an older term", older, "it was taken over since"));
@@ -253,7 +253,7 @@ async fn sessions_that_may_not_be_are_refused_with_the_cause() {
     Primary::open(&siege.place, &endpoint, &third)
         .await
         .unwrap()
-        .leave()
+        .leave(&siege.place)
         .await;
     asked.push((
         "one VM too many",
@@ -342,7 +342,7 @@ async fn lie_in_sessions(cases: &'static [BadSession]) -> Siege {
     );
     assert_eq!(good.commit().await, Epoch(2));
     siege.agent.assert_well("a stream that nobody reads");
-    good.leave().await;
+    good.leave(&siege.place).await;
     // Back to one commit, for the callers: a new session begins afresh.
     let mut last = Primary::open(&siege.place, &endpoint, &siege.hello(VM, "other").await)
         .await

@@ -109,7 +109,7 @@ async fn the_witness_answers_a_good_host_whatever_strangers_do() {
     send_noise(at, &packets[200]);
     siege.still_answers("noise and damaged packets").await;
 
-    let held = half_open(at, &packets[..200]);
+    let held = half_open(std::net::Ipv4Addr::LOCALHOST, at, &packets[..200]);
     assert_eq!(held.len(), 200);
     siege.still_answers("200 half-open handshakes").await;
     let fresh = asker(&siege.place, "backup");

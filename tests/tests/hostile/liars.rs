@@ -48,7 +48,7 @@ async fn a_liar_neither_voids_a_commit_that_waits_nor_locks_its_primary_out() {
     let asked = true_hello(&place, "web", "primary", Session(1)).await;
     let mut primary = Primary::open(&place, &endpoint, &asked).await.unwrap();
     primary.commit().await;
-    primary.leave().await;
+    primary.leave(&place).await;
     let before = remembered(&place, "web").expect("a session was accepted");
 
     // Nobody is connected now, and the image holds a commit.
@@ -158,7 +158,7 @@ async fn a_known_vms_hello_waits_for_a_silent_witness_within_a_bound() {
     let asked = true_hello(&place, "web", "primary", Session(1)).await;
     let mut primary = Primary::open(&place, &endpoint, &asked).await.unwrap();
     primary.commit().await;
-    primary.leave().await;
+    primary.leave(&place).await;
     witness.kill();
     let again = Hello {
         session: Session(2),
@@ -181,23 +181,21 @@ async fn a_known_vms_hello_waits_for_a_silent_witness_within_a_bound() {
 async fn a_host_that_says_nothing_takes_neither_all_places_nor_any_for_long() {
     let (place, _witness, mut agent) = start().await;
     let silent = client(&place.identity("other"), Service::Pair);
-    let mut held = Vec::new();
-    for _ in 0..PER_HOST_MAX {
-        held.push(silent.connect(&peer(place.agent_at)).await.unwrap());
-    }
     let refused = || {
         place.status(AGENT)["handshakes"]["refused_of_host"]
             .as_u64()
             .unwrap()
     };
-    assert_eq!(refused(), 0);
-    let one_more = silent.connect(&peer(place.agent_at)).await;
-    match one_more {
-        Err(TransportError::Busy { .. }) => {}
-        Err(error) => panic!("{error}"),
-        Ok(connection) => assert_eq!(closed(&connection).await.code, CloseCode::LIMIT),
+    let mut held = Vec::new();
+    // On a machine that is so busy that the first ones are closed meanwhile, it takes more.
+    while refused() == 0 {
+        assert!(held.len() < 20 * PER_HOST_MAX, "one host takes all places");
+        match silent.connect(&peer(place.agent_at)).await {
+            Ok(connection) => held.push(connection),
+            Err(TransportError::Busy { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
     }
-    assert_eq!(refused(), 1);
 
     // Another host has places of its own.
     let endpoint = client(&place.identity("primary"), Service::Pair);
@@ -206,14 +204,20 @@ async fn a_host_that_says_nothing_takes_neither_all_places_nor_any_for_long() {
     primary.commit().await;
 
     let counted = || place.status(AGENT)["refused_connections"].as_u64().unwrap();
+    let mut silent_ones = 0;
     for connection in &held {
         let refusal = closed(connection).await;
+        if refusal.code == CloseCode::LIMIT {
+            continue;
+        }
         assert!(
             refusal.reason.contains("did not say hello in time"),
             "{refusal:?}"
         );
+        silent_ones += 1;
     }
-    assert_eq!(counted(), held.len() as u64);
+    assert!(silent_ones >= PER_HOST_MAX as u64, "{silent_ones}");
+    assert_eq!(counted(), silent_ones);
     drop(held);
     agent.assert_well("silent connections");
     assert_eq!(primary.commit().await, Epoch(2));

@@ -1,7 +1,7 @@
 //! A primary made of the shipped parts (transport, wire, page-codec): good unless a case makes it bad.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use romulus_hypervisor::qemu::stream::{StreamBlock, Template};
@@ -135,6 +135,7 @@ pub struct Primary {
     pub control: SendStream,
     pub data: SendStream,
     pub session: Session,
+    vm: VmId,
     reader: FrameReader,
     image: ImageDigest,
     digests: BTreeMap<PageIndex, Digest>,
@@ -176,6 +177,7 @@ impl Primary {
             control: streams.sender,
             data,
             session: hello.session,
+            vm: hello.vm.clone(),
             reader,
             image: ImageDigest::ZERO,
             digests: BTreeMap::new(),
@@ -244,11 +246,20 @@ impl Primary {
         self.control.send(frame).await.unwrap();
     }
 
-    /// Ends the session as a primary does that is done.
-    pub async fn leave(self) {
+    /// Ends the session as a primary does that is done, and waits until the agent has heard it.
+    pub async fn leave(self, place: &Place) {
         self.connection.close(CloseCode::DONE, "");
-        // The agent hears it before the next session of this VM asks.
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        let began = Instant::now();
+        loop {
+            let status = place.status("backup-agent");
+            let vms = status["vms"].as_array().unwrap();
+            let vm = vms.iter().find(|vm| vm["vm"] == self.vm.as_str()).unwrap();
+            if vm["session"] != self.session.to_string() {
+                return;
+            }
+            assert!(began.elapsed() < SOON, "the agent keeps the session: {vm}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 }
 
