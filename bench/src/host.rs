@@ -2,11 +2,12 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::SystemTime;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The machine, as far as it matters for a figure. What is not to be had is `"unknown"` or 0.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Host {
     pub(crate) cpu: String,
     pub(crate) cores: usize,
@@ -21,13 +22,13 @@ pub(crate) struct Host {
 }
 
 /// What was measured.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Versions {
-    pub(crate) romulus: &'static str,
+    pub(crate) romulus: String,
     /// The commit of the source tree that this was built in, with `-dirty` for what was not committed; null elsewhere.
     pub(crate) commit: Option<String>,
     /// `release`, or `debug`, whose figures mean nothing.
-    pub(crate) build: &'static str,
+    pub(crate) build: String,
 }
 
 impl Host {
@@ -60,15 +61,22 @@ impl Versions {
             .output();
         let commit = described.ok().filter(|output| output.status.success());
         Self {
-            romulus: env!("CARGO_PKG_VERSION"),
+            romulus: env!("CARGO_PKG_VERSION").to_owned(),
             commit: commit.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()),
             build: if cfg!(debug_assertions) {
                 "debug"
             } else {
                 "release"
-            },
+            }
+            .to_owned(),
         }
     }
+}
+
+/// Seconds since 1970.
+pub(crate) fn unix_s() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs())
 }
 
 /// The load average of the last minute; 0 where the kernel does not say.

@@ -1,46 +1,45 @@
-//! `bench run PLAN --json FILE`: measures what a plan names, each value beside a reference measured in the same run.
+//! `bench`: measures what a plan names, each value beside a reference measured in the same run; shows and compares reports.
 //!
 //! ```text
+//!   commands.rs  what the verbs do, and their exit codes
 //!   plan.rs      a TOML file ─► what to measure, how often, and within which bounds
 //!   measures/    one file a family; each does its work in turn with the reference's
 //!   run.rs       the turns: repetitions, rounds, seed, progress
 //!   stats.rs     samples ─► p50, p95, p99, the spread of the repetitions
 //!   report.rs    the JSON and the verdict; table.rs the same for people
+//!   read.rs      reports from files
+//!   page/        reports as one HTML page with plots
+//!   check/       a quick run beside the history of such runs
+//!   compare/     what changed from one report to another, and what is noise
 //! ```
 //!
 //! Invariants: a measure that cannot run is a row with an error, never a pass; a value without its reference of the same run
 //! has no ratio; nothing is measured after a plan that is wrong in any line.
 #![forbid(unsafe_code)]
 
+mod check;
+mod commands;
+mod compare;
 mod contents;
 mod host;
 mod measures;
+mod page;
+mod parameters;
 mod plan;
+mod read;
 mod report;
 mod run;
 mod stats;
 mod table;
 
 use std::ffi::OsString;
-use std::fs::File;
-use std::io::Write;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
-use plan::Plan;
-use report::Report;
-use run::Settings;
-
-/// The plan or the command line is wrong. The same number as clap's own.
-const EXIT_USAGE: u8 = 2;
-/// Everything was measured, and a bound does not hold.
-const EXIT_BOUND: u8 = 3;
-/// Something that the plan names could not be measured.
-const EXIT_UNABLE: u8 = 4;
+use commands::{CheckArgs, CompareArgs, ReportArgs, RunArgs};
 
 #[derive(Parser)]
 #[command(
@@ -57,23 +56,17 @@ enum Command {
     /// Run the measures of a plan. Exit codes: 0 all bounds hold, 1 failed, 2 wrong usage or plan, 3 a bound does not
     /// hold, 4 a measure could not run
     Run(RunArgs),
+    /// Say which rows changed from report A to report B, and which only seem to. Exit codes: 0 no row is slower, 1 failed,
+    /// 2 wrong usage or a file that is no report, 3 a row is slower
+    Compare(CompareArgs),
+    /// Make one HTML page of reports, with plots; it needs no network and no script. Exit codes: 0 made, 1 failed, 2 wrong
+    /// usage or a file that is no report
+    Report(ReportArgs),
+    /// Run plans quickly and say which ratios moved by more than the noise. Exit codes: 0 none is higher and all bounds hold,
+    /// 1 failed, 2 wrong usage, plan or history, 3 a ratio is higher or a bound does not hold, 4 a measure could not run
+    Check(CheckArgs),
     /// List the measures and the plans that there are
     List,
-}
-
-#[derive(clap::Args)]
-struct RunArgs {
-    /// A plan: a TOML file, or the name of one that is built in
-    plan: String,
-    /// Few rounds, to see that everything runs: the figures mean little
-    #[arg(long)]
-    quick: bool,
-    /// Only measures whose name begins so; can be given several times
-    #[arg(long, value_name = "PREFIX")]
-    only: Vec<String>,
-    /// Write the report to this file
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -87,9 +80,12 @@ fn main() -> ExitCode {
         return romulus_testbed::main(args.into_iter().skip(1));
     }
     let done = match Cli::parse().command {
-        Command::Run(args) => run(&args),
+        Command::Run(args) => commands::run(&args),
+        Command::Compare(args) => commands::compare(&args),
+        Command::Report(args) => commands::report(&args),
+        Command::Check(args) => commands::check(&args),
         Command::List => {
-            list();
+            commands::list();
             Ok(ExitCode::SUCCESS)
         }
     };
@@ -111,54 +107,4 @@ fn end_with_parent() -> anyhow::Result<()> {
         "only bench itself starts its guests"
     );
     Ok(())
-}
-
-fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
-    let plan = match Plan::find(&args.plan).and_then(|plan| plan.only(&args.only)) {
-        Ok(plan) => plan,
-        Err(error) => {
-            eprintln!("error: {:#}", anyhow::Error::new(error));
-            return Ok(ExitCode::from(EXIT_USAGE));
-        }
-    };
-    // Before the first measure: minutes of it must not end in a file that cannot be written.
-    let mut into = match &args.json {
-        Some(path) => Some(File::create(path).with_context(|| format!("cannot write {}", path.display()))?),
-        None => None,
-    };
-    if cfg!(debug_assertions) {
-        eprintln!("warning: this is a debug build; its figures mean nothing (cargo run --release -p bench)");
-    }
-    let settings = Settings {
-        quick: args.quick,
-        repetitions: plan.repetitions,
-        seed: plan.seed,
-    };
-    let report = Report::of(&plan, settings);
-    print!("{}", table::of(&report));
-    if let Some(file) = &mut into {
-        let text = serde_json::to_string_pretty(&report).context("cannot write the report as JSON")?;
-        file.write_all(text.as_bytes())
-            .and_then(|()| file.write_all(b"\n"))
-            .context("cannot write the report")?;
-    }
-    Ok(if report.measures.iter().any(|row| row.error.is_some()) {
-        ExitCode::from(EXIT_UNABLE)
-    } else if report.ok {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::from(EXIT_BOUND)
-    })
-}
-
-fn list() {
-    println!("measures:");
-    for kind in measures::ALL {
-        println!("  {:18} {}", kind.name, kind.about);
-    }
-    println!("\nbuilt-in plans:");
-    for (name, text) in plan::BUILT_IN {
-        let about = Plan::parse(text).map_or_else(|error| error.to_string(), |plan| plan.about);
-        println!("  {name:18} {about}");
-    }
 }

@@ -1,21 +1,28 @@
 //! The report: one row for each value, with its reference, its bound and whether that holds.
 
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::host::{self, Host, Versions};
+use crate::parameters::Parameters;
 use crate::plan::{Bounds, Plan};
-use crate::run::{Finding, Run, Settings, Unable};
+use crate::run::{Effort, Finding, Run, Settings, Unable};
 use crate::stats::Figure;
 
 /// Grows when a field changes its meaning or goes.
-const SCHEMA: u32 = 1;
+pub(crate) const SCHEMA: u32 = 1;
 
-/// What `--json` writes.
-#[derive(Debug, Serialize)]
+/// What `--json` writes. A reader passes over fields that it does not know.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Report {
     pub(crate) schema: u32,
     pub(crate) plan: String,
+    /// The plan's own words; empty in reports of before it was told.
+    #[serde(default)]
+    pub(crate) about: String,
+    /// When the run began, in seconds since 1970; null in reports of before it was told.
+    #[serde(default)]
+    pub(crate) taken_unix_s: Option<u64>,
     pub(crate) quick: bool,
     pub(crate) seed: u64,
     pub(crate) repetitions: u32,
@@ -27,13 +34,16 @@ pub(crate) struct Report {
 }
 
 /// One value.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Row {
     /// The measure, and a slash and the case where it has several.
     pub(crate) name: String,
+    /// What it was measured at, by name.
+    #[serde(default)]
+    pub(crate) parameters: Parameters,
     /// The median; null when it could not be measured.
     pub(crate) value: Option<f64>,
-    pub(crate) unit: &'static str,
+    pub(crate) unit: String,
     /// The median of what it is compared with, in the same unit.
     pub(crate) reference: Option<f64>,
     /// What that is.
@@ -44,8 +54,8 @@ pub(crate) struct Row {
     pub(crate) ratio_repetitions: Vec<f64>,
     /// The most that the ratio may be; if only the value has a bound, the most that that may be.
     pub(crate) bound: Option<f64>,
-    /// `"ratio"` or `"value"`: what `bound` is for.
-    pub(crate) bound_on: Option<&'static str>,
+    /// What `bound` is for.
+    pub(crate) bound_on: Option<BoundOn>,
     /// The most that the value may be, where both have a bound.
     pub(crate) value_bound: Option<f64>,
     /// Whether it was measured and every bound holds.
@@ -58,27 +68,40 @@ pub(crate) struct Row {
     pub(crate) reference_figure: Option<Figure>,
 }
 
+/// What has a bound: in JSON `"ratio"` or `"value"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum BoundOn {
+    Ratio,
+    Value,
+}
+
 impl Report {
     /// Measures everything in the plan.
     pub(crate) fn of(plan: &Plan, settings: Settings) -> Self {
         let mut host = Host::this();
+        let taken_unix_s = host::unix_s();
         let bar = ProgressBar::new(plan.measures.len() as u64);
         if let Ok(style) = ProgressStyle::with_template("{elapsed_precise} {bar:24} {pos}/{len} {msg}") {
             bar.set_style(style);
         }
         let mut rows = Vec::new();
-        for planned in &plan.measures {
+        for (number, planned) in plan.measures.iter().enumerate() {
             let mut run = Run::new(settings, planned.name, bar.clone());
             run.say("");
+            run.began(number + 1, plan.measures.len());
             let done = planned.measure.run(&mut run);
             let found = run.into_findings();
             let nothing = done.is_ok() && found.is_empty();
             rows.extend(found.into_iter().map(|found| match found {
-                Ok(finding) => Row::of(planned.name, planned.bounds, finding),
+                Ok((finding, at)) => Row::of(planned.name, planned.bounds, finding, at),
                 Err(missed) => Row::unable(&named(planned.name, &missed.case), &missed.why),
             }));
             match done {
-                Err(error) => rows.push(Row::unable(planned.name, &error)),
+                Err(error) => {
+                    bar.suspend(|| eprintln!("{}: FAILED: {error}", planned.name));
+                    rows.push(Row::unable(planned.name, &error));
+                }
                 Ok(()) if nothing => {
                     let error = Unable::Wrong("it measured nothing".to_owned());
                     rows.push(Row::unable(planned.name, &error));
@@ -92,7 +115,9 @@ impl Report {
         Self {
             schema: SCHEMA,
             plan: plan.name.clone(),
-            quick: settings.quick,
+            about: plan.about.clone(),
+            taken_unix_s: Some(taken_unix_s),
+            quick: settings.effort != Effort::Full,
             seed: settings.seed,
             repetitions: settings.repetitions,
             host,
@@ -101,10 +126,15 @@ impl Report {
             measures: rows,
         }
     }
+
+    /// Whether something could not be measured.
+    pub(crate) fn has_errors(&self) -> bool {
+        self.measures.iter().any(|row| row.error.is_some())
+    }
 }
 
 impl Row {
-    fn of(measure: &str, bounds: Bounds, finding: Finding) -> Self {
+    fn of(measure: &str, bounds: Bounds, finding: Finding, parameters: Parameters) -> Self {
         let name = named(measure, &finding.case);
         let value = finding.value.p50;
         let (reference_name, reference_figure) = finding.reference.unzip();
@@ -125,8 +155,9 @@ impl Row {
         };
         Self {
             name,
+            parameters,
             value: Some(value),
-            unit: finding.unit,
+            unit: finding.unit.to_owned(),
             reference: reference_figure.as_ref().map(|figure| figure.p50),
             reference_name,
             ratio,
@@ -135,10 +166,10 @@ impl Row {
             bound_on: match bounds {
                 Bounds {
                     ratio_max: Some(_), ..
-                } => Some("ratio"),
+                } => Some(BoundOn::Ratio),
                 Bounds {
                     value_max: Some(_), ..
-                } => Some("value"),
+                } => Some(BoundOn::Value),
                 _ => None,
             },
             value_bound: bounds.ratio_max.and(bounds.value_max),
@@ -159,8 +190,9 @@ impl Row {
         }
         Self {
             name: name.to_owned(),
+            parameters: Parameters::default(),
             value: None,
-            unit: "",
+            unit: String::new(),
             reference: None,
             reference_name: None,
             ratio: None,
@@ -185,10 +217,56 @@ fn named(measure: &str, case: &str) -> String {
     }
 }
 
+/// Reports that nobody measured, for tests of what is made of reports.
+#[cfg(test)]
+pub(crate) mod samples {
+    use super::*;
+
+    /// A row for each name, with a value of so many times its reference in each repetition.
+    pub(crate) fn report(plan: &str, rows: &[(&str, &[f64])]) -> Report {
+        let row = |(name, ratios): &(&str, &[f64])| {
+            let finding = Finding {
+                case: String::new(),
+                unit: "us",
+                value: Figure::of(&ratios.iter().map(|ratio| ratio * 8.0).collect::<Vec<_>>()).unwrap(),
+                reference: Some(("memcpy".to_owned(), Figure::of(&vec![8.0; ratios.len()]).unwrap())),
+                note: None,
+            };
+            Row::of(name, Bounds::default(), finding, Parameters::default())
+        };
+        Report {
+            schema: SCHEMA,
+            plan: plan.to_owned(),
+            about: "what it is for".to_owned(),
+            taken_unix_s: Some(1_700_000_000),
+            quick: false,
+            seed: 1,
+            repetitions: 5,
+            host: Host {
+                cpu: "a processor".to_owned(),
+                cores: 2,
+                kernel: "6.1".to_owned(),
+                memory_bytes: 8 << 30,
+                kvm: true,
+                load_before: 0.1,
+                load_after: 0.2,
+            },
+            versions: Versions {
+                romulus: "0.1.0".to_owned(),
+                commit: Some("abc".to_owned()),
+                build: "release".to_owned(),
+            },
+            ok: true,
+            measures: rows.iter().map(row).collect(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::measures::Measure;
+    use crate::parameters::Parameter;
     use crate::plan::Planned;
 
     struct Found(Vec<(f64, Option<f64>)>, bool);
@@ -196,14 +274,16 @@ mod tests {
     impl Measure for Found {
         fn run(&self, run: &mut Run) -> Result<(), Unable> {
             for (value, reference) in &self.0 {
-                run.found(Finding {
+                let at = [("pages", Parameter::Number(*value))];
+                let finding = Finding {
                     case: format!("{value}"),
                     unit: "us",
                     value: Figure::of(&[*value, *value]).unwrap(),
                     reference: reference
                         .map(|value| ("memcpy".to_owned(), Figure::of(&[value, value]).unwrap())),
                     note: None,
-                });
+                };
+                run.found_at(at, finding);
             }
             if self.1 {
                 return Err(Unable::Failed {
@@ -227,12 +307,7 @@ mod tests {
                 measure: Box::new(measure),
             }],
         };
-        let settings = Settings {
-            quick: true,
-            repetitions: 1,
-            seed: 1,
-        };
-        Report::of(&plan, settings)
+        Report::of(&plan, Settings::of(&plan, Effort::Quick))
     }
 
     #[test]
@@ -308,5 +383,9 @@ mod tests {
         );
         assert_eq!((&row["bound"], &row["ok"]), (&2.0.into(), &true.into()));
         assert_eq!(row["ratio_repetitions"], serde_json::json!([1.5, 1.5]));
+        assert_eq!(
+            (&row["bound_on"], &row["parameters"]["pages"]),
+            (&"ratio".into(), &3.0.into())
+        );
     }
 }

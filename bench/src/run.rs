@@ -7,7 +7,10 @@ use indicatif::ProgressBar;
 use romulus_guest_core::random::Random;
 use romulus_host_sys::monotonic_ns;
 
+use crate::parameters::Parameters;
+use crate::plan::Plan;
 use crate::stats::{Figure, Timings};
+use crate::table;
 
 /// With `--quick`, so many times fewer rounds…
 const QUICK_ROUNDS: u32 = 10;
@@ -46,12 +49,33 @@ impl Unable {
     }
 }
 
+/// How thorough a run is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Effort {
+    /// As planned.
+    Full,
+    /// A tenth of the rounds.
+    Quick,
+    /// One repetition of one round: only whether it runs.
+    Shortest,
+}
+
 /// What holds for a whole run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Settings {
-    pub(crate) quick: bool,
+    pub(crate) effort: Effort,
     pub(crate) repetitions: u32,
     pub(crate) seed: u64,
+}
+
+impl Settings {
+    pub(crate) fn of(plan: &Plan, effort: Effort) -> Self {
+        Self {
+            effort,
+            repetitions: plan.repetitions,
+            seed: plan.seed,
+        }
+    }
 }
 
 /// One value with its reference.
@@ -79,7 +103,7 @@ pub(crate) struct Run {
     settings: Settings,
     name: &'static str,
     bar: ProgressBar,
-    findings: Vec<Result<Finding, Missed>>,
+    findings: Vec<Result<(Finding, Parameters), Missed>>,
 }
 
 impl Run {
@@ -93,19 +117,19 @@ impl Run {
     }
 
     pub(crate) fn repetitions(&self) -> u32 {
-        if self.settings.quick {
-            self.settings.repetitions.min(QUICK_REPETITIONS)
-        } else {
-            self.settings.repetitions
+        match self.settings.effort {
+            Effort::Full => self.settings.repetitions,
+            Effort::Quick => self.settings.repetitions.min(QUICK_REPETITIONS),
+            Effort::Shortest => 1,
         }
     }
 
     /// How many rounds to make when the plan says `planned`.
     pub(crate) fn rounds(&self, planned: u32) -> u32 {
-        if self.settings.quick {
-            (planned / QUICK_ROUNDS).max(QUICK_ROUNDS_MIN).min(planned)
-        } else {
-            planned
+        match self.settings.effort {
+            Effort::Full => planned,
+            Effort::Quick => (planned / QUICK_ROUNDS).max(QUICK_ROUNDS_MIN).min(planned),
+            Effort::Shortest => planned.min(1),
         }
     }
 
@@ -126,18 +150,37 @@ impl Run {
 
     /// A finding; those that came before a failure stay in the report.
     pub(crate) fn found(&mut self, finding: Finding) {
-        self.findings.push(Ok(finding));
+        self.found_at(Parameters::default(), finding);
+    }
+
+    /// A finding at these parameters, over which a report can draw it.
+    pub(crate) fn found_at(&mut self, at: impl Into<Parameters>, finding: Finding) {
+        self.finished(&table::progress(self.name, &finding));
+        self.findings.push(Ok((finding, at.into())));
+    }
+
+    /// Says that the measure begins, the `number`th of so many.
+    pub(crate) fn began(&self, number: usize, of: usize) {
+        self.finished(&format!("[{number}/{of}] {}", self.name));
+    }
+
+    /// A line for every finished row where no bar is drawn: a run that says nothing for minutes looks dead.
+    fn finished(&self, line: &str) {
+        if self.bar.is_hidden() {
+            eprintln!("{line}");
+        }
     }
 
     /// A case that cannot be measured; the measure goes on with the next one.
     pub(crate) fn missed(&mut self, case: &str, why: Unable) {
+        self.finished(&format!("{}/{case}: FAILED: {why}", self.name));
         self.findings.push(Err(Missed {
             case: case.to_owned(),
             why,
         }));
     }
 
-    pub(crate) fn into_findings(self) -> Vec<Result<Finding, Missed>> {
+    pub(crate) fn into_findings(self) -> Vec<Result<(Finding, Parameters), Missed>> {
         self.findings
     }
 
@@ -179,9 +222,9 @@ mod tests {
     use super::*;
     use crate::stats::Unit;
 
-    fn run(quick: bool) -> Run {
+    fn run(effort: Effort) -> Run {
         let settings = Settings {
-            quick,
+            effort,
             repetitions: 4,
             seed: 1,
         };
@@ -191,7 +234,7 @@ mod tests {
     #[test]
     fn value_and_reference_are_taken_in_turn_and_nobody_always_begins() {
         let mut order = Vec::new();
-        let timings = run(false)
+        let timings = run(Effort::Full)
             .in_turn::<2>("x", 2, |one| {
                 order.push(one);
                 Ok(one as u64 + 1)
@@ -209,7 +252,7 @@ mod tests {
 
     #[test]
     fn a_failure_ends_a_measure() {
-        let failed = run(false).in_turn::<1>("x", 2, |_| Err(Unable::Wrong("no".to_owned())));
+        let failed = run(Effort::Full).in_turn::<1>("x", 2, |_| Err(Unable::Wrong("no".to_owned())));
         assert!(failed.is_err());
     }
 
@@ -217,12 +260,17 @@ mod tests {
     fn quick_is_less_but_never_nothing() {
         assert_eq!(
             (
-                run(true).repetitions(),
-                run(true).rounds(200),
-                run(true).rounds(2)
+                run(Effort::Quick).repetitions(),
+                run(Effort::Quick).rounds(200),
+                run(Effort::Quick).rounds(2)
             ),
             (2, 20, 2)
         );
-        assert_eq!((run(false).repetitions(), run(false).rounds(200)), (4, 200));
+        assert_eq!(
+            (run(Effort::Full).repetitions(), run(Effort::Full).rounds(200)),
+            (4, 200)
+        );
+        let shortest = run(Effort::Shortest);
+        assert_eq!((shortest.repetitions(), shortest.rounds(200)), (1, 1));
     }
 }

@@ -1,7 +1,7 @@
 //! Samples → percentiles, and how far the repetitions are apart.
 
 use hdrhistogram::Histogram;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Three significant digits: within 0.1 % of what was recorded.
 const DIGITS: u8 = 3;
@@ -87,7 +87,7 @@ impl Timings {
 }
 
 /// What the samples come to, in the unit of their row.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Figure {
     /// The median of all samples: the value of a row.
     pub(crate) p50: f64,

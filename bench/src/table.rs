@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use crate::report::{Report, Row};
+use crate::report::{BoundOn, Report, Row};
+use crate::run::Finding;
 
 /// A line for each row, what was measured on, and the verdict.
 pub(crate) fn of(report: &Report) -> String {
@@ -59,7 +60,7 @@ fn line(row: &Row, width: usize) -> String {
         None => "-".to_owned(),
     };
     let bound = match (row.bound, row.bound_on) {
-        (Some(bound), Some("value")) => format!("{bound} {}", row.unit),
+        (Some(bound), Some(BoundOn::Value)) => format!("{bound} {}", row.unit),
         (Some(bound), _) => format!("{bound} x"),
         (None, _) => "-".to_owned(),
     };
@@ -78,8 +79,24 @@ fn line(row: &Row, width: usize) -> String {
     )
 }
 
+/// A finished row, while the run goes on.
+pub(crate) fn progress(measure: &str, finding: &Finding) -> String {
+    let slash = if finding.case.is_empty() { "" } else { "/" };
+    let value = short(finding.value.p50);
+    let beside = finding
+        .reference
+        .as_ref()
+        .map_or_else(String::new, |(name, figure)| {
+            format!(", {:.2} x {name}", finding.value.p50 / figure.p50)
+        });
+    format!(
+        "  {measure}{slash}{}: {value} {}{beside}",
+        finding.case, finding.unit
+    )
+}
+
 /// Four digits or so.
-fn short(value: f64) -> String {
+pub(crate) fn short(value: f64) -> String {
     match value.abs() {
         size if size >= 1000.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.1}"),

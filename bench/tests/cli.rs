@@ -82,6 +82,148 @@ fn a_report_that_cannot_be_written_is_found_out_before_anything_is_measured() {
     assert!(output.stdout.is_empty());
 }
 
+/// A plan whose measures take as long as they take, run once, in a folder that stays.
+fn reported() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("a folder");
+    std::fs::write(dir.path().join("plan.toml"), PLAN).expect("a plan");
+    let args = [
+        "run",
+        "plan.toml",
+        "--shortest",
+        "--json",
+        "a.json",
+        "--html",
+        "a.html",
+        "--svg",
+        "plots",
+    ];
+    let output = bench(&args, dir.path());
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{errors}");
+    for line in [
+        "[1/2] memory.copy",
+        "  memory.copy/4: ",
+        "[2/2] wire.frames",
+        "  wire.frames/take/64: ",
+    ] {
+        assert!(
+            errors.lines().any(|said| said.starts_with(line)),
+            "{line}: {errors}"
+        );
+    }
+    dir
+}
+
+fn text(dir: &Path, name: &str) -> String {
+    std::fs::read_to_string(dir.join(name)).expect(name)
+}
+
+#[test]
+fn a_run_can_be_shown_as_a_page_now_and_later_and_its_rows_have_their_parameters() {
+    let dir = reported();
+    let json: Value = serde_json::from_str(&text(dir.path(), "a.json")).expect("a report");
+    let row = &json["measures"][1];
+    assert_eq!(row["parameters"]["payload_bytes"], 64, "{row}");
+    assert!(json["taken_unix_s"].is_u64());
+    let output = bench(
+        &["report", "a.json", "a.json", "--html", "b.html", "--svg", "more"],
+        dir.path(),
+    );
+    assert!(output.status.success(), "{output:?}");
+    for (page, plots, times) in [("a.html", "plots", 1), ("b.html", "more", 2)] {
+        let page = text(dir.path(), page);
+        assert!(page.contains("memory.copy") && page.contains("Cited, not measured"));
+        assert_eq!(page.matches("<section id=").count(), times);
+        let files = std::fs::read_dir(dir.path().join(plots)).expect("plots").count();
+        assert_eq!(page.matches("<svg").count(), files);
+    }
+}
+
+#[test]
+fn what_is_no_report_is_exit_code_2_and_nothing_is_written() {
+    let dir = tempfile::tempdir().expect("a folder");
+    std::fs::write(dir.path().join("x.json"), "{\"schema\": 7, \"measures\": []}").expect("a file");
+    for args in [
+        &["report", "x.json", "--html", "x.html"][..],
+        &["compare", "x.json", "x.json", "--json", "y.json"],
+        &["report", "nowhere.json", "--html", "x.html"],
+        &["compare", "x.json", "x.json", "--confidence", "1.5"],
+        &["report", "--html", "x.html"],
+    ] {
+        let output = bench(args, dir.path());
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        assert!(!output.stderr.is_empty());
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).expect("the folder").count(), 1);
+}
+
+/// A report in which every ratio of `a.json` is so many times as large, in five repetitions.
+fn changed(dir: &Path, times: f64, name: &str) {
+    let mut json: Value = serde_json::from_str(&text(dir, "a.json")).expect("a report");
+    for row in json["measures"].as_array_mut().expect("rows") {
+        let ratios: Vec<f64> = [1.0, 1.01, 0.99, 1.02, 0.98]
+            .iter()
+            .map(|part| part * times)
+            .collect();
+        row["ratio"] = times.into();
+        row["ratio_repetitions"] = ratios.into();
+    }
+    std::fs::write(dir.join(name), json.to_string()).expect("a file");
+}
+
+#[test]
+fn a_slower_report_is_exit_code_3_and_the_same_one_is_noise() {
+    let dir = reported();
+    changed(dir.path(), 1.0, "b.json");
+    changed(dir.path(), 1.2, "c.json");
+    let same = bench(&["compare", "b.json", "b.json"], dir.path());
+    assert_eq!(same.status.code(), Some(0), "{same:?}");
+    assert!(String::from_utf8_lossy(&same.stdout).contains("3 noise"));
+    let slower = bench(&["compare", "b.json", "c.json", "--json", "d.json"], dir.path());
+    assert_eq!(slower.status.code(), Some(3), "{slower:?}");
+    let json: Value = serde_json::from_str(&text(dir.path(), "d.json")).expect("a comparison");
+    assert_eq!(
+        (&json["schema"], &json["rows"][0]["verdict"]),
+        (&1.into(), &"slower".into())
+    );
+    let faster = bench(&["compare", "c.json", "b.json"], dir.path());
+    assert_eq!(faster.status.code(), Some(0), "{faster:?}");
+}
+
+#[test]
+fn a_check_learns_from_what_is_accepted_and_holds_to_the_bounds_of_the_history() {
+    let dir = tempfile::tempdir().expect("a folder");
+    std::fs::write(dir.path().join("plan.toml"), PLAN).expect("a plan");
+    let check = |more: &[&str]| {
+        let args = ["check", "plan.toml", "--history", "history.jsonl"];
+        let output = bench(&[&args, more].concat(), dir.path());
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stdout).into_owned(),
+        )
+    };
+    let (code, said) = check(&["--accept", "--json", "check.json"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(
+        said.contains("small: 0 runs") && said.contains("too few runs"),
+        "{said}"
+    );
+    let json: Value = serde_json::from_str(&text(dir.path(), "check.json")).expect("a check");
+    assert_eq!(json[0]["rows"][0]["verdict"], "unknown");
+    let history = text(dir.path(), "history.jsonl");
+    assert_eq!(history.lines().count(), 1);
+    let bound = r#"{"kind":"bound","plan":"small","name":"memory.copy/4","ratio_max":1e-9,"why":"a test"}"#;
+    std::fs::write(dir.path().join("history.jsonl"), format!("{history}{bound}\n")).expect("a file");
+    let (code, said) = check(&[]);
+    assert_eq!(code, Some(3), "{said}");
+    assert!(
+        said.contains("small: 1 runs") && said.contains("NOT OK"),
+        "{said}"
+    );
+    std::fs::write(dir.path().join("history.jsonl"), "{}\n").expect("a file");
+    assert_eq!(check(&[]).0, Some(2));
+}
+
 #[test]
 fn the_list_names_measures_and_plans() {
     let output = bench(&["list"], Path::new("."));

@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use super::{Measure, outside};
 use crate::contents::Content;
+use crate::parameters::Parameters;
 use crate::run::{Finding, Run, Unable, timed};
 use crate::stats::{Timings, Unit};
 
@@ -96,7 +97,19 @@ impl Measure for PageCodec {
             let note = format!("{} bytes a page", payloads.len() / new.len());
             for (what, timings) in [("encode", &encoding), ("decode", &decoding)] {
                 let case = format!("{what}/{}", content.name());
-                against_copy(run, case, new.len(), timings, &copy, Some(note.clone()));
+                let at = [
+                    ("what", what.into()),
+                    ("content", content.name().into()),
+                    ("pages", new.len().into()),
+                ];
+                against_copy(
+                    run,
+                    (case, at.into()),
+                    new.len(),
+                    timings,
+                    &copy,
+                    Some(note.clone()),
+                );
             }
         }
         Ok(())
@@ -133,7 +146,9 @@ impl Measure for Session {
                 }))
             })?;
             let note = Some(format!("{} bytes a page", sent_bytes / count));
-            against_copy(run, content.name().to_owned(), count, &encoding, &copy, note);
+            let at = [("content", content.name().into()), ("pages", count.into())];
+            let case = (content.name().to_owned(), at.into());
+            against_copy(run, case, count, &encoding, &copy, note);
         }
         Ok(())
     }
@@ -154,7 +169,7 @@ pub(super) fn copy(from: &[Page], into: &mut [Page]) -> u64 {
 /// A row of something that was done to `pages` pages in a batch.
 pub(super) fn against_copy(
     run: &mut Run,
-    case: String,
+    (case, at): (String, Parameters),
     pages: usize,
     timings: &Timings,
     copy: &Timings,
@@ -162,12 +177,13 @@ pub(super) fn against_copy(
 ) {
     let unit = Unit::ns_a_page(pages);
     if let Some((value, reference)) = timings.figure(unit).zip(copy.figure(unit)) {
-        run.found(Finding {
+        let finding = Finding {
             case,
             unit: unit.name,
             value,
             reference: Some(("memcpy of the pages".to_owned(), reference)),
             note,
-        });
+        };
+        run.found_at(at, finding);
     }
 }

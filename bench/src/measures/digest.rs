@@ -53,7 +53,15 @@ impl Measure for Digests {
             })
         })?;
         for (case, timings) in [("page", &page), ("crc32", &crc), ("held", &held)] {
-            against_copy(run, case.to_owned(), pages.len(), timings, &copy, None);
+            let at = [("what", case.into()), ("pages", pages.len().into())];
+            against_copy(
+                run,
+                (case.to_owned(), at.into()),
+                pages.len(),
+                timings,
+                &copy,
+                None,
+            );
         }
         Ok(())
     }

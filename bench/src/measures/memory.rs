@@ -101,13 +101,15 @@ impl Measure for Copy {
             let Some((value, reference)) = scattered.figure(unit).zip(copy.figure(unit)) else {
                 continue;
             };
-            run.found(Finding {
+            let at = [("pages", (*pages).into()), ("memory_mib", self.memory_mib.into())];
+            let finding = Finding {
                 case: pages.to_string(),
                 unit: unit.name,
                 value,
                 reference: Some(("memcpy in one piece".to_owned(), reference)),
                 note: Some(format!("scattered over {} MiB", self.memory_mib)),
-            });
+            };
+            run.found_at(at, finding);
         }
         Ok(())
     }

@@ -82,13 +82,15 @@ impl Measure for Loopback {
             ("round-trip", Unit::US, trip, trip_reference, "TCP, 64 bytes"),
         ] {
             if let Some((value, reference)) = value.figure(unit).zip(reference.figure(unit)) {
-                run.found(Finding {
+                let at = [("what", case.into()), ("mtu", self.mtu.into())];
+                let finding = Finding {
                     case: format!("{case}/mtu-{}", self.mtu),
                     unit: unit.name,
                     value,
                     reference: Some((name.to_owned(), reference)),
                     note: None,
-                });
+                };
+                run.found_at(at, finding);
             }
         }
         quic.close()?;

@@ -74,13 +74,19 @@ impl Measure for Frames {
                 let Some((value, reference)) = timings.figure(unit).zip(copy.figure(unit)) else {
                     continue;
                 };
-                run.found(Finding {
+                let at = [
+                    ("what", what.into()),
+                    ("payload_bytes", bytes.into()),
+                    ("pages", self.pages.into()),
+                ];
+                let finding = Finding {
                     case: format!("{what}/{bytes}"),
                     unit: unit.name,
                     value,
                     reference: Some(("memcpy of the payloads".to_owned(), reference)),
                     note: Some(format!("{} frames", frames.len())),
-                });
+                };
+                run.found_at(at, finding);
             }
         }
         Ok(())

@@ -30,7 +30,7 @@ const MEMORY_FOLDER: &str = "/dev/shm";
 /// How long the guest works before its checkpoint.
 const WORK: Duration = Duration::from_millis(500);
 /// How long it may take until it is seen to go on.
-const SIGN_LIMIT: Duration = Duration::from_secs(5);
+const SIGN_LIMIT: Duration = Duration::from_secs(60);
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -194,7 +194,13 @@ impl Measure for Activation {
         restores_us.sort_unstable();
         let restore_us = restores_us.get(restores_us.len() / 2).copied().unwrap_or(0);
         if let Some((value, reference)) = value.figure(Unit::US).zip(reference.figure(Unit::US)) {
-            run.found(Finding {
+            let at = [
+                ("dirty", (&self.dirty).into()),
+                ("tracking", self.tracking.name().into()),
+                ("memory_mib", self.memory_mib.into()),
+                ("vcpus", self.vcpus.into()),
+            ];
+            let finding = Finding {
                 case: String::new(),
                 unit: Unit::US.name,
                 value,
@@ -203,7 +209,8 @@ impl Measure for Activation {
                     "{} bytes of state, which take {restore_us} us of it; nothing left to apply",
                     saved.state.len()
                 )),
-            });
+            };
+            run.found_at(at, finding);
         }
         Ok(())
     }

@@ -15,8 +15,8 @@ use romulus_vmm_attach::kvm::{KvmParts, Moment};
 use super::guest::{Wanted, need_kvm};
 use crate::run::{Unable, timed};
 
-const STOP_LIMIT: Duration = Duration::from_secs(2);
-const ROUND_LIMIT: Duration = Duration::from_secs(10);
+const STOP_LIMIT: Duration = Duration::from_secs(60);
+const ROUND_LIMIT: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_micros(50);
 
 /// A machine that stands still between two samples.

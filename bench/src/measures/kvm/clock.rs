@@ -88,13 +88,21 @@ impl Measure for Clock {
         let tsc = values(|both| ((1.0 - tsc_rate(&both.protected) / tsc_rate(&both.free)) * 1e6).abs());
         for (case, value, reference) in [("kvmclock", kvmclock, free), ("tsc", tsc, None)] {
             if let Some(value) = value {
-                run.found(Finding {
+                let at = [
+                    ("clock", case.into()),
+                    ("dirty", (&self.dirty).into()),
+                    ("tracking", self.tracking.name().into()),
+                    ("epoch_ms", self.interval_ms.into()),
+                    ("vcpus", self.vcpus.into()),
+                ];
+                let finding = Finding {
                     case: case.to_owned(),
                     unit: "ppm",
                     value,
                     reference,
                     note: Some(note.clone()),
-                });
+                };
+                run.found_at(at, finding);
             }
         }
         Ok(())

@@ -14,9 +14,9 @@ use super::Mode;
 use crate::run::Unable;
 
 /// From its start to its socket, and to the guest's first sign of life.
-const START_LIMIT: Duration = Duration::from_secs(20);
+const START_LIMIT: Duration = Duration::from_secs(60);
 /// The guest writes its progress each millisecond; so long without it and it does not live.
-const SILENCE_LIMIT: Duration = Duration::from_secs(5);
+const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_micros(50);
 
 /// Which machine.

@@ -169,13 +169,20 @@ impl Measure for Pause {
                 _ => pair.pause(*pages),
             })?;
             if let Some((value, reference)) = pause.figure(Unit::US).zip(parts.figure(Unit::US)) {
-                run.found(Finding {
+                let at = [
+                    ("pages", (*pages).into()),
+                    ("tracking", self.tracking.name().into()),
+                    ("memory_mib", self.memory_mib.into()),
+                    ("vcpus", self.vcpus.into()),
+                ];
+                let finding = Finding {
                     case: pages.to_string(),
                     unit: Unit::US.name,
                     value,
                     reference: Some(("kick + harvest + state + memcpy alone".to_owned(), reference)),
                     note: Some(pair.describe()),
-                });
+                };
+                run.found_at(at, finding);
             }
             pair.session.end()?;
         }

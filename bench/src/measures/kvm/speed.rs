@@ -8,6 +8,7 @@ use super::guest::Wanted;
 use super::slices::{self, Work};
 use super::{Mode, default_mode, dirty_problem, interval_ms, machine_problem, memory_mib};
 use crate::measures::{Measure, outside};
+use crate::parameters::Parameter;
 use crate::run::{Finding, Run, Unable};
 use crate::stats::Figure;
 
@@ -51,6 +52,16 @@ const fn one() -> u32 {
 }
 
 impl Speed {
+    fn parameters(&self, dirty: &str) -> [(&'static str, Parameter); 5] {
+        [
+            ("dirty", dirty.into()),
+            ("tracking", self.tracking.name().into()),
+            ("epoch_ms", self.interval_ms.into()),
+            ("memory_mib", self.memory_mib.into()),
+            ("vcpus", self.vcpus.into()),
+        ]
+    }
+
     fn one(&self, run: &Run, dirty: &str, slice: Duration, interval: Duration) -> Result<Finding, Unable> {
         let (mut all, mut free, mut protected) = (Vec::new(), Vec::new(), Vec::new());
         for repetition in 0..run.repetitions() {
@@ -91,7 +102,7 @@ impl Measure for Speed {
         );
         for dirty in &self.dirty {
             match self.one(run, dirty, slice, interval) {
-                Ok(finding) => run.found(finding),
+                Ok(finding) => run.found_at(self.parameters(dirty), finding),
                 // A guest that has no time left at this rate says nothing of the other rates.
                 Err(error @ Unable::Wrong(_)) => run.missed(dirty, error),
                 Err(error) => return Err(error),

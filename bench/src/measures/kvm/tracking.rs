@@ -85,7 +85,12 @@ impl Measure for Modes {
                     continue;
                 };
                 let told = |mode: Mode| format!("{}: {}", mode.name(), slices::describe(&all[mode as usize]));
-                run.found(Finding {
+                let at = [
+                    ("dirty", dirty.into()),
+                    ("other", other.name().into()),
+                    ("epoch_ms", self.interval_ms.into()),
+                ];
+                let finding = Finding {
                     case: format!("{dirty}/{}", other.name()),
                     unit: "slowdown",
                     value,
@@ -94,7 +99,8 @@ impl Measure for Modes {
                         reference,
                     )),
                     note: Some(format!("{}; {}", told(default_mode()), told(other))),
-                });
+                };
+                run.found_at(at, finding);
             }
         }
         Ok(())
