@@ -1,6 +1,7 @@
 //! Guests in our own test VMM over KVM (`crates/testbed`), which has its guest built in.
 
 use std::fs;
+use std::path::Path;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -16,6 +17,8 @@ use crate::netns::{GUEST_IP, GUEST_IP6, Host, TAP};
 /// The system call and the request by which a virtual processor runs (`ioctl`, `KVM_RUN`), as /proc shows them.
 const IOCTL: &str = "16";
 const KVM_RUN: &str = "0xae80";
+/// What the names of the VMM's threads for virtual processors begin with.
+const VCPU_THREAD: &str = "vcpu-";
 const LOOKS: u32 = 30;
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 
@@ -114,10 +117,16 @@ pub(super) fn runs(vmm: Pid) -> Result<bool> {
 fn in_guest(vmm: Pid) -> Result<bool> {
     let folder = format!("/proc/{}/task", vmm.as_raw_nonzero());
     let threads = fs::read_dir(&folder).with_context(|| format!("cannot list {folder}"))?;
+    // The kernel has a thread of its own in the process, which shows the call that it was made in for ever.
+    let runs_vcpu = |thread: &Path| {
+        fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.starts_with(VCPU_THREAD))
+    };
     // A thread that has just ended runs nothing.
     let calls = threads
         .flatten()
-        .filter_map(|thread| fs::read_to_string(thread.path().join("syscall")).ok());
+        .map(|thread| thread.path())
+        .filter(|thread| runs_vcpu(thread))
+        .filter_map(|thread| fs::read_to_string(thread.join("syscall")).ok());
     Ok(calls.into_iter().any(|call| runs_guest(&call)))
 }
 
