@@ -42,6 +42,14 @@ struct Inner {
     events: EventLog,
 }
 
+impl Inner {
+    /// Whether the session that there is ends because of a checkpoint that was refused.
+    fn checkpoint_was_refused(&self) -> bool {
+        let refused = self.refused_session.as_ref();
+        refused.is_some_and(|(refused, _)| self.session == Some(*refused))
+    }
+}
+
 /// How often things happened.
 #[derive(Default)]
 struct Counts {
@@ -312,6 +320,8 @@ impl VmStatus {
             Notice::Suspicion { .. } => inner.counts.suspicions += 1,
             Notice::Grant(..) => inner.counts.grants += 1,
             Notice::Refusal(..) => inner.counts.witness_refusals += 1,
+            // What the store refused is counted as its checkpoint; the protocol says so as well.
+            Notice::BadPeer(_) if inner.checkpoint_was_refused() => {}
             Notice::BadPeer(_) => inner.refused_input[RefusedInput::Protocol as usize] += 1,
             _ => {}
         }
@@ -449,6 +459,20 @@ mod tests {
         let recent = &status.json()["receive_to_ack_recent_us"];
         assert_eq!((&recent["count"], &recent["max"]), (&json!(3), &json!(5000)));
         assert_eq!(recent["p50"], 4000);
+    }
+
+    #[test]
+    fn a_checkpoint_that_is_refused_counts_once_and_a_bad_message_as_well() {
+        let status = VmStatus::new(VmId::new("vm").expect("a name"), "backup");
+        let (bad, worse) = (Session(1), Session(2));
+        let refused = || status.json()["refused_input"].clone();
+        status.set_progress(Term(1), Some(bad), Epoch::NONE);
+        status.refuse_session(bad, "a page twice".into());
+        let _ = status.notice(&Notice::BadPeer("a checkpoint was not what it should be"));
+        assert_eq!(refused(), 1);
+        status.set_progress(Term(1), Some(worse), Epoch::NONE);
+        let _ = status.notice(&Notice::BadPeer("it paired what is not committed"));
+        assert_eq!(refused(), 2);
     }
 
     #[test]
