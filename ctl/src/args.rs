@@ -103,6 +103,9 @@ pub(crate) struct EventsOptions {
 pub(crate) struct ProtectOptions {
     /// The VM: its settings are in /etc/romulus/vms/VM.toml, its unit is romulus-replicator@VM.
     pub(crate) vm: VmId,
+    /// How its guest is reached, for a VM that has no settings yet.
+    #[command(flatten)]
+    pub(crate) guest: GuestOptions,
     /// End when the unit has started, without waiting for the protection.
     #[arg(long)]
     pub(crate) no_wait: bool,
@@ -112,6 +115,26 @@ pub(crate) struct ProtectOptions {
     /// Print JSON with a versioned schema.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// What `protect` writes to /etc/romulus/vms/VM.toml when it is given. Without any of it the file has to be there.
+#[derive(ClapArgs)]
+pub(crate) struct GuestOptions {
+    /// QEMU's QMP socket.
+    #[arg(long, value_name = "SOCKET", conflicts_with = "attach")]
+    pub(crate) qmp: Option<PathBuf>,
+    /// The attach socket of a VMM that embeds the attach library.
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) attach: Option<PathBuf>,
+    /// A tap of the guest; may be given several times.
+    #[arg(long = "tap", value_name = "TAP")]
+    pub(crate) taps: Vec<String>,
+    /// The id of a device whose output or content need not survive; may be given several times.
+    #[arg(long = "disposable", value_name = "ID")]
+    pub(crate) disposable: Vec<String>,
+    /// Register the VM as running here when the witness does not know it.
+    #[arg(long)]
+    pub(crate) register: bool,
 }
 
 #[derive(ClapArgs)]
@@ -215,7 +238,8 @@ pub(crate) enum Daemon {
 
 #[derive(ClapArgs)]
 pub(crate) struct ValidateOptions {
-    /// Settings files, each with its .d folder. Default: those in /etc/romulus.
+    /// Settings files, each with its .d folder; those of a VM, in a folder vms, are checked on top of their host's. Default: those
+    /// in /etc/romulus.
     #[arg(value_name = "FILE")]
     pub(crate) files: Vec<PathBuf>,
     /// Whose settings the files hold, where their names do not say so.

@@ -1,15 +1,18 @@
 //! `romulus protect` and `romulus wait`: start the protection of a VM, and see it through.
 
+use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
+use romulus_config::{Guest, Replicator, Settings as _, vm_path};
 use romulus_types::VmId;
+use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::args::{AdminOptions, ProtectOptions, WaitOptions};
+use crate::args::{AdminOptions, GuestOptions, ProtectOptions, WaitOptions};
 use crate::daemons::{self, Answered, RUN_DIR};
 use crate::exit;
 
@@ -27,6 +30,7 @@ pub(crate) async fn protect(options: ProtectOptions) -> anyhow::Result<u8> {
     if !systemctl(&["cat", &unit])?.0 {
         bail!("{}", by_hand(&options.vm, &format!("there is no unit {unit}")));
     }
+    describe(&vm_path(&options.vm), &options.guest)?;
     let (started, said) = systemctl(&["start", &unit])?;
     if !started {
         bail!(
@@ -54,6 +58,59 @@ pub(crate) async fn protect(options: ProtectOptions) -> anyhow::Result<u8> {
         Err(error) => Err(error).context(format!("{unit} has ended; next: journalctl -u {unit}")),
     };
     see_through(options.timeout, options.json, look).await
+}
+
+/// Writes the VM's file when the command line describes the guest; without that the file has to be there. One that is there is
+/// the operator's, and is not written over.
+fn describe(file: &Path, options: &GuestOptions) -> anyhow::Result<()> {
+    let guest = Guest {
+        qmp: options.qmp.clone(),
+        attach: options.attach.clone(),
+        taps: options.taps.clone(),
+        disposable: options.disposable.clone(),
+        register: options.register,
+    };
+    let there = file.exists() || file.with_extension("d").exists();
+    if guest == Guest::default() {
+        if there {
+            return Ok(());
+        }
+        bail!(
+            "there is no {}: say how the guest is reached, with --qmp or --attach and --tap, or write that file",
+            file.display()
+        );
+    }
+    if guest.qmp.is_none() && guest.attach.is_none() {
+        bail!("name the guest's hypervisor: --qmp or --attach");
+    }
+    let text = format!(
+        "# Written by `romulus protect`.\n{}",
+        toml::to_string(&Own { vm: &guest }).context("the guest can't be described")?
+    );
+    if there {
+        if std::fs::read_to_string(file).is_ok_and(|found| found == text) {
+            return Ok(());
+        }
+        bail!(
+            "{} describes the VM already: change it there, or remove it, and leave --qmp, --attach, --tap, --disposable and \
+             --register away",
+            file.display()
+        );
+    }
+    toml::from_str::<Replicator>(&text)
+        .map_err(anyhow::Error::from)
+        .and_then(|settings| Ok(settings.check()?))
+        .context("the guest can't be reached like this")?;
+    let written = std::fs::File::create_new(file).and_then(|mut made| made.write_all(text.as_bytes()));
+    written.with_context(|| format!("could not write {}", file.display()))?;
+    eprintln!("wrote {}", file.display());
+    Ok(())
+}
+
+/// The file of a VM.
+#[derive(Serialize)]
+struct Own<'g> {
+    vm: &'g Guest,
 }
 
 fn by_hand(vm: &VmId, why: &str) -> String {
@@ -174,6 +231,46 @@ fn progress(vm: &Value) -> Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_vms_file_is_written_once_and_an_operators_file_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("web.toml");
+        let options = |qmp: Option<&str>, tap: &str| GuestOptions {
+            qmp: qmp.map(Into::into),
+            attach: None,
+            taps: [tap]
+                .into_iter()
+                .filter(|tap| !tap.is_empty())
+                .map(str::to_owned)
+                .collect(),
+            disposable: Vec::new(),
+            register: qmp.is_some(),
+        };
+        let error = describe(&file, &options(None, "")).unwrap_err().to_string();
+        assert!(error.contains("--qmp") && error.contains("web.toml"), "{error}");
+        for bad in [
+            options(None, "tap0"),
+            options(Some("/run/q"), "no tap"),
+            options(Some("q"), "tap0"),
+        ] {
+            describe(&file, &bad).unwrap_err();
+            assert!(!file.exists());
+        }
+        let good = options(Some("/run/q"), "tap0");
+        describe(&file, &good).unwrap();
+        let settings: Replicator = toml::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+        assert_eq!(settings.vm.qmp.as_deref(), Some(Path::new("/run/q")));
+        assert_eq!(
+            (settings.vm.taps, settings.vm.register),
+            (vec!["tap0".to_owned()], true)
+        );
+        // The same words again, and none, both go on with it; others do not.
+        describe(&file, &good).unwrap();
+        describe(&file, &options(None, "")).unwrap();
+        let error = describe(&file, &options(Some("/run/q"), "tap1")).unwrap_err();
+        assert!(error.to_string().contains("already"), "{error}");
+    }
 
     #[test]
     fn progress_is_of_the_copy_in_bytes_and_says_what_is_waited_for() {

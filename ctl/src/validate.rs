@@ -1,13 +1,19 @@
 //! `romulus validate`: are the settings files good, and if not, where and why?
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
-use romulus_config::{BackupAgent, ConfigError, Replicator, Settings, Witness, default_path, load};
+use romulus_config::{
+    BackupAgent, ConfigError, Replicator, Settings, Witness, default_path, load, load_over,
+};
 use serde_json::{Value, json};
 
 use crate::args::{Daemon, ValidateOptions};
 use crate::exit;
+
+/// The folder of what VMs have of their own.
+const VMS: &str = "vms";
 
 /// Runs the checks.
 pub(crate) fn run(options: &ValidateOptions) -> anyhow::Result<u8> {
@@ -56,21 +62,44 @@ fn shipped_files() -> Vec<PathBuf> {
         default_path::<BackupAgent>(),
         default_path::<Witness>(),
     ];
-    all.into_iter()
+    let mut files: Vec<PathBuf> = all
+        .into_iter()
         .filter(|file| file.exists() || file.with_extension("d").exists())
-        .collect()
+        .collect();
+    files.extend(vm_files(&default_path::<Replicator>().with_file_name(VMS)));
+    files
 }
 
-/// By the name of the file, or of the `.d` folder or `vms` folder that it lies in.
+/// The files of the VMs of a host, those included that have only a `.d` folder.
+fn vm_files(folder: &Path) -> BTreeSet<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let named = entries.map(|entry| entry.path()).filter(|path| {
+        path.extension()
+            .is_some_and(|extension| extension == "toml" || extension == "d")
+    });
+    named.map(|path| path.with_extension("toml")).collect()
+}
+
+/// By the name of the file, or of the `.d` folder or `vms` folder that it lies in. A VM may be called as it likes.
 fn daemon_of(file: &Path) -> Option<Daemon> {
+    let mut folders = file.ancestors().skip(1).take(2);
+    if folders.any(|folder| folder.ends_with(VMS)) {
+        return Some(Daemon::Replicator);
+    }
     let folder = file.parent().and_then(Path::file_name);
     let names = [file.file_stem(), folder];
     names.into_iter().flatten().find_map(|name| match name.to_str()? {
-        "replicator" | "replicator.d" | "vms" => Some(Daemon::Replicator),
+        "replicator" | "replicator.d" => Some(Daemon::Replicator),
         "backup-agent" | "backup-agent.d" => Some(Daemon::BackupAgent),
         "witness" | "witness.d" => Some(Daemon::Witness),
         _ => None,
     })
+}
+
+/// The host's settings below those of a VM, when the file is a VM's: `vms/VM.toml`.
+fn below(file: &Path) -> Option<PathBuf> {
+    let folder = file.parent().filter(|folder| folder.ends_with(VMS))?;
+    Some(folder.parent()?.join("replicator.toml"))
 }
 
 fn name(daemon: Daemon) -> &'static str {
@@ -85,7 +114,11 @@ fn check(daemon: Daemon, file: &Path) -> Result<(), ConfigError> {
     // The default file may be missing beside its folder; a file that was named may not.
     let path = |default: PathBuf| (file != default || file.exists()).then_some(file);
     match daemon {
-        Daemon::Replicator => load::<Replicator>(path(default_path::<Replicator>())).map(drop),
+        Daemon::Replicator => match below(file) {
+            // As the VM's replicator reads them.
+            Some(host) => load_over::<Replicator>(host.exists().then_some(&*host), Some(file)).map(drop),
+            None => load::<Replicator>(path(default_path::<Replicator>())).map(drop),
+        },
         Daemon::BackupAgent => load::<BackupAgent>(path(default_path::<BackupAgent>())).map(drop),
         Daemon::Witness => load::<Witness>(path(default_path::<Witness>())).map(drop),
     }
@@ -115,6 +148,38 @@ mod tests {
     }
 
     #[test]
+    fn a_vms_file_is_checked_on_top_of_its_hosts() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let file = dir.path().join(name);
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(&file, text).unwrap();
+            file
+        };
+        let web = write(
+            "vms/web.toml",
+            "[vm]\nqmp = \"/run/web.qmp\"\ntaps = [\"tap0\"]\n",
+        );
+        let only_folder = write("vms/db.d/10-site.toml", "[epochs]\nlength = \"20ms\"\n");
+        let db = dir.path().join("vms/db.toml");
+        assert_eq!(
+            vm_files(&dir.path().join("vms")).into_iter().collect::<Vec<_>>(),
+            [db.clone(), web.clone()]
+        );
+        write("replicator.toml", "backup = \"b:7700\"\n");
+        for file in [&web, &db, &only_folder] {
+            check(Daemon::Replicator, file).unwrap();
+        }
+        // Each is good by itself; together they are not.
+        write("replicator.toml", "[vm]\nattach = \"/run/vmm\"\n");
+        let error = check(Daemon::Replicator, &web).unwrap_err().to_string();
+        assert!(error.contains("vm."), "{error}");
+        write("vms/web.toml", "[vm]\ntap = \"tap0\"\n");
+        let error = check(Daemon::Replicator, &web).unwrap_err().to_string();
+        assert!(error.contains("web.toml") && error.contains("tap"), "{error}");
+    }
+
+    #[test]
     fn whose_settings_a_file_holds_follows_from_its_name_or_its_folder() {
         for (file, daemon) in [
             ("/etc/romulus/replicator.toml", Some(Daemon::Replicator)),
@@ -123,6 +188,8 @@ mod tests {
                 Some(Daemon::BackupAgent),
             ),
             ("/etc/romulus/vms/web.toml", Some(Daemon::Replicator)),
+            ("/etc/romulus/vms/witness.toml", Some(Daemon::Replicator)),
+            ("/etc/romulus/vms/web.d/10-more.toml", Some(Daemon::Replicator)),
             ("witness.toml", Some(Daemon::Witness)),
             ("/tmp/x.toml", None),
         ] {
