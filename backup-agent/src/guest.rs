@@ -207,7 +207,14 @@ impl Guest {
         let Some(bridge) = &self.config.bridge else { return };
         for tap in self.taps() {
             if let Err(error) = join_bridge(&tap, bridge) {
-                warn!(vm = self.config.vm.as_str(), tap, %error, "the guest's tap is not on the bridge");
+                let (vm, error) = (
+                    self.config.vm.as_str(),
+                    format!("{:#}", anyhow::Error::from(error)),
+                );
+                warn!(
+                    event = "not_joined",
+                    vm, tap, error, "the guest's tap is not on the bridge"
+                );
             }
         }
     }
@@ -218,7 +225,14 @@ impl Guest {
             match Announcer::prepare(&tap).and_then(|announcer| announcer.repeat(addresses)) {
                 Ok(announcing) => self.announcing.push(announcing),
                 Err(error) => {
-                    warn!(vm = self.config.vm.as_str(), tap, %error, "the guest's addresses are not announced");
+                    let (vm, error) = (
+                        self.config.vm.as_str(),
+                        format!("{:#}", anyhow::Error::from(error)),
+                    );
+                    warn!(
+                        event = "not_announced",
+                        vm, tap, error, "the guest's addresses are not announced"
+                    );
                 }
             }
         }
@@ -256,6 +270,13 @@ impl Guest {
             } else {
                 standby.dismiss();
             }
+        }
+    }
+
+    /// Ends what waits: the agent is told to end, and the next one starts standbys of its own. A guest that runs goes on.
+    pub fn dismiss_waiting(&mut self) {
+        if let Some(mut standby) = self.standby.take_if(|standby| !standby.is_active()) {
+            standby.dismiss();
         }
     }
 

@@ -162,6 +162,7 @@ async fn run(
         event = "terminate",
         "standbys that run a guest go on without the agent"
     );
+    registry.dismiss_standbys().await;
     endpoint.shutdown("the agent is shutting down").await;
     drop((admin, metrics));
     Ok(())

@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use romulus_config::{BackupAgent, VmLimits};
@@ -30,10 +31,12 @@ use crate::refusals::RefusedCount;
 use crate::standbys::Standbys;
 use crate::starts::Starts;
 use crate::status::VmStatus;
-use crate::store::{Store, StoreSender, store_channel};
+use crate::store::{Store, StoreJob, StoreSender, store_channel};
 use crate::vm_driver::VmDriver;
 use crate::vm_image::VmImage;
 
+/// How long ending all standbys that wait may take.
+const DISMISS_AT_MOST: Duration = Duration::from_secs(3);
 /// Requests to the witness that wait, at most.
 const REQUESTS_MAX: usize = 8;
 
@@ -75,6 +78,7 @@ pub struct VmHandle {
     pub status: Arc<VmStatus>,
     limits: VmLimits,
     image_bytes: Arc<AtomicU64>,
+    store: mpsc::WeakSender<StoreJob>,
 }
 
 /// All VMs.
@@ -230,6 +234,7 @@ impl Registry {
         );
         shared.starts.add(vm, vm_limits.priority);
         let store = self.start_store(vm, image, guest, &events, &status)?;
+        let weak_store = store.weak();
         let (witness, requests) = mpsc::channel(REQUESTS_MAX);
         tokio::spawn(ask_witness(shared.witness.clone(), requests, events.clone()));
         let driver = VmDriver {
@@ -266,6 +271,7 @@ impl Registry {
             status,
             limits: vm_limits,
             image_bytes,
+            store: weak_store,
         })
     }
 
@@ -336,6 +342,26 @@ impl Registry {
             .name(format!("store-{vm}"))
             .spawn(move || store.run())?;
         Ok(sender)
+    }
+
+    /// Ends the standbys that wait, of all VMs at once. One whose store is busy for too long is left to the agent's next life.
+    pub async fn dismiss_standbys(&self) {
+        let mut waits = Vec::new();
+        for handle in self.lock().values() {
+            let (done, wait) = oneshot::channel();
+            let store = handle.store.upgrade();
+            if store.is_some_and(|store| store.try_send(StoreJob::DismissStandby(done)).is_ok()) {
+                waits.push(wait);
+            }
+        }
+        let all = async {
+            for wait in waits {
+                let _ = wait.await;
+            }
+        };
+        if tokio::time::timeout(DISMISS_AT_MOST, all).await.is_err() {
+            warn!("not every standby that waits could be ended: the agent's next start does that");
+        }
     }
 
     /// Where refused connections are counted.

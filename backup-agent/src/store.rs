@@ -81,6 +81,8 @@ pub enum StoreJob {
     StopGuest,
     /// The process of the guest that was activated has ended.
     GuestEnded,
+    /// End the standby that waits: the agent is told to end.
+    DismissStandby(oneshot::Sender<()>),
     /// Remove the image, the waiting standby, and whatever else there is of this VM.
     Forget(oneshot::Sender<Result<(), String>>),
 }
@@ -210,6 +212,10 @@ impl Store {
             StoreJob::Activate { session, epoch, term } => self.activate(session, epoch, term),
             StoreJob::StopGuest => self.guest.stop(),
             StoreJob::GuestEnded => self.guest_ended(),
+            StoreJob::DismissStandby(done) => {
+                self.guest.dismiss_waiting();
+                let _ = done.send(());
+            }
             StoreJob::Forget(done) => {
                 let forgotten = self.forget().map_err(|error| format!("{error:#}"));
                 let _ = done.send(forgotten);

@@ -67,9 +67,9 @@ impl VmImage {
         }
         match Image::open_on(shelf, vm, limits) {
             Ok(image) => {
-                info!(vm = vm.as_str(), state = %image.state(), "found an image");
                 this.image = Some(image);
                 this.machine = this.read_machine();
+                this.tell_found();
             }
             Err(
                 error @ (ImageError::LayoutDamaged
@@ -82,6 +82,16 @@ impl VmImage {
             Err(error) => return Err(error).context("the image of an earlier life can't be opened"),
         }
         Ok(this)
+    }
+
+    fn tell_found(&self) {
+        let vm = self.vm.as_str();
+        match self.committed() {
+            Some(Committed { session, epoch }) => {
+                info!(event = "image_found", vm, session = %session, epoch = epoch.0);
+            }
+            None => info!(event = "image_found", vm, "without a commit that can be used"),
+        }
     }
 
     /// The VMs from whose images guests were started, by the marks in `dir`.

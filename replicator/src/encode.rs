@@ -84,6 +84,8 @@ struct Sending {
     sink: mpsc::Sender<Bytes>,
     /// Pages of the first copy that were sent.
     first_copy_sent: u64,
+    /// What that took on the wire.
+    first_copy_bytes: u64,
     /// Pages that the backup held when the session began.
     held: u64,
 }
@@ -166,6 +168,7 @@ impl Encoder {
             session,
             sink,
             first_copy_sent: 0,
+            first_copy_bytes: 0,
             held: held.left(),
         });
         self.pages.begin(held);
@@ -187,11 +190,12 @@ impl Encoder {
             "the first copy goes over every page, or the backup keeps an old one"
         );
         let (sent_pages, held_pages) = (sending.first_copy_sent, sending.held);
+        let sent_bytes = sending.first_copy_bytes;
         fault::point("replicator.first_copy_sent");
-        info!(event = "first_copy_sent", sent_pages, held_pages);
+        info!(event = "first_copy_sent", sent_pages, sent_bytes, held_pages);
         self.status.add_event(
             "first_copy_sent",
-            &json!({"sent_pages": sent_pages, "held_pages": held_pages}),
+            &json!({"sent_pages": sent_pages, "sent_bytes": sent_bytes, "held_pages": held_pages}),
         );
         self.events.send(PrimaryEvent::FirstCopyDone(session));
     }
@@ -289,6 +293,7 @@ impl Encoder {
         self.send_frame(writer.finish(), &mut tally).ok()?;
         if let Some(sending) = self.sending.as_mut().filter(|_| first_copy) {
             sending.first_copy_sent += tally.section.pages;
+            sending.first_copy_bytes += tally.wire_bytes;
         }
         Some(tally)
     }

@@ -157,6 +157,7 @@ mod tests {
         Event {
             at: Stamp::from_micros(at),
             source: "test".to_owned(),
+            vm: String::new(),
             name: name.to_owned(),
             detail: detail.to_owned(),
         }

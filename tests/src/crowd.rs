@@ -71,13 +71,13 @@ pub struct Member {
     replicator: Option<Process>,
 }
 
-/// The lab with its guests. The fields are dropped in this order.
+/// The lab with its guests. The fields are dropped in this order. The agent is a process of the lab, or whatever hosts one.
 #[derive(Debug)]
-pub struct Crowd {
+pub struct Crowd<A = Process> {
     /// The VMs.
     pub members: Vec<Member>,
     /// The agent.
-    pub agent: Process,
+    pub agent: A,
     /// The witness.
     pub witness: Process,
     config: CrowdConfig,
@@ -91,6 +91,22 @@ impl Crowd {
     /// # Errors
     /// When rights or programs are missing.
     pub fn raise(paths: &Paths, prefix: &str, hosts: &[&str], config: CrowdConfig) -> Result<Crowd> {
+        Crowd::raise_with(paths, prefix, hosts, config, start_agent)
+    }
+}
+
+impl<A: Sync> Crowd<A> {
+    /// The same, with an agent that is started in another way.
+    ///
+    /// # Errors
+    /// As [`Crowd::raise`], or what `start` says.
+    pub fn raise_with(
+        paths: &Paths,
+        prefix: &str,
+        hosts: &[&str],
+        config: CrowdConfig,
+        start: impl FnOnce(&Lab, &CrowdConfig) -> Result<A>,
+    ) -> Result<Crowd<A>> {
         let mut lab = Lab::new(paths.clone(), prefix)?;
         lab.vmm = Vmm::Testbed;
         let mut argv = ["pki", "init", "--dir"].map(str::to_owned).to_vec();
@@ -104,7 +120,7 @@ impl Crowd {
         lab.output(Host::Client, &argv)
             .context("cannot make certificates")?;
         let witness = lab.start_witness()?;
-        let agent = start_agent(&lab, &config)?;
+        let agent = start(&lab, &config)?;
         Ok(Crowd {
             members: Vec::new(),
             agent,
@@ -355,6 +371,23 @@ impl Crowd {
             .collect();
         events.sort();
         Ok(events.into_iter().map(|(_, vm)| vm).collect())
+    }
+
+    /// The VMM of a guest.
+    ///
+    /// # Errors
+    /// When there is no such VM.
+    pub fn guest(&self, name: &str) -> Result<&Process> {
+        Ok(&self.members[self.number(name)?].guest)
+    }
+
+    /// The guest must have found nothing wrong in itself.
+    ///
+    /// # Errors
+    /// What it found, or that it does not answer.
+    pub fn ensure_whole(&self, name: &str) -> Result<()> {
+        let ip = self.members[self.number(name)?].ip;
+        Redis::connect_to(&self.lab, ip, ANSWER_AT_MOST)?.self_check()
     }
 
     /// The replicator of a VM.

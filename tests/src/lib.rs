@@ -36,6 +36,7 @@ pub mod prometheus;
 pub mod qmp;
 pub mod report;
 mod resp;
+pub mod restarts;
 pub mod scenario;
 pub mod scrape;
 pub mod sniffer;

@@ -36,6 +36,8 @@ pub struct Event {
     pub source: String,
     /// What: `attach`, `paired`, `kill`, …
     pub name: String,
+    /// The VM that it is about, if a daemon said so.
+    pub vm: String,
     /// The rest of the line.
     pub detail: String,
 }
@@ -87,6 +89,7 @@ impl Timeline {
             at,
             source: source.to_owned(),
             name: name.to_owned(),
+            vm: String::new(),
             detail: detail.to_owned(),
         });
     }
@@ -113,12 +116,15 @@ impl Timeline {
     /// All events, in the order of their times.
     #[must_use]
     pub fn events(&self) -> Vec<Event> {
-        let mut events = self
-            .shared
-            .events
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+        self.select(|_| true)
+    }
+
+    /// The events that are `wanted`, in the order of their times.
+    #[must_use]
+    pub fn select(&self, wanted: impl Fn(&Event) -> bool) -> Vec<Event> {
+        let all = self.shared.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut events: Vec<Event> = all.iter().filter(|event| wanted(event)).cloned().collect();
+        drop(all);
         events.sort_by_key(|event| event.at);
         events
     }
@@ -186,6 +192,11 @@ fn event_of(source: &str, line: &[u8]) -> Option<Event> {
     let at = Stamp::parse_rfc3339(value.get("timestamp")?.as_str()?)?;
     let fields = value.get("fields").unwrap_or(&value).as_object()?;
     let name = fields.get("event")?.as_str()?.to_owned();
+    let vm = fields
+        .get("vm")
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+        .to_owned();
     let mut parts: Vec<String> = Vec::new();
     for (key, value) in fields
         .iter()
@@ -204,6 +215,7 @@ fn event_of(source: &str, line: &[u8]) -> Option<Event> {
         at,
         source: source.to_owned(),
         name,
+        vm,
         detail: parts.join(" "),
     })
 }

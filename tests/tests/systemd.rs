@@ -48,13 +48,6 @@ fn exposure(container: &Container, unit: &str) -> Result<f64> {
     number.with_context(|| format!("no figure in {line:?}"))
 }
 
-fn wait_journal(container: &Container, unit: &str, text: &str) -> Result<()> {
-    let found = wait_for(&format!("{text:?} in the journal"), SOON, || {
-        container.journal(unit).contains(text).then_some(())
-    });
-    found.with_context(|| container.journal(unit))
-}
-
 #[test]
 fn packages_install_start_reload_upgrade_and_purge() -> Result<()> {
     let lab = Lab::new(Paths::here(), TEST_LAB)?;
@@ -67,7 +60,7 @@ fn packages_install_start_reload_upgrade_and_purge() -> Result<()> {
 
     for (container, unit, most) in [
         (&backup, AGENT, 3.0),
-        (&backup, REPLICATOR, 4.5),
+        (&backup, REPLICATOR, 3.6),
         (&witness, WITNESS, 1.5),
     ] {
         container.run(&["systemd-analyze", "verify", unit])?;
@@ -107,8 +100,8 @@ fn reloads_what_can_be_and_names_the_rest(container: &Container, unit: &str, fil
     let pid = container.property(unit, "MainPID")?;
     container.write(file, "vms_max = 5\n[log]\nlevel = \"debug\"\n")?;
     container.reload(unit)?;
-    wait_journal(container, unit, "these settings wait for a restart")?;
-    wait_journal(container, unit, "log.level")?;
+    container.wait_journal(unit, "these settings wait for a restart", SOON)?;
+    container.wait_journal(unit, "log.level", SOON)?;
     container.write(file, "vms_max = 0\n")?;
     let refused = container.output(&["systemctl", "reload", unit])?;
     assert!(
@@ -134,7 +127,7 @@ fn a_daemon_that_hangs_is_started_again(container: &Container) -> Result<()> {
         let now = container.property(AGENT, "MainPID").ok()?;
         (now != pid && now != "0").then_some(())
     })?;
-    wait_journal(container, AGENT, "Watchdog timeout")?;
+    container.wait_journal(AGENT, "Watchdog timeout", SOON)?;
     container.wait_property(AGENT, "ActiveState", "active", SOON)
 }
 

@@ -18,6 +18,7 @@ mod testbed;
 
 pub use qemu::{Firmware, Memory, Nic, QemuConfig};
 pub use testbed::TestbedConfig;
+pub(crate) use testbed::runs as runs_guest;
 
 /// The guest's Ethernet address.
 pub const MAC: &str = "52:54:00:77:00:02";

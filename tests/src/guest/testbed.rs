@@ -104,7 +104,7 @@ impl TestbedConfig {
 
 /// Whether a VMM's virtual processors run: whether the kernel says of any of its threads that it is in `KVM_RUN`, at one of
 /// many looks, since it may leave that for a moment.
-pub(super) fn runs(vmm: Pid) -> Result<bool> {
+pub(crate) fn runs(vmm: Pid) -> Result<bool> {
     for _ in 0..LOOKS {
         if in_guest(vmm)? {
             return Ok(true);

@@ -19,6 +19,8 @@ const BOOT_SCRIPT: &str = include_str!("boot.sh");
 /// Ten seconds on an idle machine.
 const BOOT_AT_MOST: Duration = Duration::from_secs(180);
 const END_AT_MOST: Duration = Duration::from_secs(30);
+/// One that takes longer hangs: `timeout` ends it, with code 124, so that a test says which it was.
+const COMMAND_AT_MOST_S: &str = "300";
 /// What commands in a container find.
 const ENVIRONMENT: [(&str, &str); 4] = [
     (
@@ -131,8 +133,9 @@ impl Container {
     /// # Errors
     /// When it cannot be started.
     pub fn output(&self, argv: &[&str]) -> Result<Output> {
-        let mut command = Command::new("nsenter");
+        let mut command = Command::new("timeout");
         command
+            .args(["--kill-after=10", COMMAND_AT_MOST_S, "nsenter"])
             .args(["--target", &self.init.as_raw_nonzero().to_string(), "--all", "--"])
             .args(argv)
             .env_clear()
@@ -227,6 +230,17 @@ impl Container {
             (last == wanted).then_some(())
         });
         waited.map_err(|error| anyhow!("{error}; it is {last:?}; the journal:\n{}", self.journal(unit)))
+    }
+
+    /// Waits until a unit has logged this.
+    ///
+    /// # Errors
+    /// When it has not in time, with the end of its journal.
+    pub fn wait_journal(&self, unit: &str, text: &str, at_most: Duration) -> Result<()> {
+        let found = wait_for(&format!("{text:?} in the journal"), at_most, || {
+            self.journal(unit).contains(text).then_some(())
+        });
+        found.with_context(|| self.journal(unit))
     }
 
     /// The end of a unit's journal, for errors and to look for a line. Empty when there is none.

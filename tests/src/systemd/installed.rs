@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use super::Container;
@@ -119,7 +119,7 @@ impl Container {
         Container::boot_with(lab, Host::Primary, &pairs)
     }
 
-    /// Starts the guest in the test VMM, as a unit, and installs the replicator with that guest's settings; starts no replicator.
+    /// Starts the guest in the test VMM, as a unit, and installs the replicator with its host's settings; starts no replicator.
     ///
     /// # Errors
     /// When either can't be.
@@ -139,27 +139,47 @@ impl Container {
             Host::Backup.ip(),
             Host::Witness.ip(),
         );
-        self.write("/etc/romulus/replicator.d/10-lab.toml", host)?;
-        let vm = format!(
-            "[vm]\nattach = {socket:?}\ntaps = [\"{TAP}\"]\ndisposable = [\"serial\"]\nregister = true\n"
-        );
-        self.write(&format!("/etc/romulus/vms/{VM}.toml"), vm)
+        self.write("/etc/romulus/replicator.d/10-lab.toml", host)
     }
 
-    /// What `romulus status --json` says here.
+    /// Has the lab's guest protected as an operator does, also after a boot, and waits until it is.
     ///
     /// # Errors
-    /// When there is no daemon, or several.
+    /// When it does not come to be, with the replicator's journal.
+    pub fn protect_guest(&self, lab: &Lab) -> Result<Value> {
+        let socket = attach(lab);
+        let socket = socket.to_string_lossy();
+        let how = [
+            "--attach",
+            &socket,
+            "--tap",
+            TAP,
+            "--disposable",
+            "serial",
+            "--register",
+            "--timeout",
+            "3m",
+        ];
+        let argv = [&["romulus", "protect", VM], &how[..]].concat();
+        self.run(&argv).with_context(|| self.journal(REPLICATOR))?;
+        self.systemctl(&["enable", REPLICATOR])?;
+        self.wait_state("protected", SOON)
+    }
+
+    /// What `romulus status --json` says of the one daemon here.
+    ///
+    /// # Errors
+    /// When there is no daemon, or several, or it does not answer.
     pub fn romulus_status(&self) -> Result<Value> {
         // Its exit code says "not protected", too.
         let out = self.output(&["romulus", "status", "--json"])?;
-        serde_json::from_slice(&out.stdout).with_context(|| {
-            format!(
-                "no status on {}: {}",
-                self.host(),
-                String::from_utf8_lossy(&out.stderr)
-            )
-        })
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        let answer: Value = serde_json::from_slice(&out.stdout)
+            .with_context(|| format!("no status on {}: {said}", self.host()))?;
+        match answer["daemons"].as_array().map(Vec::as_slice) {
+            Some([one]) if one["status"].is_object() => Ok(one["status"].clone()),
+            _ => bail!("not the status of one daemon on {}: {answer}", self.host()),
+        }
     }
 
     /// Waits until the replicator here says that the VM is in this state, and returns the status.

@@ -9,8 +9,10 @@
 //!
 //! A [`Container`] is a host of a lab: whatever the lab's instruments see of that host, they see of the container. Several run at once.
 
+mod agent_unit;
 mod container;
 mod installed;
 
+pub use agent_unit::AgentUnit;
 pub use container::{BINARIES, Container};
 pub use installed::{AGENT, REPLICATOR, WITNESS};
