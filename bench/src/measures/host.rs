@@ -18,7 +18,7 @@ use crate::run::{Finding, Run, Unable};
 use crate::stats::{Figure, float};
 
 /// What the lab's namespaces, folders and sockets begin with.
-const LAB: &str = "romb";
+pub(super) const LAB: &str = "romb";
 const HOST: &str = "left";
 /// What an agent takes besides images and staging: its program, threads and connections.
 const AGENT_MIB: f64 = 64.0;
@@ -236,7 +236,7 @@ fn image_mib(folder: &Path) -> Result<(f64, f64), Unable> {
     Ok((float(memory) / MIB, float(others) / MIB))
 }
 
-fn figure(values: &[f64]) -> Result<Figure, Unable> {
+pub(super) fn figure(values: &[f64]) -> Result<Figure, Unable> {
     Figure::of(values).ok_or_else(|| Unable::Wrong("nothing was measured".to_owned()))
 }
 

@@ -5,6 +5,7 @@ mod digest;
 mod host;
 mod kvm;
 mod memory;
+mod restart;
 mod transport;
 mod wire;
 
@@ -119,6 +120,16 @@ pub(crate) const ALL: &[Kind] = &[
         name: "host.takeover",
         about: "until all VMs of a dead host serve again, against the first of them",
         parse: parse::<host::Takeover>,
+    },
+    Kind {
+        name: "host.restart",
+        about: "until all VMs are protected again after systemd's restart of the agent and after its SIGKILL, against the agent's start alone",
+        parse: parse::<restart::Restart>,
+    },
+    Kind {
+        name: "host.resent",
+        about: "memory that is sent again after a restart of the agent and after its SIGKILL",
+        parse: parse::<restart::Resent>,
     },
 ];
 

@@ -1,0 +1,141 @@
+//! `host.restart` and `host.resent`: the agent in its systemd unit, restarted and killed while many VMs are protected to it.
+//!
+//! It runs in a container with a real systemd (`cargo xtask setup` makes its tree), with the unit that the package has; the guests are
+//! those of `host.*`. Each strike is also a check: a VM that is not protected again, a guest that stands still or a commit that is
+//! gone makes the measure fail.
+
+use romulus_e2e::Paths;
+use romulus_e2e::restarts::{Outcome, Restarts, RestartsConfig, Strike};
+use serde::Deserialize;
+
+use super::host::{LAB, figure};
+use super::{Measure, outside};
+use crate::run::{Finding, Run, Unable};
+
+/// Settings of both.
+#[derive(Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Common {
+    /// VMs on the agent.
+    #[serde(default = "eight")]
+    vms: u16,
+    /// Memory of each guest in MiB.
+    #[serde(default = "memory_mib")]
+    memory_mib: u32,
+    /// What each guest writes.
+    #[serde(default = "dirty")]
+    dirty: String,
+}
+
+const fn eight() -> u16 {
+    8
+}
+
+const fn memory_mib() -> u32 {
+    64
+}
+
+fn dirty() -> String {
+    RestartsConfig::default().dirty
+}
+
+impl Common {
+    fn problem(&self) -> Option<String> {
+        outside("vms", self.vms.into(), 1, 64)
+            .or_else(|| outside("memory_mib", self.memory_mib.into(), 64, 1024))
+            .or_else(|| super::kvm::dirty_problem(&self.dirty))
+    }
+
+    /// What followed each strike: as many restarts, and as many kills, as there are repetitions.
+    fn outcomes(&self, run: &Run) -> Result<[Vec<Outcome>; 2], Unable> {
+        let config = RestartsConfig {
+            vms: self.vms,
+            memory_mib: self.memory_mib,
+            dirty: self.dirty.clone(),
+            ..RestartsConfig::default()
+        };
+        run.say(format!("starting {} VMs and an agent under systemd", self.vms));
+        let raised = Restarts::raise(&Paths::here(), LAB, &config);
+        let mut restarts = raised.map_err(Unable::failed("raising the lab"))?;
+        let mut outcomes = [Vec::new(), Vec::new()];
+        for _ in 0..run.repetitions() {
+            for (list, strike) in outcomes.iter_mut().zip(STRIKES) {
+                run.say(format!("{strike:?}"));
+                let outcome = restarts.strike(strike);
+                list.push(outcome.map_err(Unable::failed("restarting the agent"))?);
+            }
+        }
+        Ok(outcomes)
+    }
+}
+
+const STRIKES: [Strike; 2] = [Strike::Restart, Strike::Kill];
+const CASES: [&str; 2] = ["restart", "kill"];
+
+fn notes(outcomes: &[Outcome], note: impl Fn(&Outcome) -> String) -> String {
+    outcomes.iter().map(note).collect::<Vec<_>>().join("; ")
+}
+
+/// `host.restart`.
+#[derive(Deserialize)]
+#[serde(transparent)]
+pub(crate) struct Restart(Common);
+
+impl Measure for Restart {
+    fn run(&self, run: &mut Run) -> Result<(), Unable> {
+        for (case, outcomes) in CASES.into_iter().zip(self.0.outcomes(run)?) {
+            let of = |value: fn(&Outcome) -> f64| figure(&outcomes.iter().map(value).collect::<Vec<_>>());
+            run.found(Finding {
+                case: case.to_owned(),
+                unit: "ms",
+                value: of(|outcome| outcome.protected_ms)?,
+                reference: Some((
+                    "until the agent is ready".to_owned(),
+                    of(|outcome| outcome.agent_ms)?,
+                )),
+                note: Some(notes(&outcomes, |outcome| {
+                    format!(
+                        "the first VM after {:.0} ms, longest pause since {:.2} ms",
+                        outcome.first_protected_ms,
+                        outcome.pause_ms()
+                    )
+                })),
+            });
+        }
+        Ok(())
+    }
+
+    fn problem(&self) -> Option<String> {
+        self.0.problem()
+    }
+}
+
+/// `host.resent`.
+#[derive(Deserialize)]
+#[serde(transparent)]
+pub(crate) struct Resent(Common);
+
+impl Measure for Resent {
+    fn run(&self, run: &mut Run) -> Result<(), Unable> {
+        for (case, outcomes) in CASES.into_iter().zip(self.0.outcomes(run)?) {
+            let percent: Vec<f64> = outcomes
+                .iter()
+                .map(|outcome| outcome.sent_ratio() * 100.0)
+                .collect();
+            run.found(Finding {
+                case: case.to_owned(),
+                unit: "%",
+                value: figure(&percent)?,
+                reference: None,
+                note: Some(notes(&outcomes, |outcome| {
+                    format!("of one VM at most {:.2} %", outcome.worst_sent_ratio() * 100.0)
+                })),
+            });
+        }
+        Ok(())
+    }
+
+    fn problem(&self) -> Option<String> {
+        self.0.problem()
+    }
+}
