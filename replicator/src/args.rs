@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
-use romulus_config::{Guest, LogFormat, PeerAddress, Replicator, Settings, load_over, vm_path};
+use romulus_config::{EpochLength, Guest, LogFormat, PeerAddress, Replicator, Settings, load_over, vm_path};
 use romulus_types::{HostId, VmId};
 use serde_json::{Value, json};
 
@@ -89,9 +89,9 @@ pub struct ProtectOptions {
     /// Folder with this host's certificates.
     #[arg(long, value_name = "DIR")]
     pki: Option<PathBuf>,
-    /// Length of an epoch.
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
-    epoch: Option<Duration>,
+    /// Length of an epoch, or auto: steered to the goal of [epochs.auto].
+    #[arg(long, value_name = "TIME")]
+    epoch: Option<EpochLength>,
     /// Silence of the backup after which it is suspected. Use the same on both hosts.
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     suspicion_timeout: Option<Duration>,

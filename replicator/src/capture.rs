@@ -23,6 +23,7 @@ use crate::events::EventSink;
 use crate::gates::Gates;
 use crate::session_cell::SessionCell;
 use crate::status::Status;
+use crate::tuner::EpochFigures;
 use romulus_host_sys::process_clock::Clock;
 
 /// Pages read at once during the first copy.
@@ -260,7 +261,12 @@ impl CaptureThread {
                     captured: now,
                 };
                 if self.encoder.send(job).is_ok() {
-                    self.events.send(PrimaryEvent::Captured(session, epoch));
+                    let figures = EpochFigures {
+                        interval_ns,
+                        pause_ns: report.pause_ns,
+                        dirty_pages: report.dirty_pages,
+                    };
+                    self.events.send_captured(session, epoch, figures);
                 }
             }
             Err(error) => self.capture_failed(session, epoch, &error),

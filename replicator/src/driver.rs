@@ -32,6 +32,7 @@ use crate::gates::Gates;
 use crate::link::Link;
 use crate::session_cell::SessionCell;
 use crate::status::Status;
+use crate::tuner::{EpochFigures, Tuner};
 use romulus_host_sys::process_clock::Clock;
 
 /// How long what already arrived may take to reach the inbox.
@@ -73,7 +74,9 @@ pub struct Driver {
     /// What must be remembered.
     pub remembered: RecordFile<Remembered>,
     /// When epochs ended, until they are committed: for the commit lag.
-    pub captured_at: std::collections::VecDeque<(Epoch, Time)>,
+    pub captured: std::collections::VecDeque<(Epoch, Time, EpochFigures)>,
+    /// Steers the length of epochs.
+    pub tuner: Tuner,
     /// Whoever ordered something and waits for the end.
     pub waiting: Vec<oneshot::Sender<OrderEnd>>,
     /// A signal asked for the end.
@@ -164,12 +167,13 @@ impl Driver {
                 if matches!(event, PrimaryEvent::Witness(_)) {
                     fault::point("replicator.answered");
                 }
-                if let PrimaryEvent::Captured(session, epoch) = &event
-                    && self.current.is(*session)
-                {
-                    self.captured_at.push_back((*epoch, now));
-                }
                 self.primary.handle(now, event);
+            }
+            Input::Captured(session, epoch, figures) => {
+                if self.current.is(session) {
+                    self.captured.push_back((epoch, now, figures));
+                }
+                self.primary.handle(now, PrimaryEvent::Captured(session, epoch));
             }
             Input::Order(order, answer) => {
                 info!(event = "order", order = ?order);
@@ -200,13 +204,14 @@ impl Driver {
         }
         let committed = self.primary.committed();
         let now = self.clock.now();
-        while self
-            .captured_at
-            .front()
-            .is_some_and(|(epoch, _)| *epoch <= committed)
+        while let Some((_, captured, figures)) = self.captured.pop_front_if(|(epoch, ..)| *epoch <= committed)
         {
-            let (_, captured) = self.captured_at.pop_front().expect("front was there");
             self.status.add_commit(captured, now);
+            if let Some((length_ns, reach)) = self.tuner.committed(figures, captured, now) {
+                debug!(target: EPOCHS, event = "epoch_length", length_ns, ?reach);
+                self.status.set_epoch_length(length_ns, reach);
+                self.primary.handle(now, PrimaryEvent::EpochLength(length_ns));
+            }
         }
         self.status.set_progress(
             self.primary.term().unwrap_or(Term(0)),
@@ -235,7 +240,8 @@ impl Driver {
                 instance,
             } => {
                 fault::point("replicator.connect");
-                self.captured_at.clear();
+                self.captured.clear();
+                self.tuner.interrupt();
                 self.current.set(Some(session));
                 self.link.connect(session, term, instance);
             }

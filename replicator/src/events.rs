@@ -1,7 +1,10 @@
 //! The driver's inbox: everything that happens reaches it through one bounded channel, in the order it happened.
 
 use romulus_protocol::{PrimaryEvent, PrimaryOrder};
+use romulus_types::{Epoch, Session};
 use tokio::sync::{mpsc, oneshot};
+
+use crate::tuner::EpochFigures;
 
 /// Most inputs that wait for the driver. A producer thread waits when it is full.
 pub const INBOX_MAX: usize = 1024;
@@ -14,6 +17,8 @@ pub type OrderEnd = Result<(), String>;
 pub enum Input {
     /// For the protocol.
     Event(PrimaryEvent),
+    /// [`PrimaryEvent::Captured`], with what the epoch was like.
+    Captured(Session, Epoch, EpochFigures),
     /// An operator's order; the answer says whether it was taken.
     Order(PrimaryOrder, oneshot::Sender<OrderEnd>),
     /// A closed gate no longer holds, and why.
@@ -30,6 +35,11 @@ impl EventSink {
     /// Hands an event in from a thread; waits while the inbox is full. A driver that is gone needs no events.
     pub fn send(&self, event: PrimaryEvent) {
         let _ = self.0.blocking_send(Input::Event(event));
+    }
+
+    /// Hands a capture in from its thread.
+    pub fn send_captured(&self, session: Session, epoch: Epoch, figures: EpochFigures) {
+        let _ = self.0.blocking_send(Input::Captured(session, epoch, figures));
     }
 
     /// Hands an event in from a task.

@@ -40,6 +40,7 @@ use crate::link::{Link, LinkConfig};
 use crate::metrics::{self, Watched};
 use crate::session_cell::SessionCell;
 use crate::status::Status;
+use crate::tuner::Tuner;
 use crate::witness_task;
 
 /// Jobs that wait for the capture thread, at most.
@@ -137,7 +138,7 @@ fn protocol(options: &ProtectOptions, settings: &Replicator, host: HostId, backu
         host,
         backup,
         register: settings.vm.register,
-        epoch_ns: nanoseconds(settings.epochs.length),
+        epoch_ns: nanoseconds(settings.epochs.first_length()),
         heartbeat_interval_ns: nanoseconds(settings.failover.heartbeat_interval),
         // Earlier than the backup, so that a mere link failure leaves the VM where it is.
         suspicion_ns: suspicion_ns / 4 * 3,
@@ -159,7 +160,7 @@ async fn drive(
     let backup_address = settings.backup.clone().context("no backup")?;
     let backup = backup_host(options, &backup_address)?;
     let clock = Clock::start();
-    let epoch_ns = nanoseconds(settings.epochs.length);
+    let epoch_ns = nanoseconds(settings.epochs.first_length());
     let status = Arc::new(Status::new(
         options.vm.as_str(),
         host.as_str(),
@@ -267,7 +268,8 @@ async fn drive(
         status,
         clock,
         remembered: record_file,
-        captured_at: VecDeque::new(),
+        captured: VecDeque::new(),
+        tuner: Tuner::new(&settings.epochs),
         waiting: Vec::new(),
         terminating: false,
         handed_over: false,

@@ -2,6 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard};
 
+use romulus_epoch::Reach;
 use romulus_hypervisor::source::CaptureReport;
 use romulus_page_codec::Kind;
 use romulus_protocol::{NotProtected, Notice, Protection};
@@ -37,6 +38,11 @@ struct Inner {
     scan_copy: Histogram,
     device: Histogram,
     dirty: Histogram,
+    /// Length of the epochs that are to come, and of the one before.
+    epoch_ns: u64,
+    epoch_before_ns: u64,
+    /// With `epochs.length = "auto"`, once that is known.
+    goal_reached: Option<bool>,
     commit_lag: Histogram,
     pause_total_ns: u64,
     first_capture: Option<Time>,
@@ -85,7 +91,6 @@ pub struct Status {
     vm: String,
     host: String,
     backup: String,
-    epoch_ns: u64,
     inner: Mutex<Inner>,
 }
 
@@ -110,6 +115,9 @@ impl Status {
             captured: Epoch::NONE,
             committed: Epoch::NONE,
             committed_state: None,
+            epoch_ns,
+            epoch_before_ns: epoch_ns,
+            goal_reached: None,
             epochs: 0,
             late_epochs: 0,
             failed_captures: 0,
@@ -144,7 +152,6 @@ impl Status {
             vm: vm.into(),
             host: host.into(),
             backup: backup.into(),
-            epoch_ns,
             inner: Mutex::new(inner),
         }
     }
@@ -203,6 +210,14 @@ impl Status {
         self.lock().first_copy = Some((done_pages, all_pages));
     }
 
+    /// Epochs are so long from now on, in nanoseconds, and the goal that they are steered to can be reached or not.
+    pub fn set_epoch_length(&self, epoch_ns: u64, reach: Reach) {
+        let mut inner = self.lock();
+        inner.epoch_before_ns = inner.epoch_ns;
+        inner.epoch_ns = epoch_ns;
+        inner.goal_reached = Some(reach == Reach::Reached);
+    }
+
     /// What the gates hold.
     pub fn set_gates(&self, gates: GateFigures) {
         self.lock().gates = gates;
@@ -218,7 +233,10 @@ impl Status {
         let mut inner = self.lock();
         inner.epochs += 1;
         if interval_ns > 0 {
-            let on_time = interval_ns <= self.epoch_ns + ON_TIME_SLACK_NS;
+            // One capture may have been due by the length before.
+            let due_ns = inner.epoch_ns.max(inner.epoch_before_ns);
+            inner.epoch_before_ns = inner.epoch_ns;
+            let on_time = interval_ns <= due_ns + ON_TIME_SLACK_NS;
             inner.intervals += 1;
             inner.on_time += u64::from(on_time);
             inner.late_epochs += u64::from(!on_time);
@@ -318,7 +336,8 @@ impl Status {
             "epoch": inner.captured.0,
             "committed": inner.committed.0,
             "lag_epochs": inner.captured.0.saturating_sub(inner.committed.0),
-            "epoch_ms": nanoseconds_to_ms(self.epoch_ns),
+            "epoch_ms": nanoseconds_to_ms(inner.epoch_ns),
+            "epoch_goal_reached": inner.goal_reached,
             "epochs": inner.epochs,
             "epoch_on_time_ratio": ratio(inner.on_time, inner.intervals),
             "command_ms": inner.command.summary_ms(),
@@ -365,7 +384,7 @@ impl Status {
                 &catalogue::LAG_EPOCHS,
                 inner.captured.0.saturating_sub(inner.committed.0),
             ),
-            (&catalogue::EPOCH_LENGTH_SECONDS, self.epoch_ns),
+            (&catalogue::EPOCH_LENGTH_SECONDS, inner.epoch_ns),
             (&catalogue::EPOCHS, inner.epochs),
             (&catalogue::LATE_EPOCHS, inner.late_epochs),
             (&catalogue::FAILED_CAPTURES, inner.failed_captures),

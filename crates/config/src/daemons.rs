@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::allow::{self, Allow};
 use crate::check::{Checks, Invalid};
 use crate::common::{Failover, Log, Metrics, Network};
+use crate::epochs::Epochs;
 use crate::load::Settings;
 use crate::peer::PeerAddress;
 use crate::quantity::{ByteSize, duration};
@@ -109,35 +110,6 @@ impl Guest {
     }
 }
 
-/// `[epochs]` of the replicator.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Epochs {
-    /// Time from one checkpoint to the next. Default 25 ms.
-    #[serde(with = "duration")]
-    pub length: Duration,
-    /// Most epochs sent and not yet acknowledged; past that an epoch stretches. Default 4.
-    pub in_flight_max: u16,
-    /// A pause that lasts longer kills its holder, so that the guest runs on. Default 1 s.
-    #[serde(with = "duration")]
-    pub pause_kill_limit: Duration,
-    /// Output that is held for longer makes the primary give its backup up; so does a hand-over that takes longer.
-    /// Default 10 s.
-    #[serde(with = "duration")]
-    pub hold_max: Duration,
-}
-
-impl Default for Epochs {
-    fn default() -> Self {
-        Self {
-            length: Duration::from_millis(25),
-            in_flight_max: 4,
-            pause_kill_limit: Duration::from_secs(1),
-            hold_max: Duration::from_secs(10),
-        }
-    }
-}
-
 /// `[memory]` of the replicator.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -200,17 +172,12 @@ impl Settings for Replicator {
     }
 
     fn check(&self) -> Result<(), Invalid> {
-        let (ms, s) = (Duration::from_millis, Duration::from_secs);
         let (page, most) = (ByteSize::from_mib(1), ByteSize::from_gib(1024));
         check_witness(&self.witness)?;
         Checks::new("").absolute("pki_dir", &self.pki_dir)?;
         allow::check_group(self.admin_group.as_deref())?;
         self.vm.check()?;
-        Checks::new("epochs")
-            .duration("length", self.epochs.length, ms(1), s(10))?
-            .number("in_flight_max", self.epochs.in_flight_max.into(), 1, 256)?
-            .duration("pause_kill_limit", self.epochs.pause_kill_limit, ms(50), s(60))?
-            .duration("hold_max", self.epochs.hold_max, ms(100), s(3600))?;
+        self.epochs.check()?;
         Checks::new("memory")
             .size(
                 "delta_memory",

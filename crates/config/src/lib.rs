@@ -18,6 +18,7 @@ mod allow;
 mod check;
 mod common;
 mod daemons;
+mod epochs;
 mod load;
 mod peer;
 mod quantity;
@@ -27,9 +28,10 @@ pub use allow::{ALLOW_MAX, Allow, is_allowed};
 pub use check::Invalid;
 pub use common::{Failover, Log, LogFormat, Metrics, MetricsListen, Network};
 pub use daemons::{
-    AGENT_METRICS_PORT, BackupAgent, Epochs, Guest, KeepImages, Memory, PKI_DIR, REPLICATOR_METRICS_PORT,
-    RUN_DIR, Replicator, StandbyKind, StandbyUnits, Vmm, WITNESS_METRICS_PORT, Witness,
+    AGENT_METRICS_PORT, BackupAgent, Guest, KeepImages, Memory, PKI_DIR, REPLICATOR_METRICS_PORT, RUN_DIR,
+    Replicator, StandbyKind, StandbyUnits, Vmm, WITNESS_METRICS_PORT, Witness,
 };
+pub use epochs::{AutoEpochs, EpochGoal, EpochLength, EpochLengthError, Epochs};
 pub use load::{
     DROP_INS_MAX, FILE_BYTES_MAX, Settings, changed_keys, default_path, load, load_over, vm_path,
 };

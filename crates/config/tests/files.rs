@@ -4,7 +4,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use romulus_config::{
-    BackupAgent, ConfigError, Replicator, Settings, StandbyKind, Witness, changed_keys, load, load_over,
+    BackupAgent, ConfigError, EpochGoal, EpochLength, Replicator, Settings, StandbyKind, Witness,
+    changed_keys, load, load_over,
 };
 
 fn write(dir: &Path, name: &str, text: &str) {
@@ -90,7 +91,10 @@ fn a_later_drop_in_wins_and_leaves_other_keys_alone() {
         ("replicator.d/notes.txt", "not toml at all"),
     ])
     .unwrap();
-    assert_eq!(settings.epochs.length, Duration::from_millis(10));
+    assert_eq!(
+        settings.epochs.length,
+        EpochLength::Fixed(Duration::from_millis(10))
+    );
     assert_eq!(settings.epochs.in_flight_max, 2);
     assert_eq!(settings.backup.unwrap().to_string(), "b:7700");
 }
@@ -124,7 +128,7 @@ fn what_a_vm_has_of_its_own_wins_over_what_its_host_has() {
     let web: Replicator = load_over(Some(&file), Some(&vm)).unwrap();
     assert_eq!(
         (web.epochs.length, web.epochs.in_flight_max),
-        (Duration::from_millis(10), 3)
+        (EpochLength::Fixed(Duration::from_millis(10)), 3)
     );
     assert_eq!(
         (web.vm.taps.as_slice(), web.backup),
@@ -146,7 +150,7 @@ fn what_has_changed_is_told_by_its_keys() {
     let before = Replicator::default();
     let mut after = before.clone();
     assert_eq!(changed_keys(&before, &after), [""; 0]);
-    after.epochs.length *= 2;
+    after.epochs.length = EpochLength::Auto;
     after.log.level = "debug".into();
     after.backup = Some("b:7700".parse().unwrap());
     after.vm.taps = vec!["tap0".into()];
@@ -209,6 +213,11 @@ fn values_that_would_break_an_invariant_are_refused() {
         "host = \"../etc\"",
         "[log]\nformat = \"xml\"",
         "[epochs]\nlength = 25",
+        "[epochs]\nlength = \"automatic\"",
+        "[epochs.auto]\nlatency = \"0s\"",
+        "[epochs.auto]\noverhead_percent = 0",
+        "[epochs.auto]\nlatency = \"9ms\"\noverhead_percent = 9",
+        "[epochs.auto]\nlength_min = \"1s\"\nlength_max = \"10ms\"",
     ] {
         assert!(
             load_files(&[("replicator.toml", bad)]).is_err(),
@@ -251,7 +260,10 @@ fn a_named_file_that_is_missing_or_huge_is_an_error() {
 #[test]
 fn the_defaults_are_those_of_the_design() {
     let replicator = Replicator::default();
-    assert_eq!(replicator.epochs.length, Duration::from_millis(25));
+    assert_eq!(
+        replicator.epochs.length,
+        EpochLength::Fixed(Duration::from_millis(25))
+    );
     assert_eq!(replicator.failover.suspicion_timeout, Duration::from_millis(150));
     assert!(replicator.failover.heartbeat_interval * 10 <= replicator.failover.suspicion_timeout);
     assert_eq!(replicator.failover.mute_limit, Duration::from_secs(60));
@@ -277,4 +289,20 @@ fn metrics_are_served_on_the_loopback_address_elsewhere_or_not_at_all() {
     let text = error.to_string();
     assert!(text.contains("no TCP address"), "{text}");
     assert!(listen("[metrics]\nstall_limit = \"1s\"").is_err());
+}
+
+#[test]
+fn epochs_are_steered_to_the_goal_that_is_set() {
+    let goal = |text: &str| {
+        let file = format!("[epochs]\nlength = \"auto\"\n[epochs.auto]\n{text}");
+        let settings: Replicator = load_files(&[("replicator.toml", &file)]).unwrap();
+        assert_eq!(settings.epochs.length, EpochLength::Auto);
+        settings.epochs.auto.goal()
+    };
+    assert_eq!(goal(""), EpochGoal::OverheadPercent(10));
+    assert_eq!(goal("overhead_percent = 5"), EpochGoal::OverheadPercent(5));
+    assert_eq!(
+        goal("latency = \"15ms\""),
+        EpochGoal::Latency(Duration::from_millis(15))
+    );
 }

@@ -97,6 +97,8 @@ pub enum PrimaryEvent {
     Guest(GuestEvent),
     /// An operator's order.
     Order(PrimaryOrder),
+    /// Epochs are to be so long from now on, in nanoseconds. A capture that was asked for stays due when it was.
+    EpochLength(u64),
 }
 
 /// Something is to be done at the primary. Carried out in order.

@@ -226,6 +226,7 @@ impl Primary {
             PrimaryEvent::Drained => self.on_drained(now),
             PrimaryEvent::Guest(event) => self.on_guest(now, event),
             PrimaryEvent::Order(order) => self.on_order(now, order),
+            PrimaryEvent::EpochLength(epoch_ns) => self.config.epoch_ns = epoch_ns,
         }
         self.advance(now);
     }

@@ -41,6 +41,8 @@ pub(crate) struct Lab {
     parcels: VecDeque<(u64, Parcel)>,
     captures: Vec<(u64, Session, Epoch)>,
     standby_fails: bool,
+    /// Every capture is told, not only those that do something else as well.
+    captures_told: bool,
     stalled_until_ms: u64,
     late: VecDeque<PrimaryEvent>,
     released: Epoch,
@@ -65,6 +67,7 @@ impl Lab {
             parcels: VecDeque::new(),
             captures: Vec::new(),
             standby_fails: false,
+            captures_told: false,
             stalled_until_ms: 0,
             late: VecDeque::new(),
             released: Epoch::NONE,
@@ -123,6 +126,11 @@ impl Lab {
             ["order", "force", "fenced"] => self.force(true),
             // A host that the record does not name says hello, so many terms ahead of the record.
             ["lie", ahead] => self.lie(ahead.parse().expect("a number of terms")),
+            ["epochs", "told"] => self.captures_told = true,
+            ["epochs", time] => {
+                let ms: u64 = time.trim_end_matches("ms").parse().expect("milliseconds");
+                self.tell_primary(PrimaryEvent::EpochLength(ms * 1_000_000));
+            }
             ["guest", what] => self.tell_primary(PrimaryEvent::Guest(guest_event(what))),
             ["status"] => self.status(),
             _ => panic!("not a command: {line}"),
@@ -396,6 +404,9 @@ impl Lab {
                 PrimaryCommand::Capture {
                     session, epoch, at, ..
                 } => {
+                    if self.captures_told {
+                        self.say("primary", &format!("capture {epoch} at {} ms", at.ns / MS));
+                    }
                     self.captures
                         .push((at.ns.div_ceil(MS).max(self.now_ms + 1), session, epoch));
                 }
