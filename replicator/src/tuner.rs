@@ -50,20 +50,20 @@ impl Tuner {
         }
     }
 
-    /// An epoch that was captured at `captured` is committed at `now`. The new length in nanoseconds when it changes with it,
-    /// and whether the goal can be reached.
+    /// An epoch that was captured at `captured` is committed at `now`. Where it ends a window, the length from now on in
+    /// nanoseconds, and whether the goal can be reached.
     pub fn committed(&mut self, figures: EpochFigures, captured: Time, now: Time) -> Option<(u64, Reach)> {
         let steering = self.steering.as_mut()?;
         if figures.interval_ns == 0 {
             return None;
         }
-        let changed = steering.add(Sample {
+        let ended = steering.add(Sample {
             length_ns: lossy(figures.interval_ns),
             pause_ns: lossy(figures.pause_ns),
             dirty_pages: lossy(figures.dirty_pages),
             commit_ns: lossy(now.since_ns(captured)),
         });
-        changed.then(|| (whole(steering.length_ns()), steering.reach()))
+        ended.then(|| (whole(steering.length_ns()), steering.reach()))
     }
 }
 

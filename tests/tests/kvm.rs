@@ -190,6 +190,24 @@ fn when_the_agent_dies_the_kvm_guest_stays_and_is_protected_again_once_there_is_
 }
 
 #[test]
+fn epochs_of_a_kvm_guest_are_steered_to_a_goal_while_it_is_protected() -> Result<()> {
+    let mut stage = Stage::raise(&Paths::here(), TEST_LAB, &stage_config(1, ""))?;
+    stage.protect(&ProtectConfig {
+        extra: ["--epoch", "auto"].map(str::to_owned).to_vec(),
+        ..ProtectConfig::default()
+    })?;
+    wait_for("the goal to be judged", SOON, || {
+        let status = stage.lab.status(Host::Primary).ok()?;
+        status["epoch_goal_reached"].as_bool()
+    })?;
+    let status = stage.lab.status(Host::Primary)?;
+    let length_ms = status["epoch_ms"].as_f64().unwrap_or(0.0);
+    assert!((5.0..=100.0).contains(&length_ms), "{status}");
+    wait_state(&stage, "protected")?;
+    all_is_well(&mut stage)
+}
+
+#[test]
 fn a_kvm_guest_that_powers_off_ends_its_protection_and_is_never_taken_over() -> Result<()> {
     let mut stage = protected()?;
     let at = Stamp::now();

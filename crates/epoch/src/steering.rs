@@ -82,7 +82,7 @@ impl Steering {
         &self.cost
     }
 
-    /// An epoch has been committed. True when the length changes with it.
+    /// An epoch has been committed. True when it ends a window: length and reach are new then, if not other ones.
     pub fn add(&mut self, sample: Sample) -> bool {
         let whole = [
             sample.length_ns,
@@ -99,7 +99,8 @@ impl Steering {
         }
         self.learn();
         self.window.clear();
-        self.step()
+        self.step();
+        true
     }
 
     /// Forgets a window that has begun: what follows is another session, or the guest stood still.
@@ -122,19 +123,18 @@ impl Steering {
             .learn(length_ns, pause_ns + faults_ns, pause_ns + commit_ns);
     }
 
-    fn step(&mut self) -> bool {
+    fn step(&mut self) {
         let Limits {
             least_ns, most_ns, ..
         } = self.limits;
         let (wanted_ns, reach) = self.goal.length_ns(&self.cost, least_ns, most_ns);
         self.reach = reach;
         if (wanted_ns - self.length_ns).abs() <= DEAD_BAND * self.length_ns {
-            return false;
+            return;
         }
         let stepped_ns = self.length_ns + STEP * (wanted_ns - self.length_ns);
         self.length_ns = stepped_ns
             .clamp(self.length_ns / STEP_MAX, self.length_ns * STEP_MAX)
             .clamp(least_ns, most_ns);
-        true
     }
 }
