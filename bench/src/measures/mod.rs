@@ -117,6 +117,11 @@ pub(crate) const ALL: &[Kind] = &[
         parse: parse::<host::Flood>,
     },
     Kind {
+        name: "host.late",
+        about: "epochs of VMs beside one that floods that begin late, against without it",
+        parse: parse::<host::Late>,
+    },
+    Kind {
         name: "host.takeover",
         about: "until all VMs of a dead host serve again, against the first of them",
         parse: parse::<host::Takeover>,
