@@ -78,6 +78,7 @@ pub fn api(watched: Router) -> Api<Admin> {
 
 async fn status(State(admin): State<Admin>, ApiQuery(wanted): ApiQuery<Wanted>) -> Json<Value> {
     let handshakes = admin.endpoint.accept_counts();
+    let staging = admin.registry.staging();
     Json(json!({
         "schema": STATUS_SCHEMA,
         "role": "backup",
@@ -92,6 +93,12 @@ async fn status(State(admin): State<Admin>, ApiQuery(wanted): ApiQuery<Wanted>) 
         "refused_connections": admin.registry.refused_count().total(),
         "refused_not_allowed": admin.registry.refused_count().of(Refused::NotAllowed),
         "metrics": admin.metrics_listen.get(),
+        "staging": {
+            "bytes": staging.used_bytes(),
+            "limit_bytes": staging.bytes_max(),
+            "spilled_bytes": staging.spilled_bytes(),
+            "spilled_ever_bytes": staging.spilled_ever_bytes(),
+        },
         "vms": chosen(&admin.registry, &wanted, |status| status.json()),
     }))
 }

@@ -27,6 +27,8 @@ const DEVICE_STATE_BYTES_MAX: u64 = 64 << 20;
 pub struct Admission {
     /// Bytes of all images together.
     pub image_bytes_max: u64,
+    /// Memory of the staging of all VMs together; past it staging is in files.
+    pub staging_max: u64,
     /// Where the images lie.
     pub shelf: Arc<dyn Shelf>,
     /// Where they lie if it is a folder, and what belongs to them.
@@ -112,13 +114,14 @@ impl Admission {
             others.image_bytes >> 20,
             self.image_bytes_max >> 20
         );
-        let claimed = images
-            .saturating_add(others.staging_bytes)
+        let staging = others
+            .staging_bytes
             .saturating_add(staging_bytes(image_bytes, limits));
+        let claimed = images.saturating_add(staging.min(self.staging_max));
         ensure!(
             claimed <= room.place_bytes,
             "the file system of the backup's images is too small: images and checkpoints may come to {} MiB with this \
-             guest, {} has {} MiB (enlarge it, name another with image_dir, or lower staging_bytes_max of the agent)",
+             guest, {} has {} MiB (enlarge it, name another with image_dir, or lower staging_max of the agent)",
             claimed >> 20,
             self.image_dir.display(),
             room.place_bytes >> 20
@@ -157,6 +160,7 @@ mod tests {
     fn admission() -> Admission {
         Admission {
             image_bytes_max: 16 * GIB,
+            staging_max: GIB,
             shelf: Arc::new(romulus_image::FolderShelf::new("/dev/shm")),
             image_dir: "/dev/shm".into(),
             standbys: Standbys { vmms: vec![] },
@@ -213,6 +217,21 @@ mod tests {
     fn a_small_guests_checkpoints_are_no_larger_than_it_is() {
         assert_eq!(staging_bytes(32 << 20, &limits(None)), 2 * (96 << 20));
         assert_eq!(staging_bytes(64 * GIB, &limits(None)), GIB / 2);
+    }
+
+    #[test]
+    fn staging_of_all_vms_takes_no_more_memory_than_its_share() {
+        let others = Claims {
+            image_bytes: 0,
+            staging_bytes: 64 * GIB,
+            used_bytes: 0,
+        };
+        assert_eq!(
+            refusal(&others, 6 * GIB, 5 * GIB),
+            None,
+            "4 GiB, and 1 GiB for staging"
+        );
+        assert!(refusal(&others, 6 * GIB, 5 * GIB - 1).is_some());
     }
 
     #[test]

@@ -32,7 +32,7 @@ use romulus_config::AGENT_METRICS_PORT;
 use romulus_daemon::{AllowList, BadSettings, Reload, exit_code};
 use romulus_host_sys::SysError;
 use romulus_host_sys::process_clock::Clock;
-use romulus_image::Shelf;
+use romulus_image::Places;
 use romulus_telemetry::{Pulse, Server, serve_metrics};
 use romulus_transport::{Certificates, Endpoint, Identity, Service, WitnessClient};
 use tracing::{error, info};
@@ -72,18 +72,18 @@ fn start(
     let settings = options.settings().context(BadSettings)?;
     romulus_telemetry::log::init(&settings.log)?;
     let inherited = inherited.context("what systemd handed over can't be taken")?;
-    let shelf = place::shelf(&settings, inherited)?;
+    let places = place::places(&settings, &options.state_dir, inherited)?;
     romulus_host_sys::priority::raise();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(run(options, settings, shelf))
+    runtime.block_on(run(options, settings, places))
 }
 
 async fn run(
     options: args::RunOptions,
     settings: romulus_config::BackupAgent,
-    shelf: Arc<dyn Shelf>,
+    places: Places,
 ) -> anyhow::Result<()> {
     let state_dir = options.state_dir.clone();
     std::fs::create_dir_all(&state_dir).with_context(|| format!("could not make {}", state_dir.display()))?;
@@ -112,7 +112,8 @@ async fn run(
     let admin_group = settings.admin_group.clone();
     let admission = Arc::new(Admission {
         image_bytes_max: settings.image_bytes_max.bytes(),
-        shelf: Arc::clone(&shelf),
+        staging_max: settings.staging_max.bytes(),
+        shelf: Arc::clone(&places.shelf),
         image_dir: settings.image_dir.clone(),
         standbys: Standbys {
             vmms: settings.vmm.clone(),
@@ -128,7 +129,7 @@ async fn run(
         clock: Clock::start(),
         state_dir,
         starts,
-        shelf,
+        places,
     });
     registry.recover()?;
     let metrics_listen = Arc::new(OnceLock::new());

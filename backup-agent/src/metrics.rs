@@ -24,6 +24,10 @@ pub fn router(
         samples.number(&catalogue::VMS_LIMIT, &[], settings.vms_max.into());
         let image_bytes_max = settings.image_bytes_max.bytes();
         samples.number(&catalogue::IMAGE_LIMIT_BYTES, &[], image_bytes_max);
+        let staging = shown.staging();
+        samples.number(&catalogue::STAGING_BYTES, &[], staging.used_bytes());
+        samples.number(&catalogue::STAGING_LIMIT_BYTES, &[], staging.bytes_max());
+        samples.number(&catalogue::SPILLED_BYTES, &[], staging.spilled_ever_bytes());
         samples.flag(&catalogue::WITNESS_CONNECTED, &[], shown.witness_connected());
         for (cause, count) in shown.refused_count().each() {
             samples.number(&catalogue::REFUSED_CONNECTIONS, &[cause.name()], count);

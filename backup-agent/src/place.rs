@@ -3,16 +3,20 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
 use romulus_config::{BackupAgent, KeepImages, StandbyUnits};
 use romulus_hypervisor::launcher::Launcher;
-use romulus_image::{FolderShelf, Keeper, KeptShelf, Shelf};
+use romulus_image::{FolderShelf, Keeper, KeptShelf, Places, Shelf, StagingShare};
 use romulus_telemetry::FdStore;
 use romulus_types::VmId;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tracing::{info, warn};
+
+/// The folder for staging that has no room in memory, unless a setting names another.
+const SPILL: &str = "spill";
 
 /// Systemd as the keeper of images.
 #[derive(Debug)]
@@ -32,11 +36,30 @@ impl Keeper for Systemd {
     }
 }
 
-/// The place of the images. `inherited` is what systemd handed to this process at its start.
+/// The places of the images; without a setting staging spills into a folder in `state_dir`. `inherited` is what systemd handed to
+/// this process at its start.
+///
+/// # Errors
+/// As for [`shelf`].
+pub fn places(
+    settings: &BackupAgent,
+    state_dir: &Path,
+    inherited: Vec<(String, OwnedFd)>,
+) -> anyhow::Result<Places> {
+    let spill_dir = settings.spill_dir.clone();
+    let spill_dir = spill_dir.unwrap_or_else(|| state_dir.join(SPILL));
+    Ok(Places {
+        shelf: shelf(settings, inherited)?,
+        spill: Arc::new(FolderShelf::new(spill_dir)),
+        share: StagingShare::new(settings.staging_max.bytes()),
+    })
+}
+
+/// The place of the images' memory. `inherited` is what systemd handed to this process at its start.
 ///
 /// # Errors
 /// When the settings ask for a fd store and there is none.
-pub fn shelf(settings: &BackupAgent, inherited: Vec<(String, OwnedFd)>) -> anyhow::Result<Arc<dyn Shelf>> {
+fn shelf(settings: &BackupAgent, inherited: Vec<(String, OwnedFd)>) -> anyhow::Result<Arc<dyn Shelf>> {
     let folder = FolderShelf::new(&settings.image_dir);
     let store = match settings.keep_images {
         KeepImages::Folder => None,

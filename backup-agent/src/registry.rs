@@ -13,7 +13,7 @@ use romulus_config::{BackupAgent, VmLimits};
 use romulus_daemon::RecordFile;
 use romulus_host_sys::process_clock::Clock;
 use romulus_hypervisor::spec::MachineSpec;
-use romulus_image::Shelf;
+use romulus_image::{Places, StagingShare};
 use romulus_protocol::{
     Answer, Ask, Backup, BackupConfig, BackupEvent, BackupOrder, ImageStatus, Mode, NotProtected, Protection,
     WitnessRequest,
@@ -55,7 +55,7 @@ pub struct Shared {
     /// Whose guest is started when.
     pub starts: Starts,
     /// Where images lie.
-    pub shelf: Arc<dyn Shelf>,
+    pub places: Places,
 }
 
 /// Why a VM is not given up.
@@ -110,7 +110,7 @@ impl Registry {
     pub fn recover(&self) -> anyhow::Result<()> {
         let dir = &self.shared.settings.image_dir;
         private_folder(dir)?;
-        let mut found: BTreeSet<VmId> = self.shared.shelf.vms()?.into_iter().collect();
+        let mut found: BTreeSet<VmId> = self.shared.places.shelf.vms()?.into_iter().collect();
         found.extend(VmImage::consumed(dir)?);
         for vm in found {
             if let Err(error) = self.vm(&mut self.lock(), &vm) {
@@ -127,6 +127,11 @@ impl Registry {
     /// The settings.
     pub fn settings(&self) -> &BackupAgent {
         &self.shared.settings
+    }
+
+    /// The memory that the staging of all VMs shares.
+    pub fn staging(&self) -> &StagingShare {
+        &self.shared.places.share
     }
 
     /// Whether the parts of this VM are started.
@@ -199,7 +204,7 @@ impl Registry {
             staging_bytes_max: vm_limits.staging_bytes_max.bytes(),
             ..romulus_image::Limits::default()
         };
-        let mut image = VmImage::open(&shared.shelf, &shared.settings.image_dir, vm, limits)?;
+        let mut image = VmImage::open(&shared.places, &shared.settings.image_dir, vm, limits)?;
         let guest = self.find_guest(vm, &mut image, &status);
         status.set_usage(image.usage());
         let known = image.machine().map_or(0, |machine| machine.layout.bytes());

@@ -28,6 +28,7 @@ struct Inner {
     standby: &'static str,
     standby_pid: Option<u32>,
     usage: Usage,
+    spilled_bytes: u64,
     commits: u64,
     receive_to_ack: Histogram,
     unacked: VecDeque<(Epoch, Instant)>,
@@ -156,6 +157,7 @@ impl VmStatus {
             standby: "none",
             standby_pid: None,
             usage: Usage::default(),
+            spilled_bytes: 0,
             commits: 0,
             receive_to_ack: Histogram::new(),
             unacked: VecDeque::new(),
@@ -267,6 +269,11 @@ impl VmStatus {
         self.lock().usage = usage;
     }
 
+    /// Bytes of staging that lie in files now.
+    pub fn set_spilled_bytes(&self, spilled_bytes: u64) {
+        self.lock().spilled_bytes = spilled_bytes;
+    }
+
     /// What the image takes, as last counted.
     pub fn usage(&self) -> Usage {
         self.lock().usage
@@ -360,6 +367,7 @@ impl VmStatus {
             "standby_pid": inner.standby_pid,
             "image_bytes": inner.usage.ram_bytes,
             "staging_bytes": inner.usage.staging_bytes,
+            "spilled_bytes": inner.spilled_bytes,
             "verify_us": percentiles_us(&inner.verify),
             "apply_us": percentiles_us(&inner.apply),
             "receive_to_ack_us": percentiles_us(&inner.receive_to_ack),
@@ -433,6 +441,7 @@ impl VmStatus {
         ] {
             samples.number(&catalogue::MEMORY_BYTES, &[self.vm.as_str(), kind], bytes);
         }
+        samples.number(&catalogue::SPILLED_STAGING_BYTES, vm, inner.spilled_bytes);
     }
 }
 

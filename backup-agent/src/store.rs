@@ -201,6 +201,7 @@ impl Store {
                     self.receiver = None;
                     self.image.discard_staging();
                     self.status.set_usage(self.image.usage());
+                    self.status.set_spilled_bytes(self.image.spilled_bytes());
                 }
             }
             StoreJob::MarkUnusable(done) => match self.image.mark_unusable() {
@@ -295,6 +296,7 @@ impl Store {
         }
         fault::point("agent.after_apply");
         self.status.add_commit(pages, verify_ns, elapsed_ns(began));
+        self.status.set_spilled_bytes(self.image.spilled_bytes());
         if epoch.0 % SIZE_EVERY_COMMITS == FIRST_SIZE {
             self.status.set_usage(self.image.usage());
         }

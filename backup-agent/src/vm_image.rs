@@ -7,11 +7,11 @@ use anyhow::{Context, anyhow};
 use romulus_host_sys::durable;
 use romulus_hypervisor::fault;
 use romulus_hypervisor::spec::MachineSpec;
-use romulus_image::{HostFiles, Image, ImageError, ImageState, Limits, Shelf, UnusableReason, Usage};
+use romulus_image::{Image, ImageError, ImageState, Limits, PlacedFiles, Places, UnusableReason, Usage};
 use romulus_page_codec::Page;
 use romulus_protocol::ImageStatus;
 use romulus_types::{BlockId, Digest, Epoch, PageIndex, Session, VmId};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 /// Largest description of a machine that is read back, in bytes.
 const MACHINE_BYTES_MAX: u64 = 4 << 20;
@@ -34,23 +34,23 @@ const CONSUMED: &str = ".consumed";
 /// One VM's image, and the notes beside it: the machine that it is of, and whether a guest was started from it. They are files in a
 /// folder wherever the image lies, so that a guest is found again even when its image is gone.
 pub struct VmImage {
-    shelf: Arc<dyn Shelf>,
+    places: Places,
     /// Where the notes beside it lie.
     dir: PathBuf,
     vm: VmId,
     limits: Limits,
-    image: Option<Image<HostFiles>>,
+    image: Option<Image<PlacedFiles>>,
     machine: Option<Arc<MachineSpec>>,
 }
 
 impl VmImage {
-    /// Opens what an earlier life left on `shelf` and in `dir`, if it is whole; anything else is removed and copied again.
+    /// Opens what an earlier life left in `places` and in `dir`, if it is whole; anything else is removed and copied again.
     ///
     /// # Errors
     /// When the folder can't be used.
-    pub fn open(shelf: &Arc<dyn Shelf>, dir: &Path, vm: &VmId, limits: Limits) -> anyhow::Result<Self> {
+    pub fn open(places: &Places, dir: &Path, vm: &VmId, limits: Limits) -> anyhow::Result<Self> {
         let mut this = Self {
-            shelf: Arc::clone(shelf),
+            places: places.clone(),
             dir: dir.into(),
             vm: vm.clone(),
             limits,
@@ -62,10 +62,10 @@ impl VmImage {
             this.machine = this.read_machine();
             return Ok(this);
         }
-        if !shelf.has(vm) {
+        if !places.shelf.has(vm) {
             return Ok(this);
         }
-        match Image::open_on(shelf, vm, limits) {
+        match Image::open_at(places, vm, limits) {
             Ok(image) => {
                 this.image = Some(image);
                 this.machine = this.read_machine();
@@ -77,7 +77,7 @@ impl VmImage {
                 | ImageError::Version { .. }),
             ) => {
                 warn!(vm = vm.as_str(), %error, "the image of an earlier life can't be used; it will be copied again");
-                shelf.remove_all(vm).context("could not remove it")?;
+                places.remove_all(vm).context("could not remove it")?;
             }
             Err(error) => return Err(error).context("the image of an earlier life can't be opened"),
         }
@@ -167,14 +167,14 @@ impl VmImage {
             }
         }
         if self.image.is_none() {
-            self.shelf
+            self.places
                 .remove_all(&self.vm)
                 .context("could not remove a consumed image")?;
         }
         let image = match &mut self.image {
             Some(image) => image,
             None => self.image.insert(
-                Image::create_on(&self.shelf, &self.vm, machine.layout.clone(), self.limits)
+                Image::create_at(&self.places, &self.vm, machine.layout.clone(), self.limits)
                     .context("could not make the image")?,
             ),
         };
@@ -199,11 +199,11 @@ impl VmImage {
             return Ok(());
         }
         self.image = None;
-        match Image::open_on(&self.shelf, &self.vm, self.limits) {
+        match Image::open_at(&self.places, &self.vm, self.limits) {
             Ok(image) => self.image = Some(image),
             Err(error) => {
                 warn!(vm = self.vm.as_str(), %error, "an image that could not be written is removed");
-                self.shelf
+                self.places
                     .remove_all(&self.vm)
                     .context("could not remove an image")?;
             }
@@ -215,7 +215,7 @@ impl VmImage {
     ///
     /// # Errors
     /// When there is none.
-    pub fn image(&mut self) -> anyhow::Result<&mut Image<HostFiles>> {
+    pub fn image(&mut self) -> anyhow::Result<&mut Image<PlacedFiles>> {
         self.image.as_mut().ok_or_else(|| anyhow!("there is no image"))
     }
 
@@ -249,10 +249,14 @@ impl VmImage {
         Ok(image.apply()?)
     }
 
-    /// Drops what is staged and not committed.
+    /// Drops what is staged and not committed, and gives back what that took.
     pub fn discard_staging(&mut self) {
         if let Some(image) = &mut self.image {
             image.discard_staging();
+            // What can't be given back now is by the next checkpoint.
+            if let Err(error) = image.release_staging() {
+                debug!(vm = self.vm.as_str(), %error, "staging is kept");
+            }
         }
     }
 
@@ -301,10 +305,10 @@ impl VmImage {
     /// # Errors
     /// When the image or the mark can't be read or removed.
     pub fn reclaim(&mut self) -> anyhow::Result<bool> {
-        if self.machine.is_none() || !self.shelf.has(&self.vm) {
+        if self.machine.is_none() || !self.places.shelf.has(&self.vm) {
             return Ok(false);
         }
-        let image = Image::open_on(&self.shelf, &self.vm, self.limits).context("the consumed image")?;
+        let image = Image::open_at(&self.places, &self.vm, self.limits).context("the consumed image")?;
         if !matches!(image.state(), ImageState::Committed { .. }) {
             return Ok(false);
         }
@@ -345,13 +349,19 @@ impl VmImage {
         self.machine = None;
         remove_file(&self.machine_file())?;
         self.image = None;
-        self.shelf
+        self.places
             .remove_all(&self.vm)
             .context("could not remove the image")?;
         remove_file(&self.consumed_file())
     }
 
-    /// What it takes; nothing when that can't be found out.
+    /// Bytes of its staging that lie in files, as they had no room in memory.
+    pub fn spilled_bytes(&self) -> u64 {
+        let image = self.image.as_ref();
+        image.map_or(0, |image| image.files().spilled_bytes())
+    }
+
+    /// The memory that it takes; nothing when that can't be found out.
     pub fn usage(&self) -> Usage {
         self.image
             .as_ref()

@@ -71,9 +71,10 @@ pub struct Network {
     pub receive_window: ByteSize,
     /// Most page streams that a peer may have open in one connection. Default 2.
     pub data_streams_max: u16,
-    /// Most connections that a server holds; `receive_window` times this bounds their memory. Default 32.
+    /// Most connections that a server holds; `receive_window` times this bounds their memory. Default 64.
     pub connections_max: u16,
-    /// Most of them for one host, by its certificate. Default 16.
+    /// Most of them for one host, by its certificate: twice its VMs, as a lost connection keeps its place
+    /// for `idle_timeout`. Default 32.
     pub connections_per_host_max: u16,
     /// Most handshakes that a server has under way. Default 32.
     pub handshakes_max: u16,
@@ -99,8 +100,8 @@ impl Default for Network {
             mtu: 1452,
             receive_window: ByteSize::from_mib(16),
             data_streams_max: 2,
-            connections_max: 32,
-            connections_per_host_max: 16,
+            connections_max: 64,
+            connections_per_host_max: 32,
             handshakes_max: 32,
             handshake_timeout: Duration::from_secs(3),
             idle_timeout: Duration::from_secs(3),

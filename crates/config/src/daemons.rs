@@ -279,6 +279,11 @@ pub struct BackupAgent {
     pub image_bytes_max: ByteSize,
     /// Bytes of one VM's checkpoint that is being received. Default 256 MiB.
     pub staging_bytes_max: ByteSize,
+    /// Memory of the checkpoints of all VMs while they are staged; past it they are staged in files. Default 1 GiB.
+    pub staging_max: ByteSize,
+    /// Where checkpoints are staged that have no room in memory. Default `spill` in the folder of the agent's state.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spill_dir: Option<PathBuf>,
     /// Most VMs that this agent backs up. Default 16.
     pub vms_max: u16,
     /// Most memory that one guest may have, unless `[[vm]]` says otherwise. Default: what fits.
@@ -334,6 +339,8 @@ impl Default for BackupAgent {
             standby_units: StandbyUnits::default(),
             image_bytes_max: ByteSize::from_gib(16),
             staging_bytes_max: ByteSize::from_mib(256),
+            staging_max: ByteSize::from_gib(1),
+            spill_dir: None,
             vms_max: 16,
             vm_memory_max: None,
             vm_bandwidth_max: None,
@@ -371,6 +378,8 @@ impl Settings for BackupAgent {
             .absolute("image_dir", &self.image_dir)?
             .size("image_bytes_max", self.image_bytes_max, mib, most)?
             .size("staging_bytes_max", self.staging_bytes_max, mib, most)?
+            .size("staging_max", self.staging_max, mib, most)?
+            .absolute("spill_dir", self.spill_dir.as_deref().unwrap_or(Path::new("/")))?
             .number("vms_max", self.vms_max.into(), 1, 1024)?
             .number("starts_max", self.starts_max.into(), 1, 1024)?
             .duration(

@@ -83,9 +83,8 @@ pub fn vm_path(vm: &VmId) -> PathBuf {
 /// The keys whose values differ, in order: what an operator has changed since the daemon read its settings.
 pub fn changed_keys<S: Settings>(before: &S, after: &S) -> Vec<String> {
     let flat = |settings: &S| {
-        let table = Table::try_from(settings).expect("settings are tables of values that TOML has");
         let mut all = BTreeMap::new();
-        flatten("", table, &mut all);
+        flatten("", table_of(settings), &mut all);
         all
     };
     let (before, after) = (flat(before), flat(after));
@@ -97,6 +96,10 @@ pub fn changed_keys<S: Settings>(before: &S, after: &S) -> Vec<String> {
     keys.extend(after.keys().filter(|key| !before.contains_key(*key)).cloned());
     keys.sort();
     keys
+}
+
+fn table_of<S: Settings>(settings: &S) -> Table {
+    Table::try_from(settings).expect("settings are tables of values that TOML has")
 }
 
 fn flatten(prefix: &str, table: Table, into: &mut BTreeMap<String, toml::Value>) {
@@ -157,7 +160,10 @@ impl Merged {
     }
 
     fn finish<S: Settings>(self) -> Result<S, ConfigError> {
-        let settings: S = self.table.try_into().map_err(|source| ConfigError::Merge {
+        // Over this daemon's own defaults: a section that it shares with others has theirs for what is not said otherwise.
+        let mut table = table_of(&S::default());
+        merge(&mut table, self.table, "", Path::new(""), &mut BTreeMap::new());
+        let settings: S = table.try_into().map_err(|source| ConfigError::Merge {
             source: Box::new(source),
         })?;
         settings.check().map_err(|source| {

@@ -77,6 +77,16 @@ fn lines_without_a_default_are_accepted_when_uncommented() {
 }
 
 #[test]
+fn a_section_that_is_given_in_part_has_this_daemons_defaults_for_the_rest() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), "witness.toml", "[network]\nmtu = 1400\n");
+    let witness: Witness = load(Some(&dir.path().join("witness.toml"))).unwrap();
+    let mut expected = Witness::default();
+    expected.network.mtu = 1400;
+    assert_eq!(witness, expected);
+}
+
+#[test]
 fn a_later_drop_in_wins_and_leaves_other_keys_alone() {
     let settings = load_files(&[
         (

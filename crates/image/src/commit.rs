@@ -117,6 +117,27 @@ impl<F: Files> Image<F> {
         }
     }
 
+    /// Gives back what a checkpoint took that was discarded. Not needed before the next one.
+    ///
+    /// # Errors
+    /// [`ImageError::StagingInProgress`]; [`ImageError::MustReopen`], as after a failed write either area may be what a slot
+    /// commits; [`ImageError::Io`]: what was not given back is by the next checkpoint.
+    pub fn release_staging(&mut self) -> Result<(), ImageError> {
+        self.check_writable()?;
+        if let Some(staging) = &self.staging {
+            return Err(ImageError::StagingInProgress { epoch: staging.epoch });
+        }
+        let free = match &self.phase {
+            Phase::Committed(committed) => vec![committed.record.area.other()],
+            _ => vec![Area::A, Area::B],
+        };
+        for file in free.into_iter().map(FileName::Staging) {
+            let kept = self.limits.staging_bytes_kept;
+            self.files.reuse(file, kept).named("shorten", file)?;
+        }
+        Ok(())
+    }
+
     /// The epoch that is being staged.
     pub fn staging_epoch(&self) -> Option<Epoch> {
         self.staging.as_ref().map(|staging| staging.epoch)

@@ -9,7 +9,7 @@ use romulus_types::{BlockId, Digest, Epoch, PageIndex, RamLayout, Session, Term,
 
 use crate::digests::DigestTable;
 use crate::error::Named;
-use crate::files::{Area, FileName, Files, HostFiles};
+use crate::files::{Area, FileName, Files, HostFiles, PlacedFiles};
 use crate::memory::{block_ids, digest_all, locate, survey, sync_blocks, write_page};
 use crate::slot::{self, CommitRecord, Slot, Verdict};
 use crate::staging::{Contents, Writer};
@@ -433,6 +433,13 @@ impl Image<HostFiles> {
     /// The file that holds a block's memory, for a standby to map.
     pub fn ram_path(&self, block: BlockId) -> PathBuf {
         self.files.path(FileName::Ram(block))
+    }
+}
+
+impl Image<PlacedFiles> {
+    /// The file that holds a block's memory, for a standby to map.
+    pub fn ram_path(&self, block: BlockId) -> PathBuf {
+        self.files.memory().path(FileName::Ram(block))
     }
 }
 

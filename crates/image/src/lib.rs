@@ -50,8 +50,8 @@ mod window;
 pub use commit::Expected;
 pub use error::ImageError;
 pub use files::{
-    Area, Claim, Crashing, FileName, Files, FolderShelf, Fuse, HostFiles, Keeper, KeptShelf, MemFiles,
-    NoSuchFile, Shelf, Spilling, StagingShare,
+    Area, Claim, Crashing, FileName, Files, FolderShelf, Fuse, HostFiles, Keeper, KeptShelf, LateFiles,
+    MemFiles, NoSuchFile, PlacedFiles, Places, Shelf, Spilling, StagingShare,
 };
 pub use image::{Image, ImageState, Limits, UnusableReason, Usage};
 pub use recover::Recovery;

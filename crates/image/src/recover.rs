@@ -8,7 +8,7 @@ use romulus_types::{Digest, RamLayout, VmId};
 
 use crate::digests::DigestTable;
 use crate::error::Named;
-use crate::files::{Area, FileName, Files, FolderShelf, HostFiles, Shelf};
+use crate::files::{Area, FileName, Files, FolderShelf, HostFiles, PlacedFiles, Places, Shelf};
 use crate::image::{Committed, Phase};
 use crate::memory::{apply_pages, block_ids, digest_all, sync_blocks};
 use crate::slot::{self, COMMIT_FILE_BYTES, CommitRecord, Slot, Verdict};
@@ -71,6 +71,32 @@ impl Image<HostFiles> {
     /// As for [`open_on`](Self::open_on).
     pub fn open_in(dir: &Path, vm: &VmId, limits: Limits) -> Result<Self, ImageError> {
         Self::open_on(&folder(dir), vm, limits)
+    }
+}
+
+impl Image<PlacedFiles> {
+    /// [`create`](Self::create) in the places of this host.
+    ///
+    /// # Errors
+    /// As for [`create_on`](Image::create_on).
+    pub fn create_at(
+        places: &Places,
+        vm: &VmId,
+        layout: RamLayout,
+        limits: Limits,
+    ) -> Result<Self, ImageError> {
+        let files = FILES_BESIDES_RAM + layout.blocks().len();
+        let memory = HostFiles::create(Arc::clone(&places.shelf), vm, files)?;
+        Self::create(places.files(memory, vm), vm, layout, limits)
+    }
+
+    /// [`open`](Self::open) in the places of this host.
+    ///
+    /// # Errors
+    /// As for [`open_on`](Image::open_on).
+    pub fn open_at(places: &Places, vm: &VmId, limits: Limits) -> Result<Self, ImageError> {
+        let memory = HostFiles::open(Arc::clone(&places.shelf), vm)?;
+        Self::open(places.files(memory, vm), limits)
     }
 }
 

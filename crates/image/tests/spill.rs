@@ -7,9 +7,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use romulus_image::{
-    Crashing, FileName, Files, FolderShelf, Fuse, HostFiles, Image, MemFiles, Spilling, StagingShare,
+    Crashing, FileName, Files, FolderShelf, Fuse, HostFiles, Image, ImageError, MemFiles, Places, Spilling,
+    StagingShare,
 };
-use romulus_types::PAGE_BYTES;
+use romulus_types::{PAGE_BYTES, Session};
+use support::small_disk::SmallDisk;
 use support::{Model, assert_same, committed, limits, stage, vm};
 
 type Crash = Spilling<Crashing<MemFiles>, Crashing<MemFiles>>;
@@ -46,7 +48,7 @@ fn commit<F: Files>(
     image: &mut Image<F>,
     model: &Model,
     pages: &BTreeMap<u64, u8>,
-) -> Result<Model, romulus_image::ImageError> {
+) -> Result<Model, ImageError> {
     let (next, expected) = model.checkpoint(pages, 3000, false);
     stage(image, &expected, pages, &next.device_state)?;
     image.verify_and_commit(&expected)?;
@@ -133,6 +135,113 @@ fn memory_keeps_to_its_share_and_gets_back_what_is_not_needed() {
     image.remove().unwrap();
     assert_eq!(wide.used_bytes(), 0);
     assert!(!spill.path().join(vm().as_str()).exists());
+}
+
+#[test]
+fn a_full_spill_disk_ends_the_checkpoint_that_needed_it_by_name_and_hurts_no_other_image() {
+    let share = StagingShare::new(SHARE);
+    let disk = SmallDisk::new(1 << 30);
+    let files = || Spilling::new(MemFiles::new(), disk.folder(), share.clone(), false);
+    let (mut first, first_model) = committed(files());
+    let (mut second, second_model) = committed(files());
+    let before = disk.used_bytes();
+    disk.resize(before + PAGE_BYTES as u64 * 5);
+    // Most of its pages are spilled, and there is no room for them.
+    let large = &checkpoints()[2];
+    let error = commit(&mut first, &first_model, large).expect_err("there is no room");
+    let mut words = error.to_string();
+    let mut cause = std::error::Error::source(&error);
+    while let Some(source) = cause {
+        words = format!("{words}: {source}");
+        cause = source.source();
+    }
+    for word in [
+        "cannot write staging-",
+        "staging_max",
+        "spill_dir",
+        "no room (a test)",
+    ] {
+        assert!(words.contains(word), "{words}");
+    }
+    first.discard_staging();
+    first.release_staging().unwrap();
+    assert_eq!(disk.used_bytes(), before, "what it took is given back");
+    // Its last commit stands, and it takes checkpoints that have room.
+    assert_same(&first, &first_model);
+    let small = BTreeMap::from([(3, 21)]);
+    let next = commit(&mut first, &first_model, &small).expect("there is room for this");
+    assert_same(&first, &next);
+    // The other image spills as before.
+    let next = commit(&mut second, &second_model, &BTreeMap::from([(3, 21), (5, 22)])).expect("it has room");
+    assert_same(&second, &next);
+    assert!(share.spilled_ever_bytes() > 0);
+}
+
+#[test]
+fn what_may_be_committed_is_not_given_back_when_its_slot_can_not_be_synced() {
+    let pages = &checkpoints()[2];
+    let staged = |disk: &SmallDisk| {
+        let files = disk.folder();
+        let (mut image, model) = committed(files.clone());
+        let before = disk.used_bytes();
+        let (next, expected) = model.checkpoint(pages, 3000, false);
+        stage(&mut image, &expected, pages, &next.device_state).unwrap();
+        (image, files, next, expected, before)
+    };
+    let disk = SmallDisk::new(1 << 30);
+    let (mut image, _, _, expected, before) = staged(&disk);
+    image.verify_and_commit(&expected).unwrap();
+    let commit_bytes = disk.used_bytes() - before;
+
+    let disk = SmallDisk::new(1 << 30);
+    let (mut image, files, next, expected, before) = staged(&disk);
+    disk.resize(before + commit_bytes);
+    image
+        .verify_and_commit(&expected)
+        .expect_err("the slot is written, and its sync fails");
+    image.discard_staging();
+    assert!(matches!(image.release_staging(), Err(ImageError::MustReopen)));
+    drop(image);
+    disk.resize(1 << 30);
+    let image = Image::open(files, limits()).unwrap();
+    assert!(image.recovery().redone);
+    assert_same(&image, &next);
+}
+
+#[test]
+fn nothing_is_made_in_the_folder_for_spill_before_it_is_needed() {
+    let (memory, spill) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let spill = spill.path().join("made when needed");
+    let places = |bytes_max| Places {
+        shelf: Arc::new(FolderShelf::new(memory.path())),
+        spill: Arc::new(FolderShelf::new(&spill)),
+        share: StagingShare::new(bytes_max),
+    };
+    let image = Image::create_at(&places(1 << 20), &vm(), support::layout(), limits()).unwrap();
+    drop(image);
+    assert!(!spill.exists());
+    let narrow = places(SHARE);
+    let mut image = Image::open_at(&narrow, &vm(), limits()).unwrap();
+    image.begin_sync(Session(9)).unwrap();
+    let model = Model {
+        session: 9,
+        ..Model::default()
+    };
+    let pages = &checkpoints()[2];
+    let (next, expected) = model.checkpoint(pages, 3000, true);
+    stage(&mut image, &expected, pages, &next.device_state).unwrap();
+    image.verify_and_commit(&expected).unwrap();
+    assert!(image.files().spilled_bytes() > SHARE && narrow.share.used_bytes() <= SHARE);
+    assert_eq!(narrow.share.spilled_bytes(), image.files().spilled_bytes());
+    assert!(spill.join(vm().as_str()).exists());
+    // Not applied yet: another life of the agent does it, from both places.
+    drop(image);
+    let image = Image::open_at(&narrow, &vm(), limits()).unwrap();
+    assert!(image.recovery().redone);
+    assert_same(&image, &next);
+    drop(image);
+    narrow.remove_all(&vm()).unwrap();
+    assert!(!spill.join(vm().as_str()).exists() && !memory.path().join(vm().as_str()).exists());
 }
 
 #[test]

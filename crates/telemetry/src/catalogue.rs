@@ -152,6 +152,10 @@ metrics! {
     VMS = gauge("vms", &[], "VMs that are backed up or run here, or have a record at this witness");
     VMS_LIMIT = gauge("vms_limit", &[], "Most VMs that there may be");
     IMAGE_LIMIT_BYTES = gauge("image_limit_bytes", &[], "Most bytes that all images may come to take");
+    STAGING_BYTES = gauge("staging_bytes", &[], "Memory that the checkpoints of all VMs take while they are staged");
+    STAGING_LIMIT_BYTES = gauge("staging_limit_bytes", &[], "Most memory for staging; past it checkpoints are staged in files");
+    SPILLED_BYTES = counter("spilled_bytes", &[], "Bytes of checkpoints that were staged in files, for want of memory");
+    SPILLED_STAGING_BYTES = gauge("spilled_staging_bytes", VM, "Bytes of the VM's staging that lie in files now");
     COMMITS = counter("commits", VM, "Checkpoints that were verified, made durable and applied");
     RECEIVE_TO_ACK_SECONDS = durations("receive_to_ack_seconds", "From the last byte of a checkpoint received until its acknowledgement was handed to the connection");
     VERIFY_SECONDS = durations("verify_seconds", "How long a commit's verification took, until it was durable");
@@ -226,6 +230,9 @@ pub static BACKUP_AGENT: &[&Definition] = &[
     &VMS,
     &VMS_LIMIT,
     &IMAGE_LIMIT_BYTES,
+    &STAGING_BYTES,
+    &STAGING_LIMIT_BYTES,
+    &SPILLED_BYTES,
     &WITNESS_CONNECTED,
     &CONNECTIONS,
     &HANDSHAKES,
@@ -242,6 +249,7 @@ pub static BACKUP_AGENT: &[&Definition] = &[
     &APPLY_SECONDS,
     &STANDBY,
     &MEMORY_BYTES,
+    &SPILLED_STAGING_BYTES,
     &SESSIONS,
     &SUSPICIONS,
     &GRANTS,

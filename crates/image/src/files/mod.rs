@@ -5,7 +5,7 @@
 //!   Image<F> ──► Files ──┬── HostFiles      files of the host, on a Shelf
 //!                        ├── MemFiles       the simulator's disk, with power loss
 //!                        ├── Crashing<F>    any of them, dying at a chosen step
-//!                        └── Spilling<M, S> one of them, whose staging goes on in another one
+//!                        └── Spilling<M, S> one of them, whose staging goes on in another one (on a host: Places)
 //! ```
 
 mod crash;
@@ -13,6 +13,7 @@ mod folder;
 mod host;
 mod kept;
 mod mem;
+mod places;
 mod shelf;
 mod spill;
 
@@ -28,6 +29,7 @@ pub use folder::FolderShelf;
 pub use host::HostFiles;
 pub use kept::{Keeper, KeptShelf};
 pub use mem::MemFiles;
+pub use places::{LateFiles, PlacedFiles, Places};
 pub use shelf::{Claim, Shelf};
 pub use spill::{Spilling, StagingShare};
 

@@ -25,6 +25,18 @@ struct Share {
     bytes_max: u64,
     used_bytes: AtomicU64,
     spilled_bytes: AtomicU64,
+    spilled_ever_bytes: AtomicU64,
+}
+
+/// Staging could not go on in a file.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "its share of memory (staging_max) is taken, and the folder for what does not fit (spill_dir) can't be used"
+)]
+struct SpillFailed(#[source] io::Error);
+
+fn spill_failed(error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), SpillFailed(error))
 }
 
 impl StagingShare {
@@ -34,6 +46,7 @@ impl StagingShare {
             bytes_max,
             used_bytes: AtomicU64::new(0),
             spilled_bytes: AtomicU64::new(0),
+            spilled_ever_bytes: AtomicU64::new(0),
         }))
     }
 
@@ -45,6 +58,16 @@ impl StagingShare {
     /// Bytes that lie in spill files now.
     pub fn spilled_bytes(&self) -> u64 {
         self.0.spilled_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that were written to spill files since the share was made.
+    pub fn spilled_ever_bytes(&self) -> u64 {
+        self.0.spilled_ever_bytes.load(Ordering::Relaxed)
+    }
+
+    /// More than half of it is taken: what is kept for speed alone is better given back.
+    fn is_scarce(&self) -> bool {
+        self.used_bytes() > self.0.bytes_max / 2
     }
 
     /// The limit, in bytes.
@@ -118,6 +141,11 @@ impl<M, S> Spilling<M, S> {
         &self.memory
     }
 
+    /// Bytes of this image's staging that lie in spill files now.
+    pub fn spilled_bytes(&self) -> u64 {
+        self.areas.iter().map(Division::spilled_bytes).sum()
+    }
+
     fn area(&self, area: Area) -> &Division {
         &self.areas[usize::from(area == Area::B)]
     }
@@ -168,12 +196,15 @@ impl<M: Files, S: Files> Spilling<M, S> {
         let name = FileName::Staging(area);
         let mut division = *self.area(area);
         if !division.spill_made {
-            self.spill.create(name, 0)?;
+            self.spill.create(name, 0).map_err(spill_failed)?;
             division.spill_made = true;
         }
-        division.spill_end = division.spill_end.max(offset + bytes.len() as u64);
+        let length = bytes.len() as u64;
+        division.spill_end = division.spill_end.max(offset + length);
         self.divide(area, division);
-        self.spill.write_at(name, offset, bytes)
+        let count = &self.share.0.spilled_ever_bytes;
+        count.fetch_add(length, Ordering::Relaxed);
+        self.spill.write_at(name, offset, bytes).map_err(spill_failed)
     }
 
     /// Drops what is spilled beyond `bytes`.
@@ -289,6 +320,9 @@ impl<M: Files, S: Files> Files for Spilling<M, S> {
     fn reuse(&mut self, name: FileName, bytes_kept: u64) -> io::Result<()> {
         if let FileName::Staging(area) = name {
             self.cut_spill(area, 0)?;
+            if self.share.is_scarce() {
+                return self.cut(name, 0);
+            }
         }
         self.cut(name, bytes_kept)
     }
