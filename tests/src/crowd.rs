@@ -15,10 +15,11 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::daemons::AgentConfig;
+use crate::guest::{GuestConfig, QemuConfig, qmp};
 use crate::lab::word;
 use crate::links::Links;
 use crate::namespace::within;
-use crate::netns::{BRIDGE, Host};
+use crate::netns::{BRIDGE, GUEST_IP, Host, TAP};
 use crate::resp::Redis;
 use crate::{Lab, Paths, Process, Stamp, Vmm, wait_for};
 
@@ -66,6 +67,8 @@ pub struct Member {
     pub name: String,
     /// Its primary host.
     pub host: String,
+    vmm: Vmm,
+    tap: String,
     ip: Ipv4Addr,
     guest: Process,
     replicator: Option<Process>,
@@ -171,10 +174,36 @@ impl<A: Sync> Crowd<A> {
                 Host::Client.ip()
             ),
         );
-        let guest = self.lab.spawn(Host::Primary, name, &argv)?;
+        self.start(Vmm::Testbed, host, name, (ip, tap), &argv)
+    }
+
+    /// Boots a Linux in a stock QEMU on a host; a lab has one such guest at most.
+    ///
+    /// # Errors
+    /// When there is one already, or it does not come up.
+    pub fn add_qemu(&mut self, host: &str, name: &str) -> Result<()> {
+        anyhow::ensure!(
+            self.members.iter().all(|member| member.vmm != Vmm::Qemu),
+            "there is a guest in QEMU already"
+        );
+        let argv = GuestConfig::Qemu(QemuConfig::default()).argv(&self.lab)?;
+        self.start(Vmm::Qemu, host, name, (GUEST_IP, TAP.to_owned()), &argv)
+    }
+
+    fn start(
+        &mut self,
+        vmm: Vmm,
+        host: &str,
+        name: &str,
+        (ip, tap): (Ipv4Addr, String),
+        argv: &[String],
+    ) -> Result<()> {
+        let guest = self.lab.spawn(Host::Primary, name, argv)?;
         self.members.push(Member {
             name: name.to_owned(),
             host: host.to_owned(),
+            vmm,
+            tap,
             ip,
             guest,
             replicator: None,
@@ -190,23 +219,34 @@ impl<A: Sync> Crowd<A> {
         let number = self.number(name)?;
         let settings = self.lab.run_path("replicators.toml");
         std::fs::write(&settings, &self.config.replicators).context("cannot write settings")?;
-        let host = self.members[number].host.clone();
+        let member = &self.members[number];
+        let (host, tap) = (member.host.clone(), member.tap.clone());
         let mut argv = vec![word(&self.lab.paths.binary("replicator")?), "protect".to_owned()];
         let mut add = |option: &str, value: &str| argv.extend([option.to_owned(), value.to_owned()]);
         add("--config", &word(&settings));
         add("--vm", name);
         add("--host", &host);
-        add("--attach", &word(&self.attach(name)));
+        let console = match member.vmm {
+            Vmm::Testbed => {
+                add("--attach", &word(&self.attach(name)));
+                "serial"
+            }
+            Vmm::Qemu => {
+                add("--qmp", &word(&qmp(&self.lab)));
+                add("--fifo-dir", &word(&self.lab.run));
+                "console"
+            }
+        };
         add(
             "--backup",
             &format!("{}@{}:7700", Host::Backup.name(), Host::Backup.ip()),
         );
         add("--witness", &format!("{}:7701", Host::Witness.ip()));
-        add("--tap", &format!("tap-{number}"));
+        add("--tap", &tap);
         add("--pki", &word(&self.lab.run_path("pki").join(&host)));
         add("--admin", &word(&self.admin(name)));
         add("--state-dir", &word(&self.lab.run_path(&format!("{name}-state"))));
-        add("--disposable", "serial");
+        add("--disposable", console);
         add("--log-format", "json");
         argv.push("--register".to_owned());
         let replicator = self
@@ -263,6 +303,15 @@ impl<A: Sync> Crowd<A> {
                 .ok()?;
             Some(Stamp::now())
         })
+    }
+
+    /// The testbed's guest must have found nothing wrong in itself, wherever it runs.
+    ///
+    /// # Errors
+    /// What it found, or that it does not answer.
+    pub fn self_check(&self, name: &str) -> Result<()> {
+        let ip = self.members[self.number(name)?].ip;
+        Redis::connect_to(&self.lab, ip, ANSWER_AT_MOST)?.self_check()
     }
 
     /// Kills everything of a primary host at once; returns when.

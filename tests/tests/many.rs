@@ -1,6 +1,6 @@
-//! One agent and many VMs: of two primary hosts, by priority, by memory, and given up again.
+//! One agent and many VMs: of two primary hosts, of two hypervisors, by priority, by memory, by staging, and given up again.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use romulus_e2e::crowd::{AT_MOST, Crowd, CrowdConfig};
 use romulus_e2e::{Paths, TEST_LAB, wait_for};
 
@@ -155,5 +155,63 @@ fn one_vm_floods_and_the_others_stay_protected_and_their_commits_go_on() -> Resu
         })?;
         crowd.wait_protected(name)?;
     }
+    Ok(())
+}
+
+#[test]
+fn staging_past_its_share_of_memory_goes_to_files_and_a_takeover_after_it_is_whole() -> Result<()> {
+    let mut crowd = crowd(
+        &["left"],
+        CrowdConfig {
+            // Each checkpoint of the guest that writes much is larger than this.
+            agent: "staging_max = \"1MiB\"\nverify_activation = true\n".into(),
+            ..CrowdConfig::default()
+        },
+    )?;
+    crowd.add("left", "small", None)?;
+    crowd.add("left", "large", Some("random/random:600:25:16"))?;
+    crowd.protect_all()?;
+    let commits = |crowd: &Crowd| crowd.at_agent("large").ok()?["commits"].as_u64();
+    let before = commits(&crowd);
+    wait_for("checkpoints that spill", AT_MOST, || {
+        let spilled = crowd.at_agent("large").ok()?["spilled_bytes"].as_u64()?;
+        (spilled > 1 << 20 && commits(&crowd) > before.map(|before| before + 20)).then_some(())
+    })?;
+    let (_, agent) = crowd.agent_asked("GET", "/v1/status")?;
+    let staging = &agent["staging"];
+    let bytes = |key: &str| staging[key].as_u64().context("a number");
+    ensure!(
+        bytes("bytes")? <= bytes("limit_bytes")? && bytes("spilled_ever_bytes")? > 20 << 20,
+        "{staging}"
+    );
+    let spill = crowd.lab.run_path("agent-state").join("spill/large");
+    ensure!(spill.exists(), "there is no {}", spill.display());
+    for vm in ["small", "large"] {
+        crowd.wait_protected(vm)?;
+    }
+    crowd.kill_host("left")?;
+    for vm in ["small", "large"] {
+        crowd.wait_serves(vm)?;
+        crowd.self_check(vm)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn guests_of_qemu_and_of_another_vmm_are_backed_up_and_taken_over_by_one_agent() -> Result<()> {
+    let mut crowd = crowd(&["left", "right"], CrowdConfig::default())?;
+    crowd.add("left", "kvm-0", None)?;
+    crowd.add_qemu("left", "linux")?;
+    crowd.add("right", "kvm-1", None)?;
+    crowd.protect_all()?;
+    crowd.kill_host("left")?;
+    for vm in ["kvm-0", "linux"] {
+        crowd.wait_serves(vm)?;
+        assert_eq!(crowd.at_agent(vm)?["standby"], "active", "{vm}");
+    }
+    crowd.wait_protected("kvm-1")?;
+    let mut activated = crowd.activated()?;
+    activated.sort();
+    assert_eq!(activated, ["kvm-0", "linux"]);
     Ok(())
 }

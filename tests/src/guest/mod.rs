@@ -90,6 +90,20 @@ impl GuestConfig {
             GuestConfig::Testbed(_) => Vmm::Testbed,
         }
     }
+
+    /// The command line of its VMM, with all made that it names.
+    ///
+    /// # Errors
+    /// When the guest has not been built, or a file cannot be made.
+    pub fn argv(&self, lab: &Lab) -> Result<Vec<String>> {
+        match self {
+            GuestConfig::Qemu(config) => {
+                config.prepare(lab)?;
+                Ok(config.argv(lab))
+            }
+            GuestConfig::Testbed(config) => config.argv(lab),
+        }
+    }
 }
 
 impl Default for GuestConfig {
@@ -129,13 +143,7 @@ impl Guest {
     pub fn start(lab: &Lab, config: &GuestConfig) -> Result<Guest> {
         let vmm = config.vmm();
         assert_eq!(lab.vmm, vmm, "the daemons of a lab are told which VMM there is");
-        let argv = match config {
-            GuestConfig::Qemu(config) => {
-                config.prepare(lab)?;
-                config.argv(lab)
-            }
-            GuestConfig::Testbed(config) => config.argv(lab)?,
-        };
+        let argv = config.argv(lab)?;
         let console = console(lab);
         // What an earlier guest said there must not be taken for this one's.
         File::create(&console).with_context(|| format!("cannot create {}", console.display()))?;
