@@ -94,7 +94,11 @@ fn addresses_of(nics: &[Nic], number: usize, learnt: &[LearntAddress]) -> Vec<Le
     addresses
 }
 
-fn ram_paths(image: &VmImage) -> anyhow::Result<Vec<PathBuf>> {
+/// The files of its memory blocks, in their order.
+///
+/// # Errors
+/// When there is no image.
+pub fn ram_paths(image: &VmImage) -> anyhow::Result<Vec<PathBuf>> {
     let blocks = image.machine()?.layout.blocks().len();
     (0..blocks)
         .map(|block| image.ram_path(BlockId(u16::try_from(block)?)))

@@ -5,6 +5,7 @@ mod admin;
 mod admission;
 mod args;
 mod guest;
+mod huge;
 mod inbox;
 mod listener;
 mod metrics;

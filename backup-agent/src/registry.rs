@@ -339,6 +339,7 @@ impl Registry {
             guest,
             receiver: None,
             status: Arc::clone(status),
+            huge_pages: self.shared.settings.huge_pages,
             activation_retries_max: self.shared.settings.activation_retries_max,
             starts: self.shared.starts.clone(),
             vm: vm.clone(),

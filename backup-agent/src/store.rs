@@ -25,7 +25,8 @@ use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tracing::{debug, error, info, warn};
 
-use crate::guest::Guest;
+use crate::guest::{Guest, ram_paths};
+use crate::huge;
 use crate::inbox::EventSink;
 use crate::receive::{Received, Receiver};
 use crate::starts::Starts;
@@ -150,6 +151,8 @@ pub struct Store {
     pub receiver: Option<Receiver>,
     /// Figures.
     pub status: Arc<VmStatus>,
+    /// Whether the memory of an image goes onto huge pages once a standby has loaded it.
+    pub huge_pages: bool,
     /// How often another standby is started when one fails before it has the whole checkpoint.
     pub activation_retries_max: u16,
     /// Whose guest is started when.
@@ -362,6 +365,9 @@ impl Store {
             .wait_warm(&self.image)
             .context("start of the waiting standby")?;
         fault::point("agent.waiting");
+        if self.huge_pages {
+            huge::begin(ram_paths(&self.image)?, Arc::clone(&self.status));
+        }
         Ok(pid)
     }
 

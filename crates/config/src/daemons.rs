@@ -284,6 +284,8 @@ pub struct BackupAgent {
     /// Where checkpoints are staged that have no room in memory. Default `spill` in the folder of the agent's state.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spill_dir: Option<PathBuf>,
+    /// Put the memory of an image onto huge pages, where it has no holes, once a standby has loaded it. Default off.
+    pub huge_pages: bool,
     /// Most VMs that this agent backs up. Default 16.
     pub vms_max: u16,
     /// Most memory that one guest may have, unless `[[vm]]` says otherwise. Default: what fits.
@@ -341,6 +343,7 @@ impl Default for BackupAgent {
             staging_bytes_max: ByteSize::from_mib(256),
             staging_max: ByteSize::from_gib(1),
             spill_dir: None,
+            huge_pages: false,
             vms_max: 16,
             vm_memory_max: None,
             vm_bandwidth_max: None,

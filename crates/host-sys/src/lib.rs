@@ -8,7 +8,7 @@
 //!  another process:  maps ─► ptrace (one system call in it) ─► pidfd (take the fd) ─► userfaultfd ─► pagemap
 //!                    memory (read scattered ranges, map a shared one)
 //!  ourselves:        killtimer, pipe, open_watch, clock, durable (files that survive a crash whole),
-//!                    resident (memory that is there before it is needed), child, inherited (files from the service manager)
+//!                    resident (memory that is there before it is needed), huge (huge pages under files in memory), child, inherited (files from the service manager)
 //!  the network:      tap, bpf, netns, packet
 //!  a VMM's own:      kvm (feature `kvm`), shared_words (a bitmap that two processes write)
 //!  the kernel:       probe (what it can do, by name)
@@ -20,6 +20,7 @@ mod clock;
 pub mod durable;
 mod error;
 mod gadget;
+mod huge;
 mod inherited;
 mod killtimer;
 #[cfg(feature = "kvm")]
@@ -47,6 +48,7 @@ mod view;
 
 pub use clock::{monotonic_ns, wall_clock_offset_ns};
 pub use error::SysError;
+pub use huge::{HugePages, use_huge_pages};
 pub use inherited::take_inherited_files;
 pub use killtimer::KillTimer;
 pub use maps::{Mapping, read_maps};
