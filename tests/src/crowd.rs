@@ -305,15 +305,6 @@ impl<A: Sync> Crowd<A> {
         })
     }
 
-    /// The testbed's guest must have found nothing wrong in itself, wherever it runs.
-    ///
-    /// # Errors
-    /// What it found, or that it does not answer.
-    pub fn self_check(&self, name: &str) -> Result<()> {
-        let ip = self.members[self.number(name)?].ip;
-        Redis::connect_to(&self.lab, ip, ANSWER_AT_MOST)?.self_check()
-    }
-
     /// Kills everything of a primary host at once; returns when.
     ///
     /// # Errors
@@ -437,6 +428,18 @@ impl<A: Sync> Crowd<A> {
     pub fn ensure_whole(&self, name: &str) -> Result<()> {
         let ip = self.members[self.number(name)?].ip;
         Redis::connect_to(&self.lab, ip, ANSWER_AT_MOST)?.self_check()
+    }
+
+    /// What the agent has kept of what happened to a VM, oldest first.
+    ///
+    /// # Errors
+    /// When the agent does not answer.
+    pub fn events_of(&self, name: &str) -> Result<Vec<Value>> {
+        let (_, mut answer) = self.agent_asked("GET", &format!("/v1/events?vm={name}"))?;
+        match answer["events"].take() {
+            Value::Array(events) => Ok(events),
+            other => bail!("{other} is no list of events"),
+        }
     }
 
     /// The replicator of a VM.

@@ -192,18 +192,29 @@ fn staging_past_its_share_of_memory_goes_to_files_and_a_takeover_after_it_is_who
     crowd.kill_host("left")?;
     for vm in ["small", "large"] {
         crowd.wait_serves(vm)?;
-        crowd.self_check(vm)?;
+        crowd.ensure_whole(vm)?;
     }
     Ok(())
 }
 
 #[test]
-fn guests_of_qemu_and_of_another_vmm_are_backed_up_and_taken_over_by_one_agent() -> Result<()> {
-    let mut crowd = crowd(&["left", "right"], CrowdConfig::default())?;
+fn guests_of_qemu_and_of_another_vmm_are_backed_up_on_huge_pages_and_taken_over_by_one_agent() -> Result<()> {
+    let mut crowd = crowd(
+        &["left", "right"],
+        CrowdConfig {
+            agent: "huge_pages = true\n".into(),
+            ..CrowdConfig::default()
+        },
+    )?;
     crowd.add("left", "kvm-0", None)?;
     crowd.add_qemu("left", "linux")?;
     crowd.add("right", "kvm-1", None)?;
     crowd.protect_all()?;
+    let huge = wait_for("the guests' memory to be on huge pages", AT_MOST, || {
+        let found = crowd.events_of("linux").ok()?;
+        found.into_iter().find(|event| event["event"] == "huge_pages")
+    })?;
+    ensure!(huge["detail"]["huge"].as_u64() > Some(0), "{huge}");
     crowd.kill_host("left")?;
     for vm in ["kvm-0", "linux"] {
         crowd.wait_serves(vm)?;
