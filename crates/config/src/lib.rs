@@ -15,6 +15,7 @@
 use std::path::PathBuf;
 
 mod allow;
+mod backup_agent;
 mod check;
 mod common;
 mod daemons;
@@ -22,22 +23,24 @@ mod epochs;
 mod load;
 mod peer;
 mod quantity;
+mod replicator;
 mod vms;
+mod witness;
 
 pub use allow::{ALLOW_MAX, Allow, is_allowed};
+pub use backup_agent::{BackupAgent, KeepImages, StandbyKind, StandbyUnits, Vmm};
 pub use check::Invalid;
 pub use common::{Failover, Log, LogFormat, Metrics, MetricsListen, Network};
-pub use daemons::{
-    AGENT_METRICS_PORT, BackupAgent, Guest, KeepImages, Memory, PKI_DIR, REPLICATOR_METRICS_PORT, RUN_DIR,
-    Replicator, StandbyKind, StandbyUnits, Vmm, WITNESS_METRICS_PORT, Witness,
-};
+pub use daemons::{AGENT_METRICS_PORT, PKI_DIR, REPLICATOR_METRICS_PORT, RUN_DIR, WITNESS_METRICS_PORT};
 pub use epochs::{AutoEpochs, EpochGoal, EpochLength, EpochLengthError, Epochs};
 pub use load::{
     DROP_INS_MAX, FILE_BYTES_MAX, Settings, changed_keys, default_path, load, load_over, vm_path,
 };
 pub use peer::{PeerAddress, PeerAddressError};
 pub use quantity::{ByteSize, SizeError};
+pub use replicator::{Guest, Memory, Replicator};
 pub use vms::{Vm, VmLimits};
+pub use witness::Witness;
 
 /// Why settings could not be used.
 #[derive(Debug, thiserror::Error)]

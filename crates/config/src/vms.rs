@@ -3,8 +3,8 @@
 use romulus_types::VmId;
 use serde::{Deserialize, Serialize};
 
+use crate::backup_agent::{BackupAgent, StandbyKind};
 use crate::check::Invalid;
-use crate::daemons::{BackupAgent, StandbyKind};
 use crate::quantity::ByteSize;
 
 /// Most VMs that have settings of their own.
