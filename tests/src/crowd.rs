@@ -3,14 +3,13 @@
 //! All guests run in the lab's namespace of the primary, each on a tap of its own; what makes them VMs of several hosts is the
 //! name and the certificate of their replicators. A host "dies" when all its VMMs and replicators are killed.
 
-use std::io::{Read as _, Write as _};
 use std::net::Ipv4Addr;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use romulus_host_sys::tap::Tap;
+use romulus_telemetry::AdminClient;
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -374,7 +373,7 @@ impl<A: Sync> Crowd<A> {
     /// # Errors
     /// When it does not answer.
     pub fn status(&self, name: &str) -> Result<Value> {
-        let (code, body) = request(&self.admin(name), "GET", "/v1/status")?;
+        let (code, body) = request(self.admin(name), "GET", "/v1/status")?;
         anyhow::ensure!(code == 200, "status {code}: {body}");
         Ok(body)
     }
@@ -384,7 +383,7 @@ impl<A: Sync> Crowd<A> {
     /// # Errors
     /// When it does not answer.
     pub fn agent_asked(&self, method: &str, path: &str) -> Result<(u16, Value)> {
-        request(&self.lab.admin(Host::Backup), method, path)
+        request(self.lab.admin(Host::Backup), method, path)
     }
 
     /// What the agent says of one VM; null when it has none of that name.
@@ -482,22 +481,10 @@ fn start_agent(lab: &Lab, config: &CrowdConfig) -> Result<Process> {
 }
 
 /// Asks a daemon on its admin socket; the status code and the JSON of the answer.
-fn request(socket: &std::path::Path, method: &str, path: &str) -> Result<(u16, Value)> {
-    let mut stream =
-        UnixStream::connect(socket).with_context(|| format!("cannot connect to {}", socket.display()))?;
-    stream.set_read_timeout(Some(ANSWER_AT_MOST))?;
-    write!(
-        stream,
-        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-    )?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).context("no answer")?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
-    let code = head
-        .split_whitespace()
-        .nth(1)
-        .and_then(|code| code.parse().ok())
-        .with_context(|| format!("no status code in {head:?}"))?;
-    let json = serde_json::from_str(body).with_context(|| format!("no JSON in {body:?}"))?;
-    Ok((code, json))
+fn request(socket: PathBuf, method: &str, path: &str) -> Result<(u16, Value)> {
+    let client = AdminClient::new(socket).with_timeout(ANSWER_AT_MOST);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    Ok(runtime.block_on(client.ask_with_status(method, path))?)
 }
