@@ -1,11 +1,12 @@
-//! Pings at a steady pace. They make the guest speak, so that the sniffer sees when it can.
+//! Pings at a steady pace. They make the guest speak, so that the sniffer sees when it can; while it is silent they come more often,
+//! so that the end of the silence is seen to the millisecond.
 
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{JoinHandle, sleep};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -13,6 +14,11 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::Lab;
 use crate::namespace::within;
 use crate::netns::{GUEST_IP, Host};
+
+/// Without a reply for so long the guest is silent: longer than a gate holds one.
+const SILENCE: Duration = Duration::from_millis(150);
+/// Pace while it is silent.
+const EVERY_IN_SILENCE: Duration = Duration::from_millis(1);
 
 /// The running pinger. Dropping it ends it.
 #[derive(Debug)]
@@ -60,13 +66,17 @@ fn ping(socket: &Socket, every: Duration, stop: &AtomicBool) {
     let guest = SocketAddr::from((GUEST_IP, 0)).into();
     let mut sequence = 0_u16;
     let mut sink = [MaybeUninit::<u8>::uninit(); 2048];
+    let mut answered_at = Instant::now();
     while !stop.load(Ordering::Acquire) {
         // While nobody answers for the guest's address, sending fails: that is what is being watched.
         let _ = socket.send_to(&echo_request(sequence), &guest);
         sequence = sequence.wrapping_add(1);
-        // The sniffer sees the replies; here they only must not pile up.
-        while socket.recv(&mut sink).is_ok() {}
-        sleep(every);
+        // The sniffer sees the replies and has their times; here only whether there are any counts.
+        while socket.recv(&mut sink).is_ok() {
+            answered_at = Instant::now();
+        }
+        let silent = answered_at.elapsed() > SILENCE;
+        sleep(if silent { EVERY_IN_SILENCE.min(every) } else { every });
     }
 }
 

@@ -10,8 +10,11 @@ const REQUESTED: usize = 0x200;
 const TIMER: usize = 0x320;
 const INITIAL_COUNT: usize = 0x380;
 const CURRENT_COUNT: usize = 0x390;
+/// By how much the timer's input is divided, in bits 0, 1 and 3 (12.5.4).
+const DIVIDE: usize = 0x3e0;
 /// Bits of [`TIMER`] that say periodic or TSC-deadline; one-shot is neither.
 const TIMER_MODE: u32 = 3 << 17;
+const PERIODIC: u32 = 1 << 17;
 
 /// Whether the LAPIC's timer is a one-shot timer that was armed and has expired. KVM never takes its initial count back:
 /// the registers do not say whether the interrupt is still to come, on its way, or long served.
@@ -34,7 +37,43 @@ pub(super) fn in_service(lapic: &kvm_lapic_state) -> bool {
 /// Takes a timer back whose interrupt was delivered: whoever is given an initial count without a current one starts the
 /// timer anew, and it fires at once.
 pub(super) fn take_back(lapic: &mut kvm_lapic_state) {
-    lapic.regs[INITIAL_COUNT..INITIAL_COUNT + 4].fill(0);
+    set_register(lapic, INITIAL_COUNT, 0);
+}
+
+/// Lets `forward_ns` pass for the timer, as it did for the guest's clocks: what would have fired meanwhile fires at once, and not
+/// after the time that was left when the vCPU was saved. A periodic timer keeps its beat; beats that were missed are lost, as they
+/// are when a guest is not run for a while. A TSC deadline is in another place, and needs nothing.
+///
+/// The timer's input is taken for KVM's, one count a nanosecond unless a VMM asked for something else
+/// (`KVM_CAP_X86_APIC_BUS_CYCLES_NS`).
+pub(super) fn advance(lapic: &mut kvm_lapic_state, forward_ns: u64) {
+    let (initial, current) = (register(lapic, INITIAL_COUNT), register(lapic, CURRENT_COUNT));
+    if current == 0 || current > initial {
+        return;
+    }
+    let counts = forward_ns / divisor(register(lapic, DIVIDE));
+    let left = match register(lapic, TIMER) & TIMER_MODE {
+        0 => u64::from(current).saturating_sub(counts).max(1),
+        PERIODIC => {
+            let into_beat = (u64::from(initial - current) + counts) % u64::from(initial);
+            u64::from(initial) - into_beat
+        }
+        _ => return,
+    };
+    let left = u32::try_from(left).expect("no more than the initial count, which has 32 bits");
+    set_register(lapic, CURRENT_COUNT, left);
+}
+
+/// What the divide configuration register says: 2, 4, … 128, and 1 for the highest value.
+fn divisor(register: u32) -> u64 {
+    let power = (register & 3 | register >> 1 & 4) + 1;
+    1 << (power & 7)
+}
+
+fn set_register(lapic: &mut kvm_lapic_state, at: usize, value: u32) {
+    for (to, from) in lapic.regs[at..].iter_mut().zip(value.to_le_bytes()) {
+        *to = from.cast_signed();
+    }
 }
 
 fn pending(lapic: &kvm_lapic_state, bank: usize, vector: u32) -> bool {
@@ -54,9 +93,7 @@ mod tests {
     fn lapic(changes: &[(usize, u32)]) -> kvm_lapic_state {
         let mut lapic = kvm_lapic_state::default();
         for (at, value) in [(TIMER, VECTOR), (INITIAL_COUNT, 1000)].iter().chain(changes) {
-            for (to, from) in lapic.regs[*at..].iter_mut().zip(value.to_le_bytes()) {
-                *to = from.cast_signed();
-            }
+            set_register(&mut lapic, *at, *value);
         }
         lapic
     }
@@ -95,5 +132,33 @@ mod tests {
         take_back(&mut lapic);
         assert!(!expired(&lapic));
         assert_eq!(register(&lapic, TIMER), VECTOR);
+    }
+
+    #[test]
+    fn time_that_passed_is_taken_from_what_a_timer_had_left() {
+        let left_after = |changes: &[(usize, u32)], forward_ns| {
+            let mut lapic = lapic(changes);
+            advance(&mut lapic, forward_ns);
+            register(&lapic, CURRENT_COUNT)
+        };
+        let by_one = (DIVIDE, 0b1011);
+        let periodic = (TIMER, VECTOR | PERIODIC);
+        // One shot, of 1,000 counts: on time, overdue (at once, as 0 would be "never armed"), expired before.
+        assert_eq!(left_after(&[by_one, (CURRENT_COUNT, 700)], 300), 400);
+        assert_eq!(left_after(&[by_one, (CURRENT_COUNT, 700)], 400_000_000), 1);
+        assert_eq!(left_after(&[by_one], 300), 0);
+        // In periods of 1,000.
+        assert_eq!(left_after(&[by_one, periodic, (CURRENT_COUNT, 700)], 300), 400);
+        assert_eq!(left_after(&[by_one, periodic, (CURRENT_COUNT, 700)], 5900), 800);
+        assert_eq!(left_after(&[by_one, periodic, (CURRENT_COUNT, 700)], 700), 1000);
+        // Not a timer that counts; a count that cannot be.
+        assert_eq!(left_after(&[(TIMER, VECTOR | 2 << 17), (CURRENT_COUNT, 700)], 300), 700);
+        assert_eq!(left_after(&[by_one, (CURRENT_COUNT, 1001)], 300), 1001);
+    }
+
+    #[test]
+    fn the_divide_register_is_read_as_the_manual_has_it() {
+        let told = [0b0000, 0b0001, 0b0010, 0b0011, 0b1000, 0b1001, 0b1010, 0b1011];
+        assert_eq!(told.map(divisor), [2, 4, 8, 16, 32, 64, 128, 1]);
     }
 }

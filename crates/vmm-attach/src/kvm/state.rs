@@ -243,7 +243,8 @@ impl StateSaver {
         let xcrs: kvm_xcrs = from.plain(Kind::Xcrs, index)?;
         vcpu.set_xcrs(&xcrs).map_err(kvm("KVM_SET_XCRS"))?;
         set_xsave(vm, vcpu, from.section(Kind::Xsave, index)?)?;
-        let lapic: kvm_lapic_state = from.plain(Kind::Lapic, index)?;
+        let mut lapic: kvm_lapic_state = from.plain(Kind::Lapic, index)?;
+        lapic::advance(&mut lapic, step.forward_ns());
         vcpu.set_lapic(&lapic).map_err(kvm("KVM_SET_LAPIC"))?;
         let later = self.restore_msrs(index, vcpu, from, step)?;
         let mp_state: kvm_mp_state = from.plain(Kind::MpState, index)?;
