@@ -157,13 +157,15 @@ async fn run(
         hello_timeout,
         witness_wait,
     });
-    tokio::spawn(listener.run());
+    let listening = tokio::spawn(listener.run());
     info!(event = "ready", host = host.as_str(), %listen);
     service::serve(&registry, &pulse, reload).await?;
     info!(
         event = "terminate",
         "standbys that run a guest go on without the agent"
     );
+    // A session that began now would give up a commit that the agent's next start can use.
+    listening.abort();
     registry.dismiss_standbys().await;
     endpoint.shutdown("the agent is shutting down").await;
     drop((admin, metrics));

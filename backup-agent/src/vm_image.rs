@@ -86,11 +86,12 @@ impl VmImage {
 
     fn tell_found(&self) {
         let vm = self.vm.as_str();
-        match self.committed() {
-            Some(Committed { session, epoch }) => {
+        match self.image.as_ref().map(Image::state) {
+            Some(ImageState::Committed { session, epoch, .. }) => {
                 info!(event = "image_found", vm, session = %session, epoch = epoch.0);
             }
-            None => info!(event = "image_found", vm, "without a commit that can be used"),
+            Some(state) => info!(event = "image_found", vm, %state, "without a commit that can be used"),
+            None => {}
         }
     }
 

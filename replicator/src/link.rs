@@ -9,7 +9,7 @@
 //! Whatever ends the session ends its task, which says `Disconnected` exactly once.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
@@ -31,6 +31,7 @@ use crate::capture::Job;
 use crate::encode::EncodeJob;
 use crate::events::EventSink;
 use crate::status::{RefusedInput, Status};
+use crate::tries::Tries;
 
 /// Control messages that wait to be sent, at most. Heartbeats are dropped past that: they would be stale.
 const CONTROL_WAITING_MAX: usize = 64;
@@ -39,11 +40,6 @@ const DATA_WAITING_MAX: usize = 16;
 /// How long a backup may take to answer a `Hello`, and for each further part of what it holds: it may have to make an
 /// image first.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long to wait after a backup could not be reached or refused. Twice as long after each further refusal: for each
-/// hello the guest stands still to be described.
-const TRY_INTERVAL: Duration = Duration::from_secs(1);
-/// How often that wait is doubled at most.
-const DOUBLINGS_MAX: u32 = 3;
 /// How long the last messages may take to get out at the end.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -78,7 +74,7 @@ pub struct Link {
     events: EventSink,
     status: Arc<Status>,
     running: Option<Running>,
-    refusals: Arc<AtomicU32>,
+    tries: Arc<Tries>,
 }
 
 impl Link {
@@ -97,7 +93,7 @@ impl Link {
             events,
             status,
             running: None,
-            refusals: Arc::default(),
+            tries: Arc::default(),
         }
     }
 
@@ -114,7 +110,7 @@ impl Link {
             session,
             described: AtomicBool::new(false),
             connected: AtomicBool::new(false),
-            refusals: Arc::clone(&self.refusals),
+            tries: Arc::clone(&self.tries),
         };
         let task = tokio::spawn(task.run(term, instance, control_receiver, ended));
         self.running = Some(Running {
@@ -171,8 +167,7 @@ struct SessionTask {
     described: AtomicBool,
     /// The backup accepted the session.
     connected: AtomicBool,
-    /// Sessions that were not accepted since the last one that was, although the guest was described for them.
-    refusals: Arc<AtomicU32>,
+    tries: Arc<Tries>,
 }
 
 impl SessionTask {
@@ -195,14 +190,11 @@ impl SessionTask {
             self.status
                 .add_event("session_ended", &json!({"error": format!("{error:#}")}));
             if !self.connected.load(Ordering::Relaxed) {
-                // A try costs the guest a pause and the operator a line in the log.
-                let refused = self.described.load(Ordering::Relaxed);
-                let before = if refused {
-                    self.refusals.fetch_add(1, Ordering::Relaxed)
+                let wait = if self.described.load(Ordering::Relaxed) {
+                    self.tries.refused()
                 } else {
-                    0
+                    self.tries.unreached()
                 };
-                let wait = TRY_INTERVAL * (1 << before.min(DOUBLINGS_MAX));
                 let _ = tokio::time::timeout(wait, ended).await;
             }
         }
@@ -250,7 +242,7 @@ impl SessionTask {
         info!(event = "session", session = %self.session);
         self.connected.store(true, Ordering::Relaxed);
         self.status.count_session();
-        self.refusals.store(0, Ordering::Relaxed);
+        self.tries.accepted();
         fault::point("replicator.connected");
         self.events
             .send_async(PrimaryEvent::Connected(self.session))

@@ -16,6 +16,7 @@ mod pause_parts;
 mod protect;
 mod session_cell;
 mod status;
+mod tries;
 mod tuner;
 mod witness_task;
 

@@ -162,7 +162,7 @@ impl Restarts {
             let longest = status["pause_ms"]["max"].as_f64();
             pauses_ms.push(longest.with_context(|| format!("no pauses in {status}"))?);
         }
-        self.ensure_commits_intact(at)?;
+        self.ensure_commits_intact(at, strike)?;
         self.ensure_guests_run(at)?;
         Ok(Outcome {
             protected_ms: paired.iter().copied().fold(0.0, f64::max),
@@ -173,8 +173,9 @@ impl Restarts {
         })
     }
 
-    /// Each image that the agent's new life found is that of the last commit that the old one spoke of.
-    fn ensure_commits_intact(&self, at: Stamp) -> Result<()> {
+    /// Each image that the agent's new life found is that of the last commit that the old one spoke of: unless that had heard
+    /// from the witness, while it ended, that the VM's host speaks alone since. Such a commit may never be used again.
+    fn ensure_commits_intact(&self, at: Stamp, strike: Strike) -> Result<()> {
         for name in &self.names {
             let of_vm = |what: &'static str| {
                 self.timeline
@@ -184,6 +185,13 @@ impl Restarts {
             let found = found.with_context(|| format!("the agent did not find an image of {name}"))?;
             let last = of_vm("commit").into_iter().rfind(|event| event.at < found.at);
             let last = last.with_context(|| format!("the agent never had a commit of {name}"))?;
+            let given_up = of_vm("protection").into_iter().any(|event| {
+                (last.at..found.at).contains(&event.at) && event.detail.contains("reason=no backup")
+            });
+            if given_up {
+                ensure!(strike == Strike::Restart, "an agent that was killed gave {name} up");
+                continue;
+            }
             ensure!(
                 field(&found, "session") == field(&last, "session")
                     && number(&found, "epoch")? >= number(&last, "epoch")?,
