@@ -76,7 +76,11 @@ fn ping(socket: &Socket, every: Duration, stop: &AtomicBool) {
             answered_at = Instant::now();
         }
         let silent = answered_at.elapsed() > SILENCE;
-        sleep(if silent { EVERY_IN_SILENCE.min(every) } else { every });
+        sleep(if silent {
+            EVERY_IN_SILENCE.min(every)
+        } else {
+            every
+        });
     }
 }
 

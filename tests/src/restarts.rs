@@ -189,7 +189,10 @@ impl Restarts {
                 (last.at..found.at).contains(&event.at) && event.detail.contains("reason=no backup")
             });
             if given_up {
-                ensure!(strike == Strike::Restart, "an agent that was killed gave {name} up");
+                ensure!(
+                    strike == Strike::Restart,
+                    "an agent that was killed gave {name} up"
+                );
                 continue;
             }
             ensure!(

@@ -152,7 +152,10 @@ mod tests {
         assert_eq!(left_after(&[by_one, periodic, (CURRENT_COUNT, 700)], 5900), 800);
         assert_eq!(left_after(&[by_one, periodic, (CURRENT_COUNT, 700)], 700), 1000);
         // Not a timer that counts; a count that cannot be.
-        assert_eq!(left_after(&[(TIMER, VECTOR | 2 << 17), (CURRENT_COUNT, 700)], 300), 700);
+        assert_eq!(
+            left_after(&[(TIMER, VECTOR | 2 << 17), (CURRENT_COUNT, 700)], 300),
+            700
+        );
         assert_eq!(left_after(&[by_one, (CURRENT_COUNT, 1001)], 300), 1001);
     }
 
