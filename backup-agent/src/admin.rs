@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::refusals::Refused;
 use crate::registry::{ForgetError, Registry};
-use crate::status::{OrderEnd, STATUS_SCHEMA};
+use crate::status::{OrderEnd, STATUS_SCHEMA, recent_us};
 
 /// Longest a failover may take before its caller is told that it goes on.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -99,6 +99,9 @@ async fn status(State(admin): State<Admin>, ApiQuery(wanted): ApiQuery<Wanted>) 
             "spilled_bytes": staging.spilled_bytes(),
             "spilled_ever_bytes": staging.spilled_ever_bytes(),
         },
+        "receive_to_ack_recent_us": recent_us(
+            admin.registry.statuses().iter().flat_map(|status| status.recent_acks_ns()).collect(),
+        ),
         "vms": chosen(&admin.registry, &wanted, |status| status.json()),
     }))
 }

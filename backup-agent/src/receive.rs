@@ -13,6 +13,9 @@ use romulus_wire::{
 
 use crate::vm_image::VmImage;
 
+/// Most pages of a checkpoint for which other threads are made to wait: some milliseconds' work.
+const AWAITED_PAGES_MAX: u64 = 1024;
+
 /// What a frame led to.
 pub enum Received {
     /// The checkpoint goes on.
@@ -63,6 +66,13 @@ impl Receiver {
         self.incoming
             .as_ref()
             .map_or(self.last, |incoming| incoming.epoch)
+    }
+
+    /// Whether held output waits for what is received, and little of the processor's time is enough for it: not the first copy of
+    /// memory, and not the checkpoints of a VM that floods.
+    pub fn is_awaited(&self) -> bool {
+        let pages = self.incoming.as_ref().map_or(0, |incoming| incoming.sent.pages);
+        self.last != Epoch::NONE && pages <= AWAITED_PAGES_MAX
     }
 
     /// Takes one frame.

@@ -134,9 +134,8 @@ fn percentiles_us(histogram: &Histogram) -> Value {
     json!({"p50": at(50.0), "p99": at(99.0), "max": histogram.max() / 1000})
 }
 
-/// Exact percentiles of the last acknowledgements.
-fn recent_us(recent_ns: &VecDeque<u64>) -> Value {
-    let mut sorted: Vec<u64> = recent_ns.iter().copied().collect();
+/// Exact percentiles of the last acknowledgements of one VM, or of several.
+pub fn recent_us(mut sorted: Vec<u64>) -> Value {
     sorted.sort_unstable();
     let at = |permille: usize| {
         let position = (sorted.len() * permille / 1000).min(sorted.len().saturating_sub(1));
@@ -146,6 +145,11 @@ fn recent_us(recent_ns: &VecDeque<u64>) -> Value {
 }
 
 impl VmStatus {
+    /// How long the last acknowledgements took, in nanoseconds; at most [`RECENT_ACKS`].
+    pub fn recent_acks_ns(&self) -> Vec<u64> {
+        self.lock().recent_acks_ns.iter().copied().collect()
+    }
+
     /// Nothing has happened yet.
     pub fn new(vm: VmId, host: &str) -> Self {
         let inner = Inner {
@@ -372,7 +376,7 @@ impl VmStatus {
             "apply_us": percentiles_us(&inner.apply),
             "receive_to_ack_us": percentiles_us(&inner.receive_to_ack),
             "refused_input": inner.refused_input.iter().sum::<u64>(),
-            "receive_to_ack_recent_us": recent_us(&inner.recent_acks_ns),
+            "receive_to_ack_recent_us": recent_us(inner.recent_acks_ns.iter().copied().collect()),
             "committed_pages": inner.committed_pages,
             "activation": inner.activation,
         })

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use bytes::Bytes;
-use romulus_host_sys::{PidFd, priority};
+use romulus_host_sys::PidFd;
+use romulus_host_sys::priority::Turns;
 use romulus_hypervisor::fault;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_hypervisor::standby::StandbyError;
@@ -165,10 +166,12 @@ impl Store {
     /// Works until the driver is gone.
     pub fn run(mut self) {
         // It computes, and the hypervisors that it starts inherit from it.
-        priority::lower();
+        let mut turns = Turns::ordinary();
         // One that an earlier life of the agent started.
         self.watch_guest();
         while let Some(job) = self.jobs.blocking_recv() {
+            let awaited = self.receiver.as_ref().is_some_and(Receiver::is_awaited);
+            turns.awaited(awaited && matches!(job, StoreJob::Frame(..)));
             self.job(job);
         }
     }

@@ -39,6 +39,8 @@ pub struct CrowdConfig {
     pub memory_mib: u32,
     /// What each guest writes, as the testbed's `dirty=` word has it; nothing when empty.
     pub dirty: String,
+    /// Further words of each guest's command line.
+    pub words: String,
     /// Settings of the agent, as TOML: keys outside of tables only.
     pub agent: String,
     /// Tables of the agent's settings, as TOML.
@@ -52,6 +54,7 @@ impl Default for CrowdConfig {
         CrowdConfig {
             memory_mib: 64,
             dirty: "random/counter:100:25".to_owned(),
+            words: String::new(),
             agent: String::new(),
             agent_tables: String::new(),
             replicators: String::new(),
@@ -169,8 +172,9 @@ impl<A: Sync> Crowd<A> {
         add(
             "--cmdline",
             &format!(
-                "ip={ip}/24 ip6=fd77::{last}/64 gw={} port=6379{writes}",
-                Host::Client.ip()
+                "ip={ip}/24 ip6=fd77::{last}/64 gw={} port=6379{writes} {}",
+                Host::Client.ip(),
+                self.config.words
             ),
         );
         self.start(Vmm::Testbed, host, name, (ip, tap), &argv)
@@ -393,6 +397,15 @@ impl<A: Sync> Crowd<A> {
     pub fn at_agent(&self, name: &str) -> Result<Value> {
         let (_, status) = self.agent_asked("GET", &format!("/v1/status?vm={name}"))?;
         Ok(status["vms"][0].clone())
+    }
+
+    /// What the agent says of itself and of all its VMs.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn agent_status(&self) -> Result<Value> {
+        let (_, status) = self.agent_asked("GET", "/v1/status")?;
+        Ok(status)
     }
 
     /// The VMs whose activation ended, in the order in which it did.

@@ -39,6 +39,33 @@ pub fn lower() {
     }
 }
 
+/// Changes the calling thread's priority with its work: somebody waits for it, or not. Asks the kernel only when that changes.
+#[derive(Debug, Default)]
+pub struct Turns {
+    awaited: bool,
+}
+
+impl Turns {
+    /// As an ordinary thread, to begin with.
+    pub fn ordinary() -> Self {
+        lower();
+        Self::default()
+    }
+
+    /// Whether somebody waits for what comes now, which must be little.
+    pub fn awaited(&mut self, awaited: bool) {
+        if awaited == self.awaited {
+            return;
+        }
+        self.awaited = awaited;
+        if awaited {
+            raise();
+        } else {
+            lower();
+        }
+    }
+}
+
 /// `struct sched_attr` of sched_setattr(2), as of its first version.
 #[repr(C)]
 #[derive(Default)]
@@ -85,6 +112,25 @@ mod tests {
         .join()
         .unwrap();
         assert!(nice >= 0, "a thread that was lowered has nice value {nice}");
+    }
+
+    #[test]
+    fn a_thread_is_raised_for_as_long_as_it_is_awaited() {
+        std::thread::spawn(|| {
+            raise();
+            let raised = getpriority_process(None).unwrap();
+            let mut turns = Turns::ordinary();
+            let mut nice = |awaited| {
+                turns.awaited(awaited);
+                getpriority_process(None).unwrap()
+            };
+            assert!(nice(false) >= 0);
+            assert_eq!(nice(true), raised);
+            assert_eq!(nice(true), raised);
+            assert!(nice(false) >= 0);
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

@@ -25,6 +25,8 @@ const SLEEP_NS_MAX: u64 = 4_000_000_000;
 const TURN_NS_MAX: u64 = 1_000_000_000;
 /// Pages that one turn writes, so that the network does not wait for more.
 const PAGES_A_TURN: u64 = 32;
+/// Pages for which a guest that writes few of them is content to wake up.
+const PAGES_A_WAKE: u32 = 16;
 /// Pages of the dirty set that one round checks.
 const PAGES_A_ROUND: u64 = 8;
 
@@ -315,11 +317,14 @@ impl Dirtier {
         figures.pages_written.fetch_add(now, Ordering::Relaxed);
         figures.dirty_rounds.store(pacer.rounds(), Ordering::Relaxed);
         figures.pages_skipped.store(skipped, Ordering::Relaxed);
-        // Not for each page by itself: the guest would do nothing but wake up.
+        // Not for each page by itself: the guest would do nothing but wake up. What is due in a millisecond, or of a few pages a
+        // quarter.
         if due > now {
             now_ns
         } else {
-            pacer.when((dirtying.pages / dirtying.period_ms.max(1)).max(1).into())
+            let a_ms = dirtying.pages / dirtying.period_ms.max(1);
+            let a_quarter = (dirtying.pages / 4).min(PAGES_A_WAKE);
+            pacer.when(a_ms.max(a_quarter).max(1).into())
         }
     }
 
