@@ -210,7 +210,7 @@ fn warn_of_debug() {
     }
 }
 
-fn created(path: &Path) -> anyhow::Result<File> {
+pub(crate) fn created(path: &Path) -> anyhow::Result<File> {
     File::create(path).with_context(|| format!("cannot write {}", path.display()))
 }
 

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   commands.rs  what the verbs do, and their exit codes
+//!   advise/      looks at a running guest, and says which length of epochs suits it
 //!   plan.rs      a TOML file ─► what to measure, how often, and within which bounds
 //!   measures/    one file a family; each does its work in turn with the reference's
 //!   run.rs       the turns: repetitions, rounds, seed, progress
@@ -17,6 +18,7 @@
 //! has no ratio; nothing is measured after a plan that is wrong in any line.
 #![forbid(unsafe_code)]
 
+mod advise;
 mod check;
 mod commands;
 mod compare;
@@ -37,8 +39,10 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use romulus_hypervisor::qemu::source::guardian;
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
+use advise::AdviseArgs;
 use commands::{CheckArgs, CompareArgs, ReportArgs, RunArgs};
 
 #[derive(Parser)]
@@ -56,6 +60,9 @@ enum Command {
     /// Run the measures of a plan. Exit codes: 0 all bounds hold, 1 failed, 2 wrong usage or plan, 3 a bound does not
     /// hold, 4 a measure could not run
     Run(RunArgs),
+    /// Look at a running guest without protecting it, and say what each length of epochs would cost. Exit codes: 0 said, 1 failed
+    /// (the guest was let go), 2 wrong usage or settings, 3 no length reaches the goal
+    Advise(Box<AdviseArgs>),
     /// Say which rows changed from report A to report B, and which only seem to. Exit codes: 0 no row is slower, 1 failed,
     /// 2 wrong usage or a file that is no report, 3 a row is slower
     Compare(CompareArgs),
@@ -79,8 +86,24 @@ fn main() -> ExitCode {
         }
         return romulus_testbed::main(args.into_iter().skip(1));
     }
+    // It frees a guest of QEMU when we die; see `advise`.
+    if args.get(1).is_some_and(|word| word == advise::attach::GUARDIAN) {
+        let rest = args
+            .iter()
+            .skip(2)
+            .map(|word| word.to_string_lossy().into_owned());
+        let rest: Vec<String> = rest.collect();
+        return match guardian::run(&rest) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error: {:#}", anyhow::Error::new(error));
+                ExitCode::FAILURE
+            }
+        };
+    }
     let done = match Cli::parse().command {
         Command::Run(args) => commands::run(&args),
+        Command::Advise(args) => advise::run(&args),
         Command::Compare(args) => commands::compare(&args),
         Command::Report(args) => commands::report(&args),
         Command::Check(args) => commands::check(&args),

@@ -106,23 +106,24 @@ pub(crate) fn prepare(over_kvm: bool) -> Result<Paths> {
 
 /// The release binaries that the lab starts.
 pub(crate) fn build_daemons() -> Result<()> {
+    build_daemons_and(&[])
+}
+
+/// The same, and other packages' at once.
+pub(crate) fn build_daemons_and(packages: &[&str]) -> Result<()> {
     sh::step("building the daemons (release)");
-    sh::run(&mut sh::cargo(&[
-        "build",
-        "--quiet",
-        "--release",
-        "--bins",
-        "--package",
+    let daemons = [
         "replicator",
-        "--package",
         "backup-agent",
-        "--package",
         "witness",
-        "--package",
         "romulus",
-        "--package",
         "romulus-testbed",
-    ]))
+    ];
+    let mut build = sh::cargo(&["build", "--quiet", "--release", "--bins"]);
+    for package in daemons.iter().chain(packages) {
+        build.args(["--package", package]);
+    }
+    sh::run(&mut build)
 }
 
 fn choose_accel(args: &Args, paths: &Paths) -> Result<Accel> {

@@ -62,7 +62,7 @@ pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
     }
     if !args.no_e2e {
         demo::clean_up_on_signals(romulus_e2e::TEST_LAB);
-        demo::build_daemons()?;
+        demo::build_daemons_and(&["bench"])?;
         systemd_tree::build(&paths)?;
         deb::build(&paths, 1)?;
         let over_kvm = kvm::need().inspect_err(|error| println!("LEAVING OUT the tests over KVM: {error:#}"));

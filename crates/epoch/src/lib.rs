@@ -6,6 +6,7 @@
 //! ```text
 //!   Sample of each epoch ─► Steering: a window of them ─► Cost: what an epoch costs, as a function of its length
 //!                                                          └─► the length that the goal asks for, approached step by step
+//!   Measured at some lengths ─► Profile: what any length costs ─► the length on which steering would settle
 //! ```
 //!
 //! No I/O, no clock, no chance: the replicator, the benchmark's predictions and the tests run the same code.
@@ -13,8 +14,10 @@
 
 mod cost;
 mod goal;
+mod profile;
 mod steering;
 
 pub use cost::Cost;
 pub use goal::{Goal, Reach};
+pub use profile::{Measured, Prediction, Profile};
 pub use steering::{Limits, Sample, Steering, WINDOW_EPOCHS};
