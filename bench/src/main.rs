@@ -6,6 +6,7 @@
 //!   plan.rs      a TOML file ─► what to measure, how often, and within which bounds
 //!   measures/    one file a family; each does its work in turn with the reference's
 //!   run.rs       the turns: repetitions, rounds, seed, progress
+//!   series.rs    how something went over time
 //!   stats.rs     samples ─► p50, p95, p99, the spread of the repetitions
 //!   report.rs    the JSON and the verdict; table.rs the same for people
 //!   read.rs      reports from files
@@ -31,6 +32,7 @@ mod plan;
 mod read;
 mod report;
 mod run;
+mod series;
 mod stats;
 mod table;
 

@@ -26,6 +26,7 @@ pub(crate) const BUILT_IN: &[(&str, &str)] = &[
     ("parts.toml", include_str!("../plans/parts.toml")),
     ("kvm.toml", include_str!("../plans/kvm.toml")),
     ("backup-host.toml", include_str!("../plans/backup-host.toml")),
+    ("epoch.toml", include_str!("../plans/epoch.toml")),
 ];
 
 const REPETITIONS_MAX: u32 = 100;

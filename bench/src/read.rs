@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use crate::report::{Report, Row, SCHEMA};
+use crate::series::{LINES_MAX, POINTS_MAX};
 
 /// Largest file, in bytes.
 pub(crate) const FILE_BYTES_MAX: u64 = 16 << 20;
@@ -76,6 +77,10 @@ pub(crate) fn report(path: &Path) -> Result<Report, ReadError> {
     for row in &report.measures {
         within(path, "repetitions in a row", repetitions(row), REPETITIONS_MAX)?;
         within(path, "parameters in a row", row.parameters.len(), PARAMETERS_MAX)?;
+        if let Some(series) = &row.series {
+            within(path, "lines in a series", series.lines.len(), LINES_MAX)?;
+            within(path, "points in a series", series.points(), POINTS_MAX)?;
+        }
     }
     Ok(report)
 }

@@ -7,6 +7,7 @@ use crate::host::{self, Host, Versions};
 use crate::parameters::Parameters;
 use crate::plan::{Bounds, Plan};
 use crate::run::{Effort, Finding, Run, Settings, Unable};
+use crate::series::Series;
 use crate::stats::Figure;
 
 /// Grows when a field changes its meaning or goes.
@@ -66,6 +67,9 @@ pub(crate) struct Row {
     /// All that is known of the two.
     pub(crate) value_figure: Option<Figure>,
     pub(crate) reference_figure: Option<Figure>,
+    /// How it went over time, where that says more than a value.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) series: Option<Series>,
 }
 
 /// What has a bound: in JSON `"ratio"` or `"value"`.
@@ -85,18 +89,25 @@ impl Report {
         if let Ok(style) = ProgressStyle::with_template("{elapsed_precise} {bar:24} {pos}/{len} {msg}") {
             bar.set_style(style);
         }
-        let mut rows = Vec::new();
+        let mut rows: Vec<Row> = Vec::new();
         for (number, planned) in plan.measures.iter().enumerate() {
             let mut run = Run::new(settings, planned.name, bar.clone());
             run.say("");
             run.began(number + 1, plan.measures.len());
             let done = planned.measure.run(&mut run);
+            let series = run.take_series();
             let found = run.into_findings();
             let nothing = done.is_ok() && found.is_empty();
             rows.extend(found.into_iter().map(|found| match found {
                 Ok((finding, at)) => Row::of(planned.name, planned.bounds, finding, at),
                 Err(missed) => Row::unable(&named(planned.name, &missed.case), &missed.why),
             }));
+            for (case, series) in series {
+                let name = named(planned.name, &case);
+                if let Some(row) = rows.iter_mut().rfind(|row| row.name == name) {
+                    row.series = Some(series);
+                }
+            }
             match done {
                 Err(error) => {
                     bar.suspend(|| eprintln!("{}: FAILED: {error}", planned.name));
@@ -178,6 +189,7 @@ impl Row {
             note: finding.note,
             value_figure: Some(finding.value),
             reference_figure,
+            series: None,
         }
     }
 
@@ -205,6 +217,7 @@ impl Row {
             note: None,
             value_figure: None,
             reference_figure: None,
+            series: None,
         }
     }
 }

@@ -9,6 +9,7 @@ use romulus_host_sys::monotonic_ns;
 
 use crate::parameters::Parameters;
 use crate::plan::Plan;
+use crate::series::Series;
 use crate::stats::{Figure, Timings};
 use crate::table;
 
@@ -104,6 +105,8 @@ pub(crate) struct Run {
     name: &'static str,
     bar: ProgressBar,
     findings: Vec<Result<(Finding, Parameters), Missed>>,
+    /// By their cases.
+    series: Vec<(String, Series)>,
 }
 
 impl Run {
@@ -113,7 +116,16 @@ impl Run {
             name,
             bar,
             findings: Vec::new(),
+            series: Vec::new(),
         }
+    }
+
+    pub(crate) fn effort(&self) -> Effort {
+        self.settings.effort
+    }
+
+    pub(crate) fn seed(&self) -> u64 {
+        self.settings.seed
     }
 
     pub(crate) fn repetitions(&self) -> u32 {
@@ -148,6 +160,13 @@ impl Run {
         self.bar.tick();
     }
 
+    /// The same, and a line of its own where no bar is drawn: for what takes long.
+    pub(crate) fn tell(&self, what: impl Into<String>) {
+        let what = what.into();
+        self.finished(&format!("  {}: {what}", self.name));
+        self.say(what);
+    }
+
     /// A finding; those that came before a failure stay in the report.
     pub(crate) fn found(&mut self, finding: Finding) {
         self.found_at(Parameters::default(), finding);
@@ -157,6 +176,15 @@ impl Run {
     pub(crate) fn found_at(&mut self, at: impl Into<Parameters>, finding: Finding) {
         self.finished(&table::progress(self.name, &finding));
         self.findings.push(Ok((finding, at.into())));
+    }
+
+    /// How it went, for the row of this case.
+    pub(crate) fn went(&mut self, case: &str, series: Series) {
+        self.series.push((case.to_owned(), series));
+    }
+
+    pub(crate) fn take_series(&mut self) -> Vec<(String, Series)> {
+        std::mem::take(&mut self.series)
     }
 
     /// Says that the measure begins, the `number`th of so many.

@@ -11,7 +11,7 @@ use serde_json::Value;
 /// Tried here. `kvm` needs /dev/kvm, and fails without it.
 const TRIED: [&str; 2] = ["parts", "kvm"];
 /// These raise the end-to-end tests' lab with the release binaries and as root, which no test of one program can.
-const NEED_THE_LAB: [&str; 1] = ["backup-host"];
+const NEED_THE_LAB: [&str; 2] = ["backup-host", "epoch"];
 /// For a run that hangs, not for one that is slow.
 const LIMIT: Duration = Duration::from_secs(900);
 

@@ -22,6 +22,8 @@ use crate::netns::{BRIDGE, GUEST_IP, Host, TAP};
 use crate::resp::Redis;
 use crate::{Lab, Paths, Process, Stamp, Vmm, wait_for};
 
+mod guests;
+
 /// Where guests' addresses begin in the lab's network.
 const FIRST_GUEST: u8 = 100;
 /// More do not have addresses.
@@ -39,6 +41,8 @@ pub struct CrowdConfig {
     pub memory_mib: u32,
     /// What each guest writes, as the testbed's `dirty=` word has it; nothing when empty.
     pub dirty: String,
+    /// Virtual processors of each guest, 1 to 4.
+    pub vcpus: u32,
     /// Further words of each guest's command line.
     pub words: String,
     /// Settings of the agent, as TOML: keys outside of tables only.
@@ -54,6 +58,7 @@ impl Default for CrowdConfig {
         CrowdConfig {
             memory_mib: 64,
             dirty: "random/counter:100:25".to_owned(),
+            vcpus: 1,
             words: String::new(),
             agent: String::new(),
             agent_tables: String::new(),
@@ -158,23 +163,21 @@ impl<A: Sync> Crowd<A> {
         let mut add = |option: &str, value: &str| argv.extend([option.to_owned(), value.to_owned()]);
         add("--name", name);
         add("--memory", &self.config.memory_mib.to_string());
-        add("--vcpus", "1");
+        add("--vcpus", &self.config.vcpus.to_string());
         add("--tap", &tap);
         add("--mac", &format!("52:54:00:77:01:{last:02x}"));
         add("--attach", &word(&self.attach(name)));
         add("--serial", &word(&self.lab.logs.join(format!("{name}.console"))));
         let dirty = dirty.unwrap_or(&self.config.dirty);
-        let writes = if dirty.is_empty() {
-            String::new()
-        } else {
-            format!(" dirty={dirty}")
-        };
+        let mut words = self.config.words.clone();
+        if !dirty.is_empty() {
+            words = format!("{words} dirty={dirty}");
+        }
         add(
             "--cmdline",
             &format!(
-                "ip={ip}/24 ip6=fd77::{last}/64 gw={} port=6379{writes} {}",
-                Host::Client.ip(),
-                self.config.words
+                "ip={ip}/24 ip6=fd77::{last}/64 gw={} port=6379 {words}",
+                Host::Client.ip()
             ),
         );
         self.start(Vmm::Testbed, host, name, (ip, tap), &argv)
@@ -259,6 +262,11 @@ impl<A: Sync> Crowd<A> {
         Ok(())
     }
 
+    /// What replicators that are started from now on have for settings, as TOML.
+    pub fn set_replicators(&mut self, settings: &str) {
+        settings.clone_into(&mut self.config.replicators);
+    }
+
     /// Starts the replicators of all VMs that have none, one after another, and waits until each VM is protected.
     ///
     /// # Errors
@@ -326,28 +334,6 @@ impl<A: Sync> Crowd<A> {
             member.guest.kill();
         }
         Ok(at)
-    }
-
-    /// When each of these VMs serves for the first time from now on, in milliseconds after `from`; all are looked at all the
-    /// time.
-    ///
-    /// # Errors
-    /// When one does not come back.
-    pub fn first_answers_ms(&self, names: &[&str], from: Stamp) -> Result<Vec<u64>> {
-        let answers: Vec<Result<u64>> = std::thread::scope(|scope| {
-            let asking: Vec<_> = names
-                .iter()
-                .map(|name| {
-                    scope.spawn(move || {
-                        Ok(self.wait_serves(name)?.micros().saturating_sub(from.micros()) / 1000)
-                    })
-                })
-                .collect();
-            let answer =
-                |thread: std::thread::ScopedJoinHandle<'_, _>| thread.join().expect("it does not panic");
-            asking.into_iter().map(answer).collect()
-        });
-        answers.into_iter().collect()
     }
 
     /// Ends the protection of a VM in good order.
@@ -433,15 +419,6 @@ impl<A: Sync> Crowd<A> {
         Ok(&self.members[self.number(name)?].guest)
     }
 
-    /// The guest must have found nothing wrong in itself.
-    ///
-    /// # Errors
-    /// What it found, or that it does not answer.
-    pub fn ensure_whole(&self, name: &str) -> Result<()> {
-        let ip = self.members[self.number(name)?].ip;
-        Redis::connect_to(&self.lab, ip, ANSWER_AT_MOST)?.self_check()
-    }
-
     /// What the agent has kept of what happened to a VM, oldest first.
     ///
     /// # Errors
@@ -470,7 +447,9 @@ impl<A: Sync> Crowd<A> {
             .with_context(|| format!("there is no VM {name}"))
     }
 
-    fn attach(&self, name: &str) -> PathBuf {
+    /// The attach socket of a VM's VMM.
+    #[must_use]
+    pub fn attach(&self, name: &str) -> PathBuf {
         self.lab.run_path(&format!("{name}.attach"))
     }
 

@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::io::{BufReader, ErrorKind, Write as _};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, sleep};
@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow};
 use hdrhistogram::Histogram;
 
-use crate::resp::{connect, read_reply};
+use crate::netns::GUEST_IP;
+use crate::resp::{connect_to, read_reply};
 use crate::{Lab, Stamp};
 
 /// One request.
@@ -55,7 +56,15 @@ impl Probe {
     /// # Errors
     /// When redis cannot be reached.
     pub fn start(lab: &Lab, every: Duration, seed: u64) -> Result<Probe> {
-        let stream = connect(lab, Duration::from_secs(5))?;
+        Probe::start_to(lab, GUEST_IP, every, seed)
+    }
+
+    /// The same, with another guest.
+    ///
+    /// # Errors
+    /// As [`Probe::start`].
+    pub fn start_to(lab: &Lab, ip: Ipv4Addr, every: Duration, seed: u64) -> Result<Probe> {
+        let stream = connect_to(lab, ip, Duration::from_secs(5))?;
         let shared = Arc::new(Shared::default());
         let (writing, reading) = (clone(&stream)?, BufReader::new(clone(&stream)?));
         let threads = [

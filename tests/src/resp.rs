@@ -94,7 +94,8 @@ pub(crate) fn connect(lab: &Lab, at_most: Duration) -> Result<TcpStream> {
     connect_to(lab, GUEST_IP, at_most)
 }
 
-fn connect_to(lab: &Lab, ip: Ipv4Addr, at_most: Duration) -> Result<TcpStream> {
+/// The same, to another guest.
+pub(crate) fn connect_to(lab: &Lab, ip: Ipv4Addr, at_most: Duration) -> Result<TcpStream> {
     let address = SocketAddr::from((ip, REDIS_PORT));
     let stream = within(&lab.net.namespace(Host::Client), || {
         TcpStream::connect_timeout(&address, at_most).with_context(|| format!("cannot connect to {address}"))

@@ -17,7 +17,7 @@ use super::{Measure, outside};
 use crate::run::{Finding, Run, Unable};
 use crate::stats::{Figure, float};
 
-mod watch;
+pub(super) mod watch;
 
 use watch::Watched;
 

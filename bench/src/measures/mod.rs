@@ -2,6 +2,7 @@
 
 mod codec;
 mod digest;
+mod epoch;
 mod host;
 mod kvm;
 mod memory;
@@ -95,6 +96,56 @@ pub(crate) const ALL: &[Kind] = &[
         name: "kvm.clock",
         about: "how far the guest's clocks slip while it is protected, against unprotected",
         parse: parse::<kvm::Clock>,
+    },
+    Kind {
+        name: "epoch.speed",
+        about: "a sweep of epoch lengths and loads: a guest's work while it is really protected, against unprotected",
+        parse: parse::<epoch::Shows<epoch::Speed>>,
+    },
+    Kind {
+        name: "epoch.latency",
+        about: "of the same sweep: what the guest's client waits for an answer, against unprotected",
+        parse: parse::<epoch::Shows<epoch::Latency>>,
+    },
+    Kind {
+        name: "epoch.pause",
+        about: "of the same sweep: the guest's pause, against epochs of 25 ms",
+        parse: parse::<epoch::Shows<epoch::Pause>>,
+    },
+    Kind {
+        name: "epoch.on_time",
+        about: "of the same sweep: epochs that began at most 2 ms late, against epochs of 25 ms",
+        parse: parse::<epoch::Shows<epoch::OnTime>>,
+    },
+    Kind {
+        name: "epoch.lag",
+        about: "of the same sweep: from a capture to its commit, against epochs of 25 ms",
+        parse: parse::<epoch::Shows<epoch::Lag>>,
+    },
+    Kind {
+        name: "epoch.wire",
+        about: "of the same sweep: what is sent in a second, against epochs of 25 ms",
+        parse: parse::<epoch::Shows<epoch::Wire>>,
+    },
+    Kind {
+        name: "epoch.cpu",
+        about: "of the same sweep: what replicator and agent take of a core, against epochs of 25 ms",
+        parse: parse::<epoch::Shows<epoch::Cpu>>,
+    },
+    Kind {
+        name: "epoch.recommend",
+        about: "of the same sweep: the length for at most 10 ms of added latency, and for a guest at most 10 % slower",
+        parse: parse::<epoch::Recommend>,
+    },
+    Kind {
+        name: "epoch.auto",
+        about: "how long epochs.length = \"auto\" takes to follow a step of the load, with the length over time",
+        parse: parse::<epoch::Auto>,
+    },
+    Kind {
+        name: "advise.check",
+        about: "what bench advise predicts of a guest, against what comes when it is protected",
+        parse: parse::<epoch::Check>,
     },
     Kind {
         name: "host.ack",

@@ -27,6 +27,9 @@ pub(super) fn of(number: usize, report: &Report, plots: &mut Vec<(String, String
     for (name, rows) in by_measure(&report.measures) {
         let _ = writeln!(text, "<h3>{}</h3>", escaped(name));
         text.push_str(&table(name, &rows));
+        for row in &rows {
+            text.push_str(&over_time(row, &mut drawn));
+        }
         for (unit, rows) in by_unit(&rows) {
             text.push_str(&beside(name, unit, &rows, &mut drawn));
             text.push_str(&sweeps(name, unit, &rows, &mut drawn));
@@ -155,6 +158,35 @@ fn beside(name: &str, unit: &str, rows: &[&Row], drawn: &mut Drawn<'_>) -> Strin
         text.push_str(&drawn.figure(
             &format!("{name}-values"),
             svg::pairs(&title, unit, reference, rows),
+        ));
+    }
+    text
+}
+
+/// How a row's value went, where the row has that.
+fn over_time(row: &Row, drawn: &mut Drawn<'_>) -> String {
+    let Some(series) = &row.series else {
+        return String::new();
+    };
+    let lines: Vec<Line> = series
+        .lines
+        .iter()
+        .map(|line| Line {
+            label: line.label.clone(),
+            points: line
+                .points
+                .iter()
+                .map(|(x, y)| (*x, Spread::of(*y, &[])))
+                .collect(),
+            references: Vec::new(),
+        })
+        .collect();
+    let mut text = String::new();
+    for lines in lines.chunks(LINES_MAX) {
+        let title = format!("{} over {}", row.name, series.across);
+        text.push_str(&drawn.figure(
+            &format!("{}-went", row.name),
+            svg::lines(&title, &series.across, &series.unit, lines),
         ));
     }
     text
@@ -385,6 +417,21 @@ mod tests {
         for vcpus in 1..=20 {
             assert!(all.contains(&format!(">vcpus = {vcpus}<")), "{vcpus}");
         }
+    }
+
+    #[test]
+    fn how_a_value_went_is_drawn_with_all_its_lines_and_what_is_in_them_escaped() {
+        let mut report = samples::report("x", &[("auto/up", &[1.0, 1.2])]);
+        let line =
+            |label: &str| json!({"label": label, "points": [[0.0, 25.0], [1.0, 50.0], [2.0, f64::MAX]]});
+        let series = json!({"across": "time_s", "unit": "ms", "lines": [line("light"), line("<b>")]});
+        report.measures[0].series = serde_json::from_value(series).unwrap();
+        let mut plots = Vec::new();
+        let text = of(1, &report, &mut plots);
+        let (_, plot) = plots.iter().find(|(name, _)| name.contains("went")).unwrap();
+        assert_eq!(plot.matches("<polyline").count(), 2, "{plot}");
+        assert!(plot.contains(">time_s<") && plot.contains(">light<"), "{plot}");
+        assert!(!text.contains("<b>"));
     }
 
     #[test]

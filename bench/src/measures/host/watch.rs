@@ -14,7 +14,7 @@ use crate::stats::float;
 
 const MIB: f64 = 1024.0 * 1024.0;
 /// Of the times in /proc/PID/stat: USER_HZ, which is 100 on every x86-64 Linux.
-const TICKS_A_SECOND: f64 = 100.0;
+pub(in crate::measures) const TICKS_A_SECOND: f64 = 100.0;
 
 /// What an agent did meanwhile.
 #[derive(Clone, Debug)]
@@ -135,7 +135,7 @@ fn read(path: &str) -> Result<String, Unable> {
 }
 
 /// User and system time of a process, in ticks.
-fn cpu_ticks(pid: i32) -> Result<u64, Unable> {
+pub(in crate::measures) fn cpu_ticks(pid: i32) -> Result<u64, Unable> {
     let stat = read(&format!("/proc/{pid}/stat"))?;
     let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
     let fields = after_name.split_whitespace().skip(11).take(2);

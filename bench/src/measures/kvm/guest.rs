@@ -31,10 +31,10 @@ pub(super) struct Wanted {
 
 /// What a guest had done by a moment.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Done {
+pub(in crate::measures) struct Done {
     /// The moment, on this host's CLOCK_MONOTONIC, in nanoseconds.
-    pub(super) at_ns: u64,
-    pub(super) progress: Progress,
+    pub(in crate::measures) at_ns: u64,
+    pub(in crate::measures) progress: Progress,
 }
 
 /// A running VMM; ended when dropped.
@@ -46,7 +46,7 @@ pub(super) struct Guest {
 }
 
 /// Says what to do where there is no KVM.
-pub(super) fn need_kvm() -> Result<(), Unable> {
+pub(in crate::measures) fn need_kvm() -> Result<(), Unable> {
     let opened = File::options().read(true).write(true).open("/dev/kvm");
     opened.map(drop).map_err(|error| Unable::Missing {
         what: format!("/dev/kvm cannot be used ({error})"),
@@ -132,11 +132,7 @@ impl Guest {
     }
 
     fn look(&self) -> Result<Option<Progress>, Unable> {
-        let mut bytes = [0; Progress::BYTES];
-        self.memory
-            .copy_to(PROGRESS, &mut bytes)
-            .map_err(Unable::failed("reading the guest's progress"))?;
-        Ok(Progress::from_bytes(&bytes))
+        progress_in(&self.memory)
     }
 
     fn silent(&mut self) -> Unable {
@@ -145,6 +141,15 @@ impl Guest {
             last_words(&mut self.process, &self.folder.path().join("errors"))
         ))
     }
+}
+
+/// What a guest has done, as it stands in its memory; `None` while it is being written.
+pub(in crate::measures) fn progress_in(memory: &SharedView) -> Result<Option<Progress>, Unable> {
+    let mut bytes = [0; Progress::BYTES];
+    memory
+        .copy_to(PROGRESS, &mut bytes)
+        .map_err(Unable::failed("reading the guest's progress"))?;
+    Ok(Progress::from_bytes(&bytes))
 }
 
 impl Drop for Guest {
@@ -180,7 +185,7 @@ fn connected(process: &mut Child, socket: &Path, errors: &Path) -> Result<Attach
 
 /// Maps the guest's memory (what is under the hole), and has the kernel provide all of it: a guest that has run for long has
 /// written every page once, and what a page's first touch costs is no part of a checkpoint.
-fn all_memory(attachment: &Attachment) -> Result<SharedView, Unable> {
+pub(in crate::measures) fn all_memory(attachment: &Attachment) -> Result<SharedView, Unable> {
     let machine = attachment.welcome.machine.as_ref();
     let first = machine.and_then(|machine| machine.regions.first());
     let found = first

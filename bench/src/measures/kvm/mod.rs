@@ -13,10 +13,10 @@
 mod activation;
 mod alone;
 mod clock;
-mod guest;
+pub(super) mod guest;
 mod pause;
 mod session;
-mod slices;
+pub(super) mod slices;
 mod speed;
 mod tracking;
 

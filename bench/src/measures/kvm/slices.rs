@@ -22,9 +22,9 @@ const WARM_UP_POLL: Duration = Duration::from_millis(20);
 
 /// Its progress before and after a slice.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Slice {
-    pub(super) before: Done,
-    pub(super) after: Done,
+pub(in crate::measures) struct Slice {
+    pub(in crate::measures) before: Done,
+    pub(in crate::measures) after: Done,
 }
 
 /// One slice without protection and one with it.
@@ -39,7 +39,7 @@ pub(super) struct Both {
 
 impl Slice {
     /// Nanoseconds of host time for each unit of work, or for each page written when the guest does nothing but dirty pages.
-    pub(super) fn ns_a_unit(&self, of: Work) -> Result<f64, Unable> {
+    pub(in crate::measures) fn ns_a_unit(&self, of: Work) -> Result<f64, Unable> {
         let (before, after) = (self.before.progress, self.after.progress);
         let done = match of {
             Work::Units => after.work_units - before.work_units,
@@ -61,7 +61,7 @@ impl Slice {
 
 /// What is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Work {
+pub(in crate::measures) enum Work {
     /// What is left over is spent on arithmetic.
     Units,
     /// It dirties pages as fast as it can.
@@ -70,7 +70,7 @@ pub(super) enum Work {
 
 impl Work {
     /// What a guest with this dirtier has to be judged by.
-    pub(super) fn of(dirty: &str) -> Self {
+    pub(in crate::measures) fn of(dirty: &str) -> Self {
         match Dirtying::parse(dirty) {
             Ok(Some(dirtying)) if dirtying.period_ms == 0 => Self::Pages,
             _ => Self::Units,
