@@ -92,14 +92,23 @@ fn take_sent(seen: &mut Vec<Stamp>, left: Stamp) -> Option<Stamp> {
     Some(seen.remove(0))
 }
 
+/// When what an event tells of happened: a barrier may be logged much later, by a replicator that stood still meanwhile, after it has
+/// opened the gate again.
+fn happened(event: &Event) -> Stamp {
+    let at = field(event, "at_us").and_then(|micros| micros.parse().ok());
+    at.map_or(event.at, Stamp::from_micros)
+}
+
 fn sessions(events: &[Event]) -> Vec<Session> {
     let mut names: Vec<String> = Vec::new();
     let mut sessions: Vec<Session> = Vec::new();
-    for event in events {
+    let mut in_order: Vec<(Stamp, &Event)> = events.iter().map(|event| (happened(event), event)).collect();
+    in_order.sort_by_key(|(at, _)| *at);
+    for (at, event) in in_order {
         if event.name == "gate_opens" {
             for session in &mut sessions {
                 if session.closed.is_some() {
-                    session.opened.get_or_insert(event.at);
+                    session.opened.get_or_insert(at);
                 }
             }
             continue;
@@ -118,11 +127,9 @@ fn sessions(events: &[Event]) -> Vec<Session> {
         });
         let session = &mut sessions[position];
         if event.name == "commit" {
-            session.commits.insert(epoch, event.at);
+            session.commits.insert(epoch, at);
             continue;
         }
-        let at = field(event, "at_us").and_then(|micros| micros.parse().ok());
-        let at = at.map_or(event.at, Stamp::from_micros);
         session.barriers.insert(at, epoch);
         if field(event, "closes") == Some("true") {
             session.closed = Some(at);
@@ -207,6 +214,17 @@ mod tests {
         opened.push(event(400, "gate_opens", ""));
         let audit = audit(&frames(&[(350, 7)]), &frames(&[(410, 7)]), &opened);
         assert_eq!(audit, Audit::default());
+    }
+
+    #[test]
+    fn a_gate_that_was_opened_before_its_closing_was_logged_is_open() {
+        let late = vec![
+            event(400, "gate_opens", ""),
+            event(450, "barrier", "session=a epoch=1 closes=true at_us=100"),
+        ];
+        let judge = |left| audit(&frames(&[(350, 7)]), &frames(&[(left, 7)]), &late);
+        assert_eq!(judge(410), Audit::default());
+        assert_eq!(judge(390).uncommitted_frames, 1);
     }
 
     #[test]
