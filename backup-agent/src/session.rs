@@ -23,6 +23,8 @@ use crate::store::StoreSender;
 
 /// Control messages that wait to be sent, at most. Answers to heartbeats are dropped past that: they are cumulative.
 const CONTROL_WAITING_MAX: usize = 64;
+/// After so many bytes of a checkpoint the next session has its turn: some tens of microseconds' work.
+const TURN_BYTES: usize = 32 << 10;
 /// How long a refusal may take to reach the primary before the connection is closed under it.
 const REFUSE_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -297,8 +299,11 @@ impl ReadTask {
                 bail!("the store of this VM is gone");
             }
             let wait = pace.as_mut().and_then(|pace| pace.read(bytes, Instant::now()));
-            if let Some(until) = wait {
-                tokio::time::sleep_until(until.into()).await;
+            match wait {
+                Some(until) => tokio::time::sleep_until(until.into()).await,
+                // All sessions share this thread: one with much to read lets the others have their turn.
+                None if bytes >= TURN_BYTES => tokio::task::yield_now().await,
+                None => {}
             }
         }
         // The data stream may end first; the control stream says what the session does.
