@@ -75,9 +75,7 @@ fn start(
     let inherited = inherited.context("what systemd handed over can't be taken")?;
     let places = place::places(&settings, &options.state_dir, inherited)?;
     romulus_host_sys::priority::raise();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = romulus_daemon::runtime()?;
     runtime.block_on(run(options, settings, places))
 }
 

@@ -71,9 +71,7 @@ pub fn run(options: &ProtectOptions) -> anyhow::Result<()> {
         identity.host()
     );
     let source = attach(options, &settings)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = romulus_daemon::runtime()?;
     let result = runtime.block_on(drive(options, &settings, &identity, host, source));
     // The capture thread detaches from the hypervisor; nothing else is worth waiting for.
     runtime.shutdown_timeout(Duration::from_millis(100));

@@ -35,9 +35,7 @@ pub(crate) fn run(options: &RunOptions) -> anyhow::Result<()> {
     info!(event = "store_opened", dir = %settings.dir.display(), instance = %store.instance(), vms = records.len());
     let vms_max = usize::try_from(settings.vms_max).unwrap_or(usize::MAX);
     let desk = Arc::new(Desk::new(store, records, vms_max));
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = romulus_daemon::runtime()?;
     runtime.block_on(serve(options, settings, &identity, desk))
 }
 
