@@ -332,6 +332,38 @@ mod tests {
     }
 
     #[test]
+    fn the_table_has_what_was_observed_every_length_the_goals_and_what_is_in_the_way() {
+        let profile = profile();
+        let predicted = LENGTHS_MS.map(|ms| Predicted::of(&profile.at(ms * NS_A_MS, LIMITS.fault_ns)));
+        let goals = [Goal::Latency { held_ns: 10e6 }, Goal::Latency { held_ns: 1e6 }];
+        let answer = Answer {
+            schema: SCHEMA,
+            vm: "demo".to_owned(),
+            hypervisor: "VMM at /run/demo.sock".to_owned(),
+            guest_pages: 65_536,
+            host: crate::host::Host::this(),
+            versions: crate::host::Versions::this(),
+            in_the_way: vec!["disk \"disk0\" is not replicated".to_owned()],
+            link: LINK,
+            fault_ns: LIMITS.fault_ns,
+            observed: [10.0, 25.0, 75.0, 200.0].map(seen).to_vec(),
+            predicted: predicted.to_vec(),
+            recommended: goals.map(|goal| recommend(&profile, goal, LIMITS)).to_vec(),
+        };
+        let table = table(&answer);
+        for words in [
+            "demo (VMM at /run/demo.sock), 256 MiB",
+            "\n 75.0 ms     100",
+            "\n125.0 ms",
+            "at most 10 ms of added latency: epochs of 1",
+            "at most 1 ms of added latency: no length does it; the best is 5 ms",
+            "before it can be protected: disk \"disk0\"",
+        ] {
+            assert!(table.contains(words), "{words}: {table}");
+        }
+    }
+
+    #[test]
     fn a_slow_link_is_said_to_make_epochs_stretch() {
         let slow = Link {
             bytes_a_second: 1e6,
