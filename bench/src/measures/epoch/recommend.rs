@@ -135,7 +135,49 @@ impl Measure for Recommend {
 
 #[cfg(test)]
 mod tests {
+    use super::super::stand::{Free, Protected};
+    use super::super::sweep::At;
     use super::*;
+
+    #[test]
+    fn a_guest_that_gets_nothing_done_is_slower_by_all_of_it() {
+        let protected = |ns_a_unit: f64| Protected {
+            ns_a_unit,
+            latency_ms: 15.0,
+            pause_ms: 1.0,
+            lag_ms: 2.0,
+            dirty_pages: 100.0,
+            on_time_percent: 100.0,
+            megabytes_a_second: 1.0,
+            replicator_percent: 1.0,
+            agent_percent: 1.0,
+            vmm_percent: 100.0,
+        };
+        let at = |epoch_ms: u32, ns_a_unit: f64| At {
+            epoch_ms,
+            protected: vec![protected(ns_a_unit)],
+            missed: None,
+        };
+        let free = |ns_a_unit: f64| Free {
+            ns_a_unit,
+            latency_ms: 1.0,
+        };
+        let load = toml::from_str::<Sweep>("").unwrap().loads().remove(0);
+        let mut seen = Seen {
+            load,
+            free: vec![free(100.0)],
+            at: vec![at(5, f64::INFINITY), at(25, 125.0)],
+        };
+        let slower: Vec<f64> = costs(&seen).iter().map(|cost| cost.slower_percent).collect();
+        assert_eq!(slower.len(), 2);
+        assert!(
+            (slower[0] - 100.0).abs() < 1e-9 && (slower[1] - 20.0).abs() < 1e-9,
+            "{slower:?}"
+        );
+        // Of one that gets nothing done unprotected nothing can be said.
+        seen.free = vec![free(f64::INFINITY)];
+        assert!(costs(&seen).is_empty());
+    }
 
     fn cost(epoch_ms: u32, added_ms: f64, slower_percent: f64) -> Cost {
         Cost {

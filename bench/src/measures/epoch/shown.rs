@@ -14,6 +14,9 @@ use crate::stats::Figure;
 /// Other lengths are compared with this one, where there is no guest without protection to compare with.
 const USUAL_MS: u32 = 25;
 
+/// Why there is no figure of a guest that was watched.
+const NOTHING_DONE: &str = "the guest got nothing done besides dirtying pages";
+
 /// One figure of the sweep.
 pub(super) trait Figures {
     const UNIT: &'static str;
@@ -138,7 +141,7 @@ impl<F: Figures> Measure for Shows<F> {
                 match (&at.missed, finding::<F>(&case, seen, at)) {
                     (None, Some(finding)) => run.found_at(parameters(seen, at), finding),
                     (Some(why), _) => run.missed(&case, Unable::Wrong(why.clone())),
-                    (None, None) => run.missed(&case, Unable::Wrong("it is no number".to_owned())),
+                    (None, None) => run.missed(&case, Unable::Wrong(NOTHING_DONE.to_owned())),
                 }
             }
         }

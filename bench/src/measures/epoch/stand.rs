@@ -48,6 +48,7 @@ pub(super) struct Stand {
 /// What a guest did that nobody protected.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Free {
+    /// For a unit of its work; infinite where it gets nothing done besides dirtying pages.
     pub(super) ns_a_unit: f64,
     /// Its client's, at the median.
     pub(super) latency_ms: f64,
@@ -56,6 +57,7 @@ pub(super) struct Free {
 /// What it did while it was protected, and what that took.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Protected {
+    /// As above.
     pub(super) ns_a_unit: f64,
     pub(super) latency_ms: f64,
     /// Medians since protection began.
@@ -182,7 +184,8 @@ impl Stand {
         let seen = self.probe.as_ref().map(|probe| probe.quantiles(from, to));
         match seen {
             Some((latency, answers)) if answers > 0 => {
-                Ok((done.ns_a_unit(Work::of(&self.dirty))?, latency.p50))
+                let ns_a_unit = done.ns_a_unit(Work::of(&self.dirty));
+                Ok((ns_a_unit.unwrap_or(f64::INFINITY), latency.p50))
             }
             _ => Err(Unable::Wrong("the guest's client got no answer".to_owned())),
         }
