@@ -145,12 +145,24 @@ impl Primary {
                     self.doubt()
                 }
             }
+            // An earlier life of this host has registered it meanwhile. Another host's record is not ours to follow: an operator's word
+            // brought us here, and it was wrong.
+            (Answer::Refused(record), Ask::Register) if self.names_self(&record) => {
+                self.on_current(now, &record)
+            }
             (Answer::UnknownVm | Answer::WrongInstance(_), Ask::Read | Ask::Change { .. })
                 if self.phase == Phase::Consulting && self.may_register() =>
             {
                 self.ask_register(now);
             }
             _ => self.doubt(),
+        }
+    }
+
+    fn names_self(&self, record: &Record) -> bool {
+        match &record.mode {
+            Mode::Alone { host } | Mode::Paired { primary: host, .. } => self.is_self(host),
+            Mode::Ended => false,
         }
     }
 

@@ -109,6 +109,10 @@ impl Lab {
                 self.stalled_until_ms = self.now_ms + ms;
             }
             // Lines are `link`, `primary-witness` and `backup-witness`.
+            ["delay", time] => {
+                let ms: u64 = time.trim_end_matches("ms").parse().expect("milliseconds");
+                self.delay(ms);
+            }
             ["cut", line] => {
                 self.cut.insert((*line).to_owned());
             }
@@ -251,8 +255,11 @@ impl Lab {
     fn tick(&mut self) {
         self.now_ms += 1;
         let now_ms = self.now_ms;
-        let due = self.parcels.iter().take_while(|(at, _)| *at <= now_ms).count();
-        for (_, parcel) in self.parcels.drain(..due).collect::<Vec<_>>() {
+        let (due, later) = std::mem::take(&mut self.parcels)
+            .into_iter()
+            .partition(|(at, _)| *at <= now_ms);
+        self.parcels = later;
+        for (_, parcel) in due {
             self.deliver(parcel);
         }
         if now_ms < self.stalled_until_ms {
@@ -293,6 +300,13 @@ impl Lab {
     fn send(&mut self, line: &str, parcel: Parcel) {
         if !self.cut.contains(line) {
             self.parcels.push_back((self.now_ms + 1, parcel));
+        }
+    }
+
+    /// What is under way comes so much later; what is sent from now on overtakes it.
+    fn delay(&mut self, ms: u64) {
+        for (at, _) in &mut self.parcels {
+            *at += ms;
         }
     }
 
