@@ -11,7 +11,6 @@ mod listener;
 mod metrics;
 mod pace;
 mod place;
-mod receive;
 mod refusals;
 mod registry;
 mod service;
@@ -21,7 +20,6 @@ mod starts;
 mod status;
 mod store;
 mod vm_driver;
-mod vm_image;
 
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
@@ -29,6 +27,7 @@ use std::sync::{Arc, OnceLock};
 
 use anyhow::Context;
 use clap::Parser;
+use romulus_backup_agent::{receive, vm_image};
 use romulus_config::AGENT_METRICS_PORT;
 use romulus_daemon::{AllowList, BadSettings, Reload, exit_code};
 use romulus_host_sys::SysError;

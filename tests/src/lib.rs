@@ -25,7 +25,7 @@ pub mod dashboard;
 pub mod guest;
 mod lab;
 mod ledger;
-mod links;
+pub mod links;
 mod namespace;
 mod netns;
 mod paths;

@@ -138,6 +138,16 @@ impl Net {
         within(&self.switch(), || Links::open()?.switch(&host.port(), plugged))
     }
 
+    /// Lets no more than so many bytes a second come to a host.
+    ///
+    /// # Errors
+    /// When the namespace is gone, or the kernel cannot do it.
+    pub fn slow_down(&self, host: Host, bytes_a_second: u32) -> Result<()> {
+        within(&self.switch(), || {
+            Links::open()?.slow_down(&host.port(), bytes_a_second)
+        })
+    }
+
     /// Kills what runs in namespaces of this prefix, and removes them.
     pub fn clean_prefix(prefix: &str) {
         Net::clean(&Net {

@@ -12,6 +12,16 @@ pub fn monotonic_ns() -> u64 {
     plain_ns(clock_gettime(ClockId::Monotonic))
 }
 
+/// Processor time that all threads of this process have used, in nanoseconds.
+pub fn process_cpu_ns() -> u64 {
+    plain_ns(clock_gettime(ClockId::ProcessCPUTime))
+}
+
+/// Processor time that the calling thread has used, in nanoseconds.
+pub fn thread_cpu_ns() -> u64 {
+    plain_ns(clock_gettime(ClockId::ThreadCPUTime))
+}
+
 /// By how much the wall clock (CLOCK_REALTIME, since the epoch of Unix) is ahead of [`monotonic_ns`] right now, in
 /// nanoseconds. It jumps when somebody sets the clock: for figures, not for decisions.
 pub fn wall_clock_offset_ns() -> u64 {

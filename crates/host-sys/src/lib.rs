@@ -46,7 +46,7 @@ pub mod tap;
 mod userfault;
 mod view;
 
-pub use clock::{monotonic_ns, wall_clock_offset_ns};
+pub use clock::{monotonic_ns, process_cpu_ns, thread_cpu_ns, wall_clock_offset_ns};
 pub use error::SysError;
 pub use huge::{HugePages, use_huge_pages};
 pub use inherited::take_inherited_files;
