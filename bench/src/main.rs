@@ -88,20 +88,14 @@ fn main() -> ExitCode {
         }
         return romulus_testbed::main(args.into_iter().skip(1));
     }
-    // It frees a guest of QEMU when we die; see `advise`.
-    if args.get(1).is_some_and(|word| word == advise::attach::GUARDIAN) {
-        let rest = args
-            .iter()
-            .skip(2)
-            .map(|word| word.to_string_lossy().into_owned());
-        let rest: Vec<String> = rest.collect();
-        return match guardian::run(&rest) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("error: {:#}", anyhow::Error::new(error));
+    if let Some(ended) = as_helper(&args) {
+        return ended.map_or_else(
+            |error| {
+                eprintln!("error: {error:#}");
                 ExitCode::FAILURE
-            }
-        };
+            },
+            |()| ExitCode::SUCCESS,
+        );
     }
     let done = match Cli::parse().command {
         Command::Run(args) => commands::run(&args),
@@ -118,6 +112,21 @@ fn main() -> ExitCode {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+/// And so do the backup's end of a connection, and what frees a guest in QEMU if this program dies.
+fn as_helper(args: &[OsString]) -> Option<anyhow::Result<()>> {
+    let word = args.get(1)?.to_str()?;
+    let words = args
+        .iter()
+        .skip(2)
+        .map(|word| word.to_string_lossy().into_owned());
+    let words: Vec<String> = words.collect();
+    match word {
+        measures::PEER => Some(end_with_parent().and_then(|()| measures::peer_main(&words))),
+        advise::attach::GUARDIAN => Some(guardian::run(&words).map_err(anyhow::Error::new)),
+        _ => None,
+    }
 }
 
 /// A guest must not outlive the run that measures it, however that ends: the kernel kills it then.

@@ -25,6 +25,7 @@ use crate::measures::{self, Measure};
 pub(crate) const BUILT_IN: &[(&str, &str)] = &[
     ("parts.toml", include_str!("../plans/parts.toml")),
     ("kvm.toml", include_str!("../plans/kvm.toml")),
+    ("limits.toml", include_str!("../plans/limits.toml")),
     ("backup-host.toml", include_str!("../plans/backup-host.toml")),
     ("epoch.toml", include_str!("../plans/epoch.toml")),
 ];

@@ -11,11 +11,14 @@ use serde_json::Value;
 /// Tried here. `kvm` needs /dev/kvm, and fails without it.
 const TRIED: [&str; 2] = ["parts", "kvm"];
 /// These raise the end-to-end tests' lab with the release binaries and as root, which no test of one program can.
-const NEED_THE_LAB: [&str; 2] = ["backup-host", "epoch"];
+const NEED_THE_LAB: [&str; 3] = ["backup-host", "epoch", "limits"];
+/// What of `limits` needs no lab, and is tried here. As root, like the tests of the gate itself.
+const LIMITS_WITHOUT_LAB: [&str; 5] = ["gate", "wire", "codec", "memory", "harvest.large"];
 /// For a run that hangs, not for one that is slow.
 const LIMIT: Duration = Duration::from_secs(900);
 
-fn try_plan(plan: &str) {
+/// Only measures whose name begins so; all when there are none.
+fn try_plan(plan: &str, only: &[&str]) {
     let dir = tempfile::tempdir().expect("a folder");
     let said = std::fs::File::create(dir.path().join("said")).expect("a file");
     let mut run = Command::new(env!("CARGO_BIN_EXE_bench"))
@@ -28,6 +31,7 @@ fn try_plan(plan: &str) {
             "--html",
             "out.html",
         ])
+        .args(only.iter().flat_map(|prefix| ["--only", prefix]))
         .current_dir(dir.path())
         .stdout(said.try_clone().expect("a file"))
         .stderr(said)
@@ -72,12 +76,17 @@ fn try_plan(plan: &str) {
 
 #[test]
 fn the_plan_of_the_parts_runs_in_its_shortest_form() {
-    try_plan("parts");
+    try_plan("parts", &[]);
 }
 
 #[test]
 fn the_plan_of_a_kvm_guest_runs_in_its_shortest_form() {
-    try_plan("kvm");
+    try_plan("kvm", &[]);
+}
+
+#[test]
+fn what_of_the_limits_needs_no_lab_runs_in_its_shortest_form() {
+    try_plan("limits", &LIMITS_WITHOUT_LAB);
 }
 
 #[test]

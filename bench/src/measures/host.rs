@@ -21,8 +21,12 @@ pub(super) mod watch;
 
 use watch::Watched;
 
-/// What the lab's namespaces, folders and sockets begin with.
-pub(super) const LAB: &str = "romb";
+/// What the lab's namespaces, folders and sockets begin with. Two checkouts that measure on one machine need different ones: set
+/// `ROMULUS_BENCH_LAB` when building.
+pub(super) const LAB: &str = match option_env!("ROMULUS_BENCH_LAB") {
+    Some(name) => name,
+    None => "romb",
+};
 const HOST: &str = "left";
 /// Guests that do nothing but what they are told to write: their checks of themselves, every 5 ms, would take more of the machine than
 /// everything that is measured here.

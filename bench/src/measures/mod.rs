@@ -1,15 +1,21 @@
 //! What can be measured: one file a family.
 
 mod codec;
+mod committed;
 mod digest;
 mod epoch;
+mod gate;
 mod host;
 mod kvm;
 mod memory;
+mod pair;
+mod qemu;
 mod restart;
+mod scan;
 mod transport;
 mod wire;
 
+pub(crate) use committed::{PEER, peer_main};
 use serde::de::DeserializeOwned;
 
 use crate::run::{Run, Unable};
@@ -58,6 +64,21 @@ pub(crate) const ALL: &[Kind] = &[
         parse: parse::<codec::Session>,
     },
     Kind {
+        name: "codec.trace",
+        about: "the encoding step on pages that guests wrote, against memcpy",
+        parse: parse::<kvm::TraceSpeed>,
+    },
+    Kind {
+        name: "codec.shrink",
+        about: "what is left of pages that guests wrote, against whole pages",
+        parse: parse::<kvm::Shrink>,
+    },
+    Kind {
+        name: "memory.deltas",
+        about: "bytes sent with few last versions kept, against all of them kept",
+        parse: parse::<kvm::Deltas>,
+    },
+    Kind {
         name: "digest",
         about: "digests of pages, against memcpy",
         parse: parse::<digest::Digests>,
@@ -68,9 +89,24 @@ pub(crate) const ALL: &[Kind] = &[
         parse: parse::<wire::Frames>,
     },
     Kind {
+        name: "wire.committed",
+        about: "checkpoints until their commit in another process, against as many bare bytes",
+        parse: parse::<committed::Committed>,
+    },
+    Kind {
         name: "transport",
         about: "our QUIC transport on loopback, against bare TCP",
         parse: parse::<transport::Loopback>,
+    },
+    Kind {
+        name: "gate.frames",
+        about: "holding frames and letting them go, against reading and writing them on taps",
+        parse: parse::<gate::Throughput>,
+    },
+    Kind {
+        name: "gate.latency",
+        about: "how long a frame takes beyond its hold, against without a gate",
+        parse: parse::<gate::Latency>,
     },
     Kind {
         name: "kvm.pause",
@@ -146,6 +182,36 @@ pub(crate) const ALL: &[Kind] = &[
         name: "advise.check",
         about: "what bench advise predicts of a guest, against what comes when it is protected",
         parse: parse::<epoch::Check>,
+    },
+    Kind {
+        name: "harvest.large",
+        about: "finding few dirty pages in a large guest's memory, against a small guest's",
+        parse: parse::<kvm::Large>,
+    },
+    Kind {
+        name: "harvest.scan",
+        about: "finding few dirty pages in a large QEMU guest's memory, against the bare scan",
+        parse: parse::<scan::Scan>,
+    },
+    Kind {
+        name: "commit.latency",
+        about: "from a protected guest's pause to the commit of its checkpoint",
+        parse: parse::<pair::CommitLatency>,
+    },
+    Kind {
+        name: "idle.cost",
+        about: "processor time of replicator and agent for a protected guest that does nothing",
+        parse: parse::<pair::IdleCost>,
+    },
+    Kind {
+        name: "epochs.on-time",
+        about: "epochs of a protected guest that begin late",
+        parse: parse::<pair::OnTime>,
+    },
+    Kind {
+        name: "link.slow",
+        about: "a protected guest's pause on a link that is too slow, against a fast one",
+        parse: parse::<pair::SlowLink>,
     },
     Kind {
         name: "host.ack",

@@ -124,7 +124,7 @@ fn late_percent(before: &[(f64, f64)], after: &[(f64, f64)]) -> f64 {
     before.iter().zip(after).map(of_one).fold(0.0, f64::max)
 }
 
-fn number(value: &Value) -> Result<u64, Unable> {
+pub(in crate::measures) fn number(value: &Value) -> Result<u64, Unable> {
     value
         .as_u64()
         .ok_or_else(|| Unable::Wrong(format!("{value} is no number of a status")))

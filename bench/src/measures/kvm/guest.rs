@@ -65,6 +65,11 @@ pub(super) fn testbed() -> Result<Command, Unable> {
 
 impl Guest {
     pub(super) fn start(wanted: &Wanted) -> Result<Self, Unable> {
+        Self::start_with(wanted, &[])
+    }
+
+    /// With further arguments of the test VMM.
+    pub(super) fn start_with(wanted: &Wanted, arguments: &[&str]) -> Result<Self, Unable> {
         need_kvm()?;
         let folder = tempfile::Builder::new()
             .prefix("romulus-bench-")
@@ -78,6 +83,7 @@ impl Guest {
             .args(["--vcpus", &wanted.vcpus.to_string()])
             .args(["--tracking", wanted.mode.name()])
             .args(["--cmdline", &wanted.words])
+            .args(arguments)
             .arg("--attach")
             .arg(&socket)
             .stdin(Stdio::null())

@@ -4,6 +4,8 @@
 //!   guest.rs       `testbed run`, as a process of its own: this program started anew; what its guest has done so far
 //!   session.rs     the replicator's end: attach, first copy, checkpoints
 //!   alone.rs       the same machine inside of this process: kick, harvest, save and copy, each alone
+//!   harvest.rs     finding dirty pages in a large memory
+//!   trace/         what a guest wrote, epoch by epoch: recorded, kept in files, encoded
 //!   pause.rs, speed.rs, tracking.rs, clock.rs, activation.rs     the measures
 //! ```
 //!
@@ -14,18 +16,23 @@ mod activation;
 mod alone;
 mod clock;
 pub(super) mod guest;
+mod harvest;
 mod pause;
 mod session;
 pub(super) mod slices;
 mod speed;
+mod trace;
 mod tracking;
 
 use serde::Deserialize;
 
 pub(crate) use activation::Activation;
 pub(crate) use clock::Clock;
+pub(crate) use harvest::Large;
+pub(super) use harvest::affordable_mib;
 pub(crate) use pause::Pause;
 pub(crate) use speed::Speed;
+pub(crate) use trace::{Deltas, Shrink, Speed as TraceSpeed};
 pub(crate) use tracking::Modes;
 
 /// How KVM is asked for dirty pages, as `testbed run --tracking` has it.
