@@ -14,7 +14,7 @@ use crate::page::Page;
 use crate::plan::{self, Plan};
 use crate::report::Report;
 use crate::run::{Effort, Settings};
-use crate::{measures, read, table};
+use crate::{measures, read, scale, table};
 
 /// What `bench check` compares with when nothing else is named.
 const HISTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/history/check.jsonl");
@@ -38,6 +38,28 @@ pub(crate) struct RunArgs {
     /// Only measures whose name begins so; can be given several times
     #[arg(long, value_name = "PREFIX")]
     only: Vec<String>,
+    /// Write the report to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the report to this file, as an HTML page
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Write the page's plots into this folder
+    #[arg(long, value_name = "DIR")]
+    svg: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ScaleArgs {
+    /// A plan with the measure `scale`: a TOML file, or the name of one that is built in
+    #[arg(long, default_value = "scale")]
+    plan: String,
+    /// A report to take costs from, instead of measuring them now; can be given several times
+    #[arg(long, value_name = "FILE")]
+    costs: Vec<PathBuf>,
+    /// One short simulation of each fleet, and of few VMs where it saturates
+    #[arg(long)]
+    shortest: bool,
     /// Write the report to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -107,32 +129,83 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         Ok(plan) => plan,
         Err(error) => return Ok(usage(error)),
     };
-    // Before the first measure: minutes of it must not end in a file that cannot be written.
-    let mut json = args.json.as_deref().map(created).transpose()?;
-    let mut html = args.html.as_deref().map(created).transpose()?;
-    args.svg.as_deref().map(folder).transpose()?;
-    warn_of_debug();
     let effort = match args {
         RunArgs { shortest: true, .. } => Effort::Shortest,
         RunArgs { quick: true, .. } => Effort::Quick,
         _ => Effort::Full,
     };
-    let report = Report::of(&plan, Settings::of(&plan, effort));
-    print!("{}", table::of(&report));
-    if let Some(file) = &mut json {
+    let outputs = Outputs::open(args.json.as_deref(), args.html.as_deref(), args.svg.as_deref())?;
+    measure(&plan, effort, outputs)
+}
+
+/// The same for a plan with simulated fleets.
+pub(crate) fn scale(args: &ScaleArgs) -> anyhow::Result<ExitCode> {
+    let costs = args.costs.iter().map(|path| path.to_string_lossy().into_owned());
+    let costs: Vec<toml::Value> = costs.map(toml::Value::String).collect();
+    let plan = Plan::find_changed(&args.plan, |name, table| {
+        if !costs.is_empty() && name.starts_with("scale") {
+            table.insert("costs".to_owned(), toml::Value::Array(costs.clone()));
+        }
+    });
+    let plan = match plan.and_then(|plan| plan.only(&["scale".to_owned()])) {
+        Ok(plan) => plan,
+        Err(error) => return Ok(usage(error)),
+    };
+    for path in &args.costs {
+        if let Err(error) = read::report(path) {
+            return Ok(usage(error));
+        }
+    }
+    let effort = if args.shortest {
+        Effort::Shortest
+    } else {
+        Effort::Full
+    };
+    let outputs = Outputs::open(args.json.as_deref(), args.html.as_deref(), args.svg.as_deref())?;
+    measure(&plan, effort, outputs)
+}
+
+/// Where a report goes besides the terminal. Opened before the first measure: minutes of it must not end in a file that cannot
+/// be written.
+struct Outputs<'a> {
+    json: Option<File>,
+    html: Option<File>,
+    svg: Option<&'a Path>,
+}
+
+impl<'a> Outputs<'a> {
+    fn open(json: Option<&Path>, html: Option<&Path>, svg: Option<&'a Path>) -> anyhow::Result<Self> {
+        svg.map(folder).transpose()?;
+        Ok(Self {
+            json: json.map(created).transpose()?,
+            html: html.map(created).transpose()?,
+            svg,
+        })
+    }
+}
+
+/// Measures all of a plan, and says what was found everywhere that it is to be said.
+fn measure(plan: &Plan, effort: Effort, mut outputs: Outputs<'_>) -> anyhow::Result<ExitCode> {
+    warn_of_debug();
+    let report = Report::of(plan, Settings::of(plan, effort));
+    match scale::table(&report) {
+        Some(table) => print!("{table}"),
+        None => print!("{}", table::of(&report)),
+    }
+    if let Some(file) = &mut outputs.json {
         let text = serde_json::to_string_pretty(&report).context("cannot write the report as JSON")?;
         file.write_all(text.as_bytes())
             .and_then(|()| file.write_all(b"\n"))
             .context("cannot write the report")?;
     }
     let (unable, ok) = (report.has_errors(), report.ok);
-    if html.is_some() || args.svg.is_some() {
+    if outputs.html.is_some() || outputs.svg.is_some() {
         let page = Page::of(&[report]);
-        if let Some(file) = &mut html {
+        if let Some(file) = &mut outputs.html {
             file.write_all(page.html.as_bytes())
                 .context("cannot write the page")?;
         }
-        args.svg.as_deref().map(|dir| draw(&page, dir)).transpose()?;
+        outputs.svg.map(|dir| draw(&page, dir)).transpose()?;
     }
     Ok(if unable {
         ExitCode::from(EXIT_UNABLE)

@@ -12,6 +12,7 @@
 //!   read.rs      reports from files
 //!   page/        reports as one HTML page with plots
 //!   check/       a quick run beside the history of such runs
+//!   scale/       how many VMs a backup host carries, simulated by measured costs
 //!   compare/     what changed from one report to another, and what is noise
 //! ```
 //!
@@ -32,6 +33,7 @@ mod plan;
 mod read;
 mod report;
 mod run;
+mod scale;
 mod series;
 mod stats;
 mod table;
@@ -45,7 +47,7 @@ use romulus_hypervisor::qemu::source::guardian;
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
 use advise::AdviseArgs;
-use commands::{CheckArgs, CompareArgs, ReportArgs, RunArgs};
+use commands::{CheckArgs, CompareArgs, ReportArgs, RunArgs, ScaleArgs};
 
 #[derive(Parser)]
 #[command(
@@ -74,6 +76,8 @@ enum Command {
     /// Run plans quickly and say which ratios moved by more than the noise. Exit codes: 0 none is higher and all bounds hold,
     /// 1 failed, 2 wrong usage, plan or history, 3 a ratio is higher or a bound does not hold, 4 a measure could not run
     Check(CheckArgs),
+    /// Simulate many VMs on one backup host, by measured costs, and say where it saturates. Exit codes as for `run`
+    Scale(ScaleArgs),
     /// List the measures and the plans that there are
     List,
 }
@@ -103,6 +107,7 @@ fn main() -> ExitCode {
         Command::Compare(args) => commands::compare(&args),
         Command::Report(args) => commands::report(&args),
         Command::Check(args) => commands::check(&args),
+        Command::Scale(args) => commands::scale(&args),
         Command::List => {
             commands::list();
             Ok(ExitCode::SUCCESS)

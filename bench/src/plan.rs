@@ -28,6 +28,8 @@ pub(crate) const BUILT_IN: &[(&str, &str)] = &[
     ("limits.toml", include_str!("../plans/limits.toml")),
     ("backup-host.toml", include_str!("../plans/backup-host.toml")),
     ("epoch.toml", include_str!("../plans/epoch.toml")),
+    ("peers.toml", include_str!("../plans/peers.toml")),
+    ("scale.toml", include_str!("../plans/scale.toml")),
 ];
 
 const REPETITIONS_MAX: u32 = 100;
@@ -113,29 +115,33 @@ const fn five() -> u32 {
 impl Plan {
     /// Reads the plan at a path; if there is no such file, the one that is built in under that file name.
     pub(crate) fn find(path: &str) -> Result<Self, PlanError> {
-        let path = Path::new(path);
-        match std::fs::metadata(path) {
-            Ok(file) if file.len() > PLAN_BYTES_MAX => Err(PlanError::TooLong),
-            Err(source) if source.kind() == std::io::ErrorKind::NotFound => match built_in_as(path) {
-                Some(text) => Self::parse(text),
-                None => Err(PlanError::Read {
-                    path: path.to_owned(),
-                    source,
-                }),
-            },
-            _ => match std::fs::read_to_string(path) {
-                Ok(text) => Self::parse(&text),
-                Err(source) => Err(PlanError::Read {
-                    path: path.to_owned(),
-                    source,
-                }),
-            },
+        Self::parse(&text_of(path)?)
+    }
+
+    /// The same, after `change` was made to each `[[measure]]`.
+    pub(crate) fn find_changed(
+        path: &str,
+        mut change: impl FnMut(&str, &mut toml::Table),
+    ) -> Result<Self, PlanError> {
+        let mut file: File =
+            toml::from_str(&text_of(path)?).map_err(|error| PlanError::Toml(Box::new(error)))?;
+        for table in &mut file.measure {
+            let name = table
+                .get("measure")
+                .and_then(toml::Value::as_str)
+                .unwrap_or_default()
+                .to_owned();
+            change(&name, table);
         }
+        Self::of(file)
     }
 
     /// Checks a plan's text.
     pub(crate) fn parse(text: &str) -> Result<Self, PlanError> {
-        let file: File = toml::from_str(text).map_err(|error| PlanError::Toml(Box::new(error)))?;
+        Self::of(toml::from_str(text).map_err(|error| PlanError::Toml(Box::new(error)))?)
+    }
+
+    fn of(file: File) -> Result<Self, PlanError> {
         if !(1..=REPETITIONS_MAX).contains(&file.repetitions) {
             return Err(PlanError::Repetitions(file.repetitions));
         }
@@ -163,6 +169,23 @@ impl Plan {
             prefixes.is_empty() || prefixes.iter().any(|prefix| planned.name.starts_with(prefix))
         });
         Ok(self)
+    }
+}
+
+/// The text of a plan.
+fn text_of(path: &str) -> Result<String, PlanError> {
+    let path = Path::new(path);
+    let unreadable = |source| PlanError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    match std::fs::metadata(path) {
+        Ok(file) if file.len() > PLAN_BYTES_MAX => Err(PlanError::TooLong),
+        Err(source) if source.kind() == std::io::ErrorKind::NotFound => match built_in_as(path) {
+            Some(text) => Ok(text.to_owned()),
+            None => Err(unreadable(source)),
+        },
+        _ => std::fs::read_to_string(path).map_err(unreadable),
     }
 }
 

@@ -145,6 +145,18 @@ impl Run {
         }
     }
 
+    /// How a part of it is run that others only need the figures of: never longer than a quick run.
+    pub(crate) fn quicker(&self) -> Settings {
+        let effort = match self.settings.effort {
+            Effort::Full | Effort::Quick => Effort::Quick,
+            Effort::Shortest => Effort::Shortest,
+        };
+        Settings {
+            effort,
+            ..self.settings
+        }
+    }
+
     /// Random numbers that are the same in every run of the plan.
     pub(crate) fn random(&self) -> Random {
         let name = self

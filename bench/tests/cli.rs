@@ -268,3 +268,84 @@ fn a_run_that_is_killed_takes_its_guests_with_it() {
         std::thread::sleep(Duration::from_millis(5));
     }
 }
+
+#[test]
+fn the_codecs_of_others_are_measured_beside_ours_on_the_same_pages() {
+    let plan =
+        "name = 'codecs'\nrepetitions = 1\n[[measure]]\nmeasure = 'codec.peers'\npages = 16\nrounds = 3\n";
+    let (code, json, errors) = run(plan);
+    assert_eq!(code, Some(0), "{errors}");
+    let rows = json["measures"].as_array().expect("rows");
+    assert_eq!(rows.len(), 6 * 3 * 2, "six contents, three peers, time and bytes");
+    let value = |name: &str| {
+        let row = rows.iter().find(|row| row["name"] == name);
+        row.and_then(|row| row["value"].as_f64().zip(row["reference"].as_f64()))
+            .expect(name)
+    };
+    // Sizes, which are the same on every machine.
+    let (ours, lz4) = value("codec.peers/bytes/lz4/counter");
+    assert!(ours < lz4, "one word of noise changed: {ours} bytes, LZ4 {lz4}");
+    let (ours, xbzrle) = value("codec.peers/bytes/xbzrle/counter");
+    assert!(ours <= 2.0 * xbzrle, "{ours}, {xbzrle}");
+}
+
+#[test]
+fn fleets_are_simulated_with_costs_of_reports_and_the_same_ones_again() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path();
+    let costs = "name = 'costs'\nrepetitions = 1\n[[measure]]\nmeasure = 'codec.session'\npages = 64\nrounds = 1\n\
+                 contents = ['scattered']\n[[measure]]\nmeasure = 'codec.page'\npages = 64\nrounds = 1\ncontents = ['scattered']\n\
+                 [[measure]]\nmeasure = 'digest'\npages = 64\nrounds = 1\n[[measure]]\nmeasure = 'wire.frames'\npages = 64\nrounds = 1\n\
+                 [[measure]]\nmeasure = 'memory.copy'\npages = [16, 64]\nmemory_mib = 4\nrounds = 1\n\
+                 [[measure]]\nmeasure = 'image.commit'\npages = [16, 64]\nmemory_mib = 4\nrounds = 1\n\
+                 [[measure]]\nmeasure = 'transport'\nbulk_mib = 1\nrounds = 1\ntrips = 1\n";
+    std::fs::write(path.join("costs.toml"), costs).expect("a plan");
+    let plan = "name = 'fleet'\nrepetitions = 1\n[[measure]]\nmeasure = 'scale'\nvms = [1, 3]\nlink_gbit = [10]\nwatched_ms = 200\n";
+    std::fs::write(path.join("fleet.toml"), plan).expect("a plan");
+    let measured = bench(&["run", "costs.toml", "--json", "costs.json"], path);
+    assert!(measured.status.success(), "{measured:?}");
+    // A pause needs a guest: copies stand for it here. And figures that do not depend on the machine.
+    let text = std::fs::read_to_string(path.join("costs.json")).expect("a report");
+    let text = text.replace("memory.copy/", "kvm.pause/");
+    let mut report: Value = serde_json::from_str(&text).expect("a report");
+    for row in report["measures"].as_array_mut().expect("rows") {
+        row["value"] = match row["unit"].as_str() {
+            Some("ns/MiB") => 1e6.into(),
+            Some("us") => 100.0.into(),
+            _ => 500.0.into(),
+        };
+    }
+    std::fs::write(path.join("costs.json"), report.to_string()).expect("a file");
+    let scale = |json: &str| {
+        let args = [
+            "scale",
+            "--plan",
+            "fleet.toml",
+            "--costs",
+            "costs.json",
+            "--shortest",
+            "--json",
+            json,
+        ];
+        let output = bench(&args, path);
+        assert!(output.status.success(), "{output:?}");
+        let text = std::fs::read(path.join(json)).expect("a report");
+        let json: Value = serde_json::from_slice(&text).expect("a report");
+        json["measures"].clone()
+    };
+    let (first, second) = (scale("first.json"), scale("second.json"));
+    let names: Vec<&str> = (first.as_array().expect("rows").iter())
+        .filter_map(|row| row["name"].as_str())
+        .collect();
+    assert_eq!(first, second, "nothing is measured that a report has");
+    for name in [
+        "scale/cost/commit",
+        "scale/late/10-gbit/3",
+        "scale/lag-p99/10-gbit/1",
+        "scale/most/10-gbit",
+    ] {
+        assert!(names.contains(&name), "{name}: {first}");
+    }
+    let none = bench(&["scale", "--costs", "nowhere.json"], path);
+    assert_eq!(none.status.code(), Some(2), "{none:?}");
+}

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 /// Tried here. `kvm` needs /dev/kvm, and fails without it.
-const TRIED: [&str; 2] = ["parts", "kvm"];
-/// These raise the end-to-end tests' lab with the release binaries and as root, which no test of one program can.
-const NEED_THE_LAB: [&str; 3] = ["backup-host", "epoch", "limits"];
+const TRIED: [&str; 3] = ["parts", "kvm", "scale"];
+/// These raise the end-to-end tests' lab with the release binaries and as root, or QEMU guests, which no test of one program can.
+const NEED_THE_LAB: [&str; 4] = ["backup-host", "epoch", "limits", "peers"];
 /// What of `limits` needs no lab, and is tried here. As root, like the tests of the gate itself.
 const LIMITS_WITHOUT_LAB: [&str; 5] = ["gate", "wire", "codec", "memory", "harvest.large"];
 /// For a run that hangs, not for one that is slow.
@@ -87,6 +87,11 @@ fn the_plan_of_a_kvm_guest_runs_in_its_shortest_form() {
 #[test]
 fn what_of_the_limits_needs_no_lab_runs_in_its_shortest_form() {
     try_plan("limits", &LIMITS_WITHOUT_LAB);
+}
+
+#[test]
+fn the_plan_of_simulated_fleets_runs_in_its_shortest_form() {
+    try_plan("scale", &[]);
 }
 
 #[test]

@@ -14,6 +14,7 @@ use romulus_e2e::crowd::{Crowd, CrowdConfig};
 use serde::Deserialize;
 
 use super::{Measure, outside};
+use crate::parameters::Parameter;
 use crate::run::{Finding, Run, Unable};
 use crate::stats::{Figure, float};
 
@@ -211,6 +212,63 @@ impl Measure for Cpu {
                 notes(&pairs, note)
             )),
         });
+        Ok(())
+    }
+
+    fn problem(&self) -> Option<String> {
+        self.0.problem()
+    }
+}
+
+/// `host.connections`.
+#[derive(Deserialize)]
+#[serde(transparent)]
+pub(crate) struct Connections(Common);
+
+impl Measure for Connections {
+    fn run(&self, run: &mut Run) -> Result<(), Unable> {
+        let pairs = many_and_one(run, &self.0)?;
+        let note = |watched: &Watched| {
+            format!(
+                "{:.0} us of all its threads, {:.1} pages an epoch",
+                watched.epoch_cpu_us, watched.pages_an_epoch
+            )
+        };
+        let one = pairs.first().map_or_else(String::new, |(_, one)| note(one));
+        let finding = Finding {
+            case: self.0.vms.to_string(),
+            unit: "us",
+            value: each(&pairs, |(many, _)| many.epoch_connections_us)?,
+            reference: Some((
+                "one VM".to_owned(),
+                each(&pairs, |(_, one)| one.epoch_connections_us)?,
+            )),
+            note: Some(format!("for an epoch; {}; one VM: {one}", notes(&pairs, note))),
+        };
+        let at = [
+            ("vms", u32::from(self.0.vms).into()),
+            (
+                "pages_an_epoch",
+                Parameter::Number(each(&pairs, |(many, _)| many.pages_an_epoch)?.p50),
+            ),
+            (
+                "one_pages_an_epoch",
+                Parameter::Number(each(&pairs, |(_, one)| one.pages_an_epoch)?.p50),
+            ),
+            (
+                "one_epoch_us",
+                Parameter::Number(each(&pairs, |(_, one)| one.epoch_cpu_us)?.p50),
+            ),
+            (
+                "one_busy_percent",
+                Parameter::Number(each(&pairs, |(_, one)| one.busy_percent)?.p50),
+            ),
+            (
+                "busy_percent",
+                Parameter::Number(each(&pairs, |(many, _)| many.busy_percent)?.p50),
+            ),
+        ];
+        run.found_at(at, finding);
         Ok(())
     }
 

@@ -6,9 +6,11 @@ mod digest;
 mod epoch;
 mod gate;
 mod host;
+mod image;
 mod kvm;
 mod memory;
 mod pair;
+mod peers;
 mod qemu;
 mod restart;
 mod scan;
@@ -19,6 +21,7 @@ pub(crate) use committed::{PEER, peer_main};
 use serde::de::DeserializeOwned;
 
 use crate::run::{Run, Unable};
+use crate::scale::{Scale, ScaleCheck};
 
 /// Something that can be measured, with its settings from a plan.
 pub(crate) trait Measure {
@@ -92,6 +95,11 @@ pub(crate) const ALL: &[Kind] = &[
         name: "wire.committed",
         about: "checkpoints until their commit in another process, against as many bare bytes",
         parse: parse::<committed::Committed>,
+    },
+    Kind {
+        name: "image.commit",
+        about: "staging, checking, committing and applying a checkpoint in the agent's image, against memcpy",
+        parse: parse::<image::Commit>,
     },
     Kind {
         name: "transport",
@@ -244,6 +252,11 @@ pub(crate) const ALL: &[Kind] = &[
         parse: parse::<host::Takeover>,
     },
     Kind {
+        name: "host.connections",
+        about: "processor time of the agent's thread for all connections for an epoch of a VM, against one VM",
+        parse: parse::<host::Connections>,
+    },
+    Kind {
         name: "host.restart",
         about: "until all VMs are protected again after systemd's restart of the agent and after its SIGKILL, against the agent's start alone",
         parse: parse::<restart::Restart>,
@@ -252,6 +265,31 @@ pub(crate) const ALL: &[Kind] = &[
         name: "host.resent",
         about: "memory that is sent again after a restart of the agent and after its SIGKILL",
         parse: parse::<restart::Resent>,
+    },
+    Kind {
+        name: "peer.colo",
+        about: "the pause of a checkpoint of a QEMU guest on KVM, against QEMU's own COLO",
+        parse: parse::<peers::Colo>,
+    },
+    Kind {
+        name: "peer.migration",
+        about: "pause, first copy and bytes of a Linux guest under QEMU, against its plain live migration",
+        parse: parse::<peers::Migration>,
+    },
+    Kind {
+        name: "codec.peers",
+        about: "our encoding of pages, against LZ4, zstd and runs in the manner of XBZRLE on the same pages",
+        parse: parse::<peers::CodecPeers>,
+    },
+    Kind {
+        name: "scale",
+        about: "a simulated fleet of many VMs on one backup host, by measured costs: where it saturates, against one VM",
+        parse: parse::<Scale>,
+    },
+    Kind {
+        name: "scale.check",
+        about: "what the simulation says of an agent that was measured, against what was measured",
+        parse: parse::<ScaleCheck>,
     },
 ];
 
@@ -265,7 +303,7 @@ pub(crate) fn names() -> String {
 }
 
 /// What is wrong with a setting that must be within limits.
-fn outside(key: &str, value: u64, least: u64, most: u64) -> Option<String> {
+pub(crate) fn outside(key: &str, value: u64, least: u64, most: u64) -> Option<String> {
     let wrong = !(least..=most).contains(&value);
     wrong.then(|| format!("{key} = {value}: it must be {least} to {most}"))
 }

@@ -25,6 +25,11 @@ pub(super) struct Watched {
     pub(super) worst_ack_us: f64,
     /// The agent's processor time for a committed page, in microseconds.
     pub(super) page_cpu_us: f64,
+    /// The same for an epoch of a VM: of all its threads, and of the one that serves the connections alone.
+    pub(super) epoch_cpu_us: f64,
+    pub(super) epoch_connections_us: f64,
+    /// Pages that were committed in an epoch.
+    pub(super) pages_an_epoch: f64,
     /// Pages that were committed a second, of all VMs.
     pub(super) pages_a_second: f64,
     /// The agent's own memory, that of its images' memory files, and that of their staging, in MiB.
@@ -40,7 +45,9 @@ pub(super) struct Watched {
 /// Counts at one moment.
 struct Counts {
     pages: u64,
+    /// Of all its threads, and of its main one.
     agent_ticks: u64,
+    connections_ticks: u64,
     /// Of all cores: busy, and all.
     machine_ticks: (u64, u64),
     /// Epochs of each VM, and how many of them began late.
@@ -66,6 +73,7 @@ impl Counts {
         Ok(Self {
             pages,
             agent_ticks: cpu_ticks(pid)?,
+            connections_ticks: main_ticks(pid)?,
             machine_ticks: machine_ticks()?,
             epochs,
         })
@@ -84,7 +92,11 @@ impl Watched {
         let after = Counts::now(crowd, names, pid)?;
         let (ack_us, worst_ack_us) = ack_us(&acks, names)?;
         let pages = float(after.pages.saturating_sub(before.pages));
-        let cpu_us = float(after.agent_ticks.saturating_sub(before.agent_ticks)) * 1e6 / TICKS_A_SECOND;
+        let us = |after: u64, before: u64| float(after.saturating_sub(before)) * 1e6 / TICKS_A_SECOND;
+        let cpu_us = us(after.agent_ticks, before.agent_ticks);
+        let connections_us = us(after.connections_ticks, before.connections_ticks);
+        let count = |counts: &Counts| counts.epochs.iter().map(|(all, _)| all).sum::<f64>();
+        let epochs = (count(&after) - count(&before)).max(1.0);
         let (image_mib, staging_mib) = image_mib(&crowd.lab.images)?;
         let (busy, all) = (
             after.machine_ticks.0.saturating_sub(before.machine_ticks.0),
@@ -94,6 +106,9 @@ impl Watched {
             ack_us,
             worst_ack_us,
             page_cpu_us: cpu_us / pages.max(1.0),
+            epoch_cpu_us: cpu_us / epochs,
+            epoch_connections_us: connections_us / epochs,
+            pages_an_epoch: pages / epochs,
             pages_a_second: pages / slice.as_secs_f64(),
             agent_mib: anonymous_mib(pid)?,
             image_mib,
@@ -136,7 +151,16 @@ fn read(path: &str) -> Result<String, Unable> {
 
 /// User and system time of a process, in ticks.
 pub(in crate::measures) fn cpu_ticks(pid: i32) -> Result<u64, Unable> {
-    let stat = read(&format!("/proc/{pid}/stat"))?;
+    ticks(&format!("/proc/{pid}/stat"))
+}
+
+/// The same of its main thread alone.
+fn main_ticks(pid: i32) -> Result<u64, Unable> {
+    ticks(&format!("/proc/{pid}/task/{pid}/stat"))
+}
+
+fn ticks(stat: &str) -> Result<u64, Unable> {
+    let stat = read(stat)?;
     let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
     let fields = after_name.split_whitespace().skip(11).take(2);
     Ok(fields.filter_map(|field| field.parse::<u64>().ok()).sum())
@@ -198,6 +222,7 @@ mod tests {
         let pid = i32::try_from(std::process::id()).unwrap();
         assert!(anonymous_mib(pid).unwrap() > 0.0);
         cpu_ticks(pid).unwrap();
+        main_ticks(pid).unwrap();
         let (busy, all) = machine_ticks().unwrap();
         assert!(busy > 0 && busy < all);
     }
