@@ -15,7 +15,7 @@
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -29,8 +29,6 @@ use crate::server::Stopped;
 
 /// No moment yet.
 const NEVER: u64 = u64::MAX;
-/// How long whoever waits for the first entry into the guest stays awake for it.
-const ENTRY_SPIN: Duration = Duration::from_micros(500);
 
 /// Why vCPUs could not be started, stopped or looked at.
 #[derive(Debug, thiserror::Error)]
@@ -100,6 +98,8 @@ struct Shared {
     go: Condvar,
     /// When the first vCPU went on after it was let go last.
     gone_on_at_ns: AtomicU64,
+    /// Somebody waits for the first entry.
+    entry_awaited: AtomicBool,
     ring_full: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
@@ -163,6 +163,7 @@ impl Vcpus {
             changed: Condvar::new(),
             go: Condvar::new(),
             gone_on_at_ns: AtomicU64::new(NEVER),
+            entry_awaited: AtomicBool::new(false),
             ring_full: OnceLock::new(),
         });
         let mut all = Self {
@@ -244,17 +245,9 @@ impl Vcpus {
     /// [`VcpuError::NotEntered`].
     pub fn run_and_wait_entry(&self, limit: Duration) -> Result<u64, VcpuError> {
         let shared = &*self.shared;
+        shared.entry_awaited.store(true, Ordering::SeqCst);
         shared.release(shared.lock());
         let gone_on = || Some(shared.gone_on_at_ns.load(Ordering::SeqCst)).filter(|at| *at != NEVER);
-        let begun = Instant::now();
-        // Whoever slept here would be woken on the core of the vCPU that wakes it, and a guest that never waits keeps that core
-        // for milliseconds. Awake, it keeps its own.
-        while begun.elapsed() < limit.min(ENTRY_SPIN) {
-            if let Some(at) = gone_on() {
-                return Ok(at);
-            }
-            std::hint::spin_loop();
-        }
         let waited = shared
             .changed
             .wait_timeout_while(shared.lock(), limit, |_| gone_on().is_none());
@@ -372,7 +365,13 @@ impl Shared {
         if self.gone_on_at_ns.fetch_min(monotonic_ns(), Ordering::SeqCst) == NEVER {
             self.changed.notify_all();
         }
-        !gate.shutdown
+        let runs = !gate.shutdown;
+        drop(gate);
+        // Whoever waits is often woken on this very core, which a guest that never waits keeps for milliseconds: it goes first.
+        if self.entry_awaited.swap(false, Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        runs
     }
 
     /// Runs until it has to stand still (`Next::Run`) or never runs again.
