@@ -38,15 +38,8 @@ pub(crate) struct RunArgs {
     /// Only measures whose name begins so; can be given several times
     #[arg(long, value_name = "PREFIX")]
     only: Vec<String>,
-    /// Write the report to this file
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Write the report to this file, as an HTML page
-    #[arg(long, value_name = "FILE")]
-    html: Option<PathBuf>,
-    /// Write the page's plots into this folder
-    #[arg(long, value_name = "DIR")]
-    svg: Option<PathBuf>,
+    #[command(flatten)]
+    outputs: OutputArgs,
 }
 
 #[derive(clap::Args)]
@@ -60,6 +53,13 @@ pub(crate) struct ScaleArgs {
     /// One short simulation of each fleet, and of few VMs where it saturates
     #[arg(long)]
     shortest: bool,
+    #[command(flatten)]
+    outputs: OutputArgs,
+}
+
+/// Where a report goes besides the terminal.
+#[derive(clap::Args)]
+struct OutputArgs {
     /// Write the report to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -134,8 +134,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         RunArgs { quick: true, .. } => Effort::Quick,
         _ => Effort::Full,
     };
-    let outputs = Outputs::open(args.json.as_deref(), args.html.as_deref(), args.svg.as_deref())?;
-    measure(&plan, effort, outputs)
+    measure(&plan, effort, Outputs::open(&args.outputs)?)
 }
 
 /// The same for a plan with simulated fleets.
@@ -161,12 +160,10 @@ pub(crate) fn scale(args: &ScaleArgs) -> anyhow::Result<ExitCode> {
     } else {
         Effort::Full
     };
-    let outputs = Outputs::open(args.json.as_deref(), args.html.as_deref(), args.svg.as_deref())?;
-    measure(&plan, effort, outputs)
+    measure(&plan, effort, Outputs::open(&args.outputs)?)
 }
 
-/// Where a report goes besides the terminal. Opened before the first measure: minutes of it must not end in a file that cannot
-/// be written.
+/// The files of [`OutputArgs`]. Opened before the first measure: minutes of it must not end in a file that cannot be written.
 struct Outputs<'a> {
     json: Option<File>,
     html: Option<File>,
@@ -174,11 +171,12 @@ struct Outputs<'a> {
 }
 
 impl<'a> Outputs<'a> {
-    fn open(json: Option<&Path>, html: Option<&Path>, svg: Option<&'a Path>) -> anyhow::Result<Self> {
+    fn open(args: &'a OutputArgs) -> anyhow::Result<Self> {
+        let svg = args.svg.as_deref();
         svg.map(folder).transpose()?;
         Ok(Self {
-            json: json.map(created).transpose()?,
-            html: html.map(created).transpose()?,
+            json: args.json.as_deref().map(created).transpose()?,
+            html: args.html.as_deref().map(created).transpose()?,
             svg,
         })
     }

@@ -110,21 +110,13 @@ fn to_qemu(socket: &Path, wanted: &Wanted) -> Result<Attached, AttachError> {
         options
     };
     let attach = |disposable| qemu::QemuSource::attach(options(disposable));
-    let (source, in_the_way) = match attach(wanted.disposable.clone()) {
-        Err(qemu::AttachError::Refused(refusals)) => {
-            let ids = refusals.iter().map(of_qemu);
-            let again = attach(with(&wanted.disposable, ids));
-            (again, refusals.iter().map(ToString::to_string).collect())
-        }
-        first => (first, Vec::new()),
+    let refused = |error: &qemu::AttachError| match error {
+        qemu::AttachError::Refused(refusals) => Some(in_words(refusals, of_qemu)),
+        _ => None,
     };
-    let source = source.map_err(|source| AttachError::Qemu {
+    whatever_it_has(wanted, attach, refused).map_err(|source| AttachError::Qemu {
         socket: socket.to_owned(),
         source: Box::new(source),
-    })?;
-    Ok(Attached {
-        source: Some(Box::new(source)),
-        in_the_way,
     })
 }
 
@@ -138,27 +130,42 @@ fn to_vmm(socket: &Path, wanted: &Wanted) -> Result<Attached, AttachError> {
         options
     };
     let attach = |disposable| kvm::KvmSource::attach(options(disposable));
-    let (source, in_the_way) = match attach(wanted.disposable.clone()) {
-        Err(kvm::AttachError::Refused(refusals)) => {
-            let ids = refusals.iter().map(of_vmm);
-            let again = attach(with(&wanted.disposable, ids));
-            (again, refusals.iter().map(ToString::to_string).collect())
-        }
-        first => (first, Vec::new()),
+    let refused = |error: &kvm::AttachError| match error {
+        kvm::AttachError::Refused(refusals) => Some(in_words(refusals, of_vmm)),
+        _ => None,
     };
-    let source = source.map_err(|source| AttachError::Vmm {
+    whatever_it_has(wanted, attach, refused).map_err(|source| AttachError::Vmm {
         socket: socket.to_owned(),
         source: Box::new(source),
-    })?;
+    })
+}
+
+/// Why a guest was refused, in words, and the ids under which what is in the way could be declared disposable.
+type InTheWay = (Vec<String>, BTreeSet<String>);
+
+fn in_words<R: ToString>(refusals: &[R], id_of: impl Fn(&R) -> Option<&str>) -> InTheWay {
+    let ids = refusals.iter().filter_map(id_of).map(str::to_owned);
+    (refusals.iter().map(ToString::to_string).collect(), ids.collect())
+}
+
+/// Attaches; when it is `refused`, once more with what was in the way declared disposable.
+fn whatever_it_has<S: GuestSource + 'static, E>(
+    wanted: &Wanted,
+    attach: impl Fn(BTreeSet<String>) -> Result<S, E>,
+    refused: impl Fn(&E) -> Option<InTheWay>,
+) -> Result<Attached, E> {
+    let (source, in_the_way) = match attach(wanted.disposable.clone()) {
+        Ok(source) => (source, Vec::new()),
+        Err(error) => {
+            let (words, mut disposable) = refused(&error).ok_or(error)?;
+            disposable.extend(wanted.disposable.iter().cloned());
+            (attach(disposable)?, words)
+        }
+    };
     Ok(Attached {
         source: Some(Box::new(source)),
         in_the_way,
     })
-}
-
-fn with<'r>(disposable: &BTreeSet<String>, ids: impl Iterator<Item = Option<&'r str>>) -> BTreeSet<String> {
-    let ids = ids.flatten().map(str::to_owned);
-    disposable.iter().cloned().chain(ids).collect()
 }
 
 /// The id under which what is refused could be declared disposable; `None` when it could not.
@@ -197,12 +204,9 @@ mod tests {
                 to: "a file".to_owned(),
             },
         ];
-        let named = BTreeSet::from(["disk0".to_owned()]);
-        let all = with(&named, refusals.iter().map(of_vmm));
-        assert_eq!(
-            all.iter().map(String::as_str).collect::<Vec<_>>(),
-            ["disk0", "net0", "serial"]
-        );
+        let (words, ids) = in_words(&refusals, of_vmm);
+        assert_eq!(words.len(), refusals.len(), "each is told");
+        assert!(ids.iter().eq(["net0", "serial"]));
         let untracked = qemu::Refusal::UntrackedDma {
             device: "vfio-pci".to_owned(),
             id: "gpu".to_owned(),

@@ -15,18 +15,18 @@ use crate::stats::{Timings, Unit};
 /// 256 MiB in each of a few buffers.
 const PAGES_MAX: u64 = 1 << 16;
 
-/// Settings of both.
+/// Settings of all measures of encodings.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Batch {
+pub(super) struct Batch {
     /// Pages in a batch.
     #[serde(default = "pages")]
-    pages: u32,
+    pub(super) pages: u32,
     /// How they changed; each a row.
     #[serde(default = "contents")]
-    contents: Vec<Content>,
+    pub(super) contents: Vec<Content>,
     #[serde(default = "rounds")]
-    rounds: u32,
+    pub(super) rounds: u32,
 }
 
 const fn pages() -> u32 {
@@ -42,7 +42,7 @@ const fn rounds() -> u32 {
 }
 
 impl Batch {
-    fn problem(&self) -> Option<String> {
+    pub(super) fn problem(&self) -> Option<String> {
         outside("pages", self.pages.into(), 1, PAGES_MAX)
             .or_else(|| outside("rounds", self.rounds.into(), 1, 1_000_000))
     }

@@ -15,6 +15,8 @@ use crate::stats::Figure;
 
 /// How often the length is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// A guest that is not protected for so long, all in all, won't be.
+const LOST_MAX: Duration = Duration::from_secs(30);
 /// A length so near to where it stays has arrived.
 const NEAR: f64 = 0.15;
 
@@ -66,9 +68,40 @@ struct Phase {
     points: Vec<(f64, f64)>,
     /// What the replicator said at its end.
     reached: Option<bool>,
+    /// Looks at which the guest was not protected: there was no length then.
+    unprotected: u32,
 }
 
 impl Phase {
+    /// With this load, for so long.
+    fn watch(stand: &Stand, load: &str, length: Duration, begun: Instant) -> Result<Self, Unable> {
+        let (mut phase, started) = (Self::of(load), Instant::now());
+        while started.elapsed() < length || phase.points.len() < 3 {
+            let status = stand.status()?;
+            if status["state"] == "protected" {
+                let length_ms = number(&status["epoch_ms"])?;
+                phase.points.push((begun.elapsed().as_secs_f64(), length_ms));
+                phase.reached = status["epoch_goal_reached"].as_bool();
+            } else {
+                phase.unprotected += 1;
+                if phase.unprotected * LOOK_EVERY > LOST_MAX {
+                    return Err(Unable::Wrong(format!("the guest is not protected: {status}")));
+                }
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+        Ok(phase)
+    }
+
+    fn of(load: &str) -> Self {
+        Self {
+            load: load.to_owned(),
+            points: Vec::new(),
+            reached: None,
+            unprotected: 0,
+        }
+    }
+
     /// Where it stays: the median of its last third, in milliseconds.
     fn settled_ms(&self) -> Option<f64> {
         let last = &self.points[self.points.len() * 2 / 3..];
@@ -112,22 +145,7 @@ impl Auto {
         let mut phases = Vec::new();
         for load in &self.loads {
             stand.write(load)?;
-            let phase = Instant::now();
-            let (mut points, mut reached) = (Vec::new(), None);
-            while phase.elapsed() < scaled(run, self.phase_ms) || points.len() < 3 {
-                let status = stand.status()?;
-                if status["state"] != "protected" {
-                    return Err(Unable::Wrong(format!("the guest is not protected: {status}")));
-                }
-                points.push((begun.elapsed().as_secs_f64(), number(&status["epoch_ms"])?));
-                reached = status["epoch_goal_reached"].as_bool();
-                std::thread::sleep(LOOK_EVERY);
-            }
-            phases.push(Phase {
-                load: load.clone(),
-                points,
-                reached,
-            });
+            phases.push(Phase::watch(&stand, load, scaled(run, self.phase_ms), begun)?);
         }
         stand.unprotect()?;
         Ok(phases)
@@ -167,7 +185,7 @@ impl Auto {
 fn describe(phases: &[Phase]) -> String {
     let one = |phase: &Phase| {
         format!(
-            "{}: {:.1} ms{}, {}",
+            "{}: {:.1} ms{}, {}{}",
             phase.load,
             phase.settled_ms().unwrap_or_default(),
             match phase.reached {
@@ -178,6 +196,13 @@ fn describe(phases: &[Phase]) -> String {
             match phase.settling_s() {
                 Some(seconds) => format!("there after {seconds:.1} s"),
                 None => "not there at the end".to_owned(),
+            },
+            match phase.unprotected {
+                0 => String::new(),
+                looks => format!(
+                    ", not protected for {:.1} s",
+                    f64::from(looks) * LOOK_EVERY.as_secs_f64()
+                ),
             }
         )
     };
@@ -239,9 +264,9 @@ mod tests {
 
     fn phase(lengths: &[f64]) -> Phase {
         Phase {
-            load: "random:1:25".to_owned(),
             points: (0..).map(f64::from).zip(lengths.iter().copied()).collect(),
             reached: Some(true),
+            ..Phase::of("random:1:25")
         }
     }
 
@@ -254,6 +279,14 @@ mod tests {
         // One that still goes at its end never arrived.
         assert_eq!(phase(&[25.0, 25.0, 25.0, 25.0, 25.0, 90.0]).settling_s(), None);
         assert_eq!(phase(&[]).settling_s(), None);
+    }
+
+    #[test]
+    fn protection_that_was_lost_for_a_while_is_told() {
+        let mut lost = phase(&[25.0; 9]);
+        assert!(!describe(std::slice::from_ref(&lost)).contains("not protected"));
+        lost.unprotected = 12;
+        assert!(describe(&[lost]).ends_with(", not protected for 1.2 s"));
     }
 
     #[test]

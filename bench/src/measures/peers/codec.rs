@@ -7,7 +7,8 @@ use serde::Deserialize;
 
 use super::xbzrle;
 use crate::contents::Content;
-use crate::measures::{Measure, outside};
+use crate::measures::Measure;
+use crate::measures::codec::Batch as Settings;
 use crate::run::{Finding, Run, Unable, timed};
 use crate::stats::{Figure, Unit, float};
 
@@ -17,29 +18,8 @@ const PEERS: [&str; 3] = ["lz4", "zstd-1", "xbzrle"];
 
 /// Settings.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct CodecPeers {
-    /// Pages in a batch.
-    #[serde(default = "pages")]
-    pages: u32,
-    /// How they changed.
-    #[serde(default = "contents")]
-    contents: Vec<Content>,
-    #[serde(default = "rounds")]
-    rounds: u32,
-}
-
-const fn pages() -> u32 {
-    4096
-}
-
-fn contents() -> Vec<Content> {
-    Content::ALL.to_vec()
-}
-
-const fn rounds() -> u32 {
-    10
-}
+#[serde(transparent)]
+pub(crate) struct CodecPeers(Settings);
 
 /// What a peer makes of a batch.
 #[derive(Default)]
@@ -79,13 +59,13 @@ impl Measure for CodecPeers {
     fn run(&self, run: &mut Run) -> Result<(), Unable> {
         let mut random = run.random();
         let mut zstd = Zstd::new()?;
-        for content in &self.contents {
-            let (old, new) = content.pages(self.pages as usize, &mut random);
+        for content in &self.0.contents {
+            let (old, new) = content.pages(self.0.pages as usize, &mut random);
             let mut scratch = Scratch::new();
             let mut ours = Vec::new();
             let mut batches: [Batch; 3] = Default::default();
             let mut failed = None;
-            let timings = run.in_turn::<4>(content.name(), self.rounds, |one| {
+            let timings = run.in_turn::<4>(content.name(), self.0.rounds, |one| {
                 Ok(match one {
                     0 => timed(|| {
                         ours.clear();
@@ -109,8 +89,7 @@ impl Measure for CodecPeers {
     }
 
     fn problem(&self) -> Option<String> {
-        outside("pages", self.pages.into(), 1, 1 << 16)
-            .or_else(|| outside("rounds", self.rounds.into(), 1, 1_000_000))
+        self.0.problem()
     }
 }
 
@@ -123,7 +102,7 @@ impl CodecPeers {
         ours: usize,
         sizes: [usize; 3],
     ) -> Result<(), Unable> {
-        let pages = self.pages as usize;
+        let pages = self.0.pages as usize;
         let unit = Unit::ns_a_page(pages);
         let nothing = || Unable::Wrong("nothing was measured".to_owned());
         let bytes = |all: usize| Figure::of(&[float(all as u64) / float(pages as u64)]).ok_or_else(nothing);
