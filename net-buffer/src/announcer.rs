@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use romulus_host_sys::bpf::load_classifier;
 use romulus_host_sys::tap::{Tap, VNET_HEADER_BYTES};
 use rustix::event::{self, EventfdFlags, PollFd, PollFlags, Timespec};
 
@@ -18,6 +19,7 @@ use crate::learn::LearntAddress;
 use crate::netlink::Netlink;
 use crate::plumbing;
 use crate::programs;
+use crate::tc;
 
 /// Sends frames in the name of the guest behind one tap.
 #[derive(Debug)]
@@ -38,8 +40,10 @@ impl Announcer {
             source,
         })?;
         let guest = plumbing::find_tap(&mut netlink, guest_tap)?;
-        let program = programs::to_guest_ingress(guest.index);
-        let (injector, _) = plumbing::make_injector(&mut netlink, "romann%d", &guest, &program)?;
+        let program = load_classifier("romulus_announce", &programs::to_guest_ingress(guest.index))?;
+        let (injector, _) = plumbing::make_injector(&mut netlink, "romann%d", &guest, |place| {
+            tc::filter_message(place, &program, plumbing::INJECTOR_NAME)
+        })?;
         Ok(Self {
             injector,
             guest_tap: guest_tap.to_owned(),

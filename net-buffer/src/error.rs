@@ -65,7 +65,7 @@ pub enum GateError {
     #[error("cannot load the gate's program")]
     Program(#[from] LoadError),
     /// The kernel refused a change or a question.
-    #[error("cannot {what} (is CAP_NET_ADMIN there, and cls_bpf and sch_ingress in the kernel?)")]
+    #[error("cannot {what} (is CAP_NET_ADMIN there, and cls_bpf, act_mirred and sch_ingress in the kernel?)")]
     Netlink {
         /// What was tried.
         what: &'static str,

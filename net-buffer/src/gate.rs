@@ -18,6 +18,7 @@ use std::time::Instant;
 
 use romulus_host_sys::tap::{Tap, VNET_HEADER_BYTES};
 use romulus_types::{Epoch, Time};
+use rustix::buffer::spare_capacity;
 use rustix::event::{self, EventfdFlags, PollFd, PollFlags, Timespec};
 
 use crate::error::GateError;
@@ -26,12 +27,11 @@ use crate::plumbing::{self, Plumbing};
 use crate::queue::{Chunk, HeldQueue};
 use crate::stats::GateStats;
 
-/// Largest frame: a 64 KiB segmentation-offload packet with its headers.
-const FRAME_BYTES_MAX: usize = 128 * 1024;
 /// Frames that the relay thread reads before it lets go of the lock.
 const BATCH_FRAMES: usize = 16;
-/// After reading, the relay thread leaves the relay alone for this long: waking it for every frame would take time from the guest,
-/// and make it more likely that a barrier finds the queue locked by a thread that is not running.
+/// When frames come, the relay thread waits for this long before it reads them: waking it for every frame would take time from the
+/// guest, and make it more likely that a barrier finds the queue locked by a thread that is not running; and a thread that
+/// reads while the guest sends takes turns with it at the same memory. A barrier finds what came in such a time, at most.
 const REST: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 1_000_000,
@@ -89,8 +89,6 @@ struct Shared {
 struct Held {
     queue: HeldQueue,
     learnt: LearntTable,
-    scratch: Vec<u8>,
-    discarded: bool,
     /// Why the relay cannot be read any more.
     lost: Option<rustix::io::Errno>,
 }
@@ -120,8 +118,6 @@ impl Gate {
             held: Mutex::new(Held {
                 queue: HeldQueue::new(options.held_bytes_max, options.held_frames_max),
                 learnt: LearntTable::default(),
-                scratch: vec![0; FRAME_BYTES_MAX],
-                discarded: false,
                 lost: None,
             }),
         });
@@ -213,9 +209,7 @@ impl Gate {
     /// Drops all that is held and all that comes, for good: the other host was granted to speak. The guest stays mute, also when
     /// this value is dropped.
     pub fn discard(&self) {
-        let mut held = lock(&self.shared.held);
-        held.discarded = true;
-        held.queue.discard();
+        lock(&self.shared.held).queue.discard();
     }
 
     /// The counters.
@@ -266,7 +260,7 @@ impl Gate {
     }
 
     fn refuse_discarded(&self, held: &Held) -> Result<(), GateError> {
-        if held.discarded {
+        if held.queue.is_discarded() {
             Err(GateError::Discarded { tap: self.tap_name() })
         } else {
             Ok(())
@@ -308,12 +302,12 @@ impl Shared {
             }
             let relay = fds[0].revents();
             if relay.contains(PollFlags::IN) {
-                while self.read_some() == BATCH_FRAMES {}
+                // Only being told to stop ends the rest early; anything else shows in the next round.
+                let _ = event::poll(&mut fds[1..], Some(&REST));
+                self.read_all();
                 if lock(&self.held).lost.is_some() {
                     return;
                 }
-                // Only being told to stop ends the rest early; anything else shows in the next round.
-                let _ = event::poll(&mut fds[1..], Some(&REST));
             } else if !relay.is_empty() {
                 return self.lose(rustix::io::Errno::BADFD);
             }
@@ -327,27 +321,25 @@ impl Shared {
 
     /// Reads at most [`BATCH_FRAMES`] frames and returns how many it were.
     fn read_batch(&self, held: &mut Held) -> usize {
+        let Held { queue, learnt, lost } = held;
         let now = self.now();
-        let mut count = 0;
-        while count < BATCH_FRAMES {
-            let frame = match rustix::io::read(&self.relay, &mut held.scratch[..]) {
-                Ok(bytes) => &held.scratch[..bytes],
-                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => break,
+        for count in 0..BATCH_FRAMES {
+            let received = queue.receive(now, |bytes| {
+                let before = bytes.len();
+                rustix::io::read(&self.relay, spare_capacity(bytes))?;
+                learnt.learn(bytes.get(before + VNET_HEADER_BYTES..).unwrap_or_default());
+                Ok(())
+            });
+            match received {
+                Ok(()) => (),
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return count,
                 Err(error) => {
-                    held.lost = Some(error);
-                    break;
+                    *lost = Some(error);
+                    return count;
                 }
-            };
-            count += 1;
-            if held.discarded {
-                held.queue.discard_one();
-                continue;
             }
-            held.learnt
-                .learn(frame.get(VNET_HEADER_BYTES..).unwrap_or_default());
-            held.queue.push(frame, now);
         }
-        count
+        BATCH_FRAMES
     }
 
     /// Reads a batch; between two of them a barrier can have the lock.
@@ -367,11 +359,14 @@ impl Shared {
                 break;
             };
             let failed = self.write(&chunk);
-            if failed > 0 {
-                lock(&self.held).queue.count_write_failures(failed);
-            }
+            lock(&self.held).queue.give_back(chunk, failed);
         }
-        self.check(&lock(&self.held))
+        let (surplus, result) = {
+            let mut held = lock(&self.held);
+            (held.queue.surplus(), self.check(&held))
+        };
+        drop(surplus);
+        result
     }
 
     /// Writes the frames of a chunk and returns how many the kernel did not take: lost, as on a wire.

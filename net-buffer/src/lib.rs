@@ -19,7 +19,7 @@
 //! point leaves the guest mute, never heard (the filter outlives the process, the relay does not); memory is bounded, and what
 //! is over the limit is dropped and counted. An error in attributing a frame to an epoch can only be towards a later one.
 //!
-//! It needs `CAP_NET_ADMIN` and `CAP_BPF` (or root), `/dev/net/tun`, and a kernel with `cls_bpf` and `sch_ingress`.
+//! It needs `CAP_NET_ADMIN` and `CAP_BPF` (or root), `/dev/net/tun`, and a kernel with `cls_bpf`, `act_mirred` and `sch_ingress`.
 #![forbid(unsafe_code)]
 
 pub mod announce;

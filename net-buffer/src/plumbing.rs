@@ -26,6 +26,8 @@ const GATE_PRIORITY: u16 = 1;
 /// A chain that no filter sends frames to ("ROM").
 const OWNER_CHAIN: u32 = 0x52_4f4d;
 const GATE_NAME: &str = "romulus-gate";
+/// Name of the filter that lets what is written to a tap of ours arrive at the guest's.
+pub(crate) const INJECTOR_NAME: &str = "romulus-in";
 const OWNER_PREFIX: &str = "romulus-owner-1";
 /// Frames that wait in the kernel while the relay thread is not running.
 const RELAY_QUEUE_FRAMES: u32 = 8192;
@@ -113,12 +115,12 @@ pub(crate) fn find_tap(netlink: &mut Netlink, tap: &str) -> Result<Link, GateErr
     })
 }
 
-/// A new tap whose frames, when written, go where `program` sends them.
+/// A new tap whose frames, when written, go where the filter sends them that `ingress` makes for its place.
 pub(crate) fn make_injector(
     netlink: &mut Netlink,
     name: &str,
     guest: &Link,
-    program: &[bpf::Insn],
+    ingress: impl FnOnce(Place) -> RouteNetlinkMessage,
 ) -> Result<(Tap, Link), GateError> {
     let tap = Tap::create(name, true).map_err(|source| GateError::MakeTap {
         name: name.to_owned(),
@@ -127,18 +129,15 @@ pub(crate) fn make_injector(
     let link = tc::link_named(netlink, tap.name()).map_err(netlink_error("look our tap up"))?;
     silence_ipv6(tap.name());
     tc::add_clsact(netlink, link.index).map_err(netlink_error("add clsact to our tap"))?;
-    for (direction, name, program) in [
-        (Direction::Ingress, "romulus-in", program.to_vec()),
-        (Direction::Egress, "romulus-out", programs::at_relay_egress()),
-    ] {
-        let place = Place {
-            direction,
-            ..gate_place(link.index)
-        };
-        let program = load_classifier("romulus_relay", &program)?;
-        tc::add_filter(netlink, tc::filter_message(place, &program, name))
-            .map_err(netlink_error("add a filter to our tap"))?;
-    }
+    tc::add_filter(netlink, ingress(gate_place(link.index)))
+        .map_err(netlink_error("add the filter to our tap that returns frames"))?;
+    let outward = Place {
+        direction: Direction::Egress,
+        ..gate_place(link.index)
+    };
+    let program = load_classifier("romulus_relay", &programs::at_relay_egress())?;
+    tc::add_filter(netlink, tc::filter_message(outward, &program, "romulus-out"))
+        .map_err(netlink_error("add a filter to our tap"))?;
     tc::set_no_queue(netlink, link.index).map_err(netlink_error("set our tap's queue"))?;
     tc::bring_up(netlink, link.index, guest.mtu, RELAY_QUEUE_FRAMES)
         .map_err(netlink_error("bring our tap up"))?;
@@ -174,8 +173,10 @@ impl Plumbing {
         let mut netlink = Netlink::open().map_err(netlink_error("open a netlink socket"))?;
         let tap = find_tap(&mut netlink, tap)?;
         refuse_what_runs_before(&mut netlink, &tap)?;
-        let returning = programs::at_relay_ingress(tap.index);
-        let (relay_tap, relay) = make_injector(&mut netlink, relay, &tap, &returning)?;
+        let returning = load_classifier("romulus_return", &programs::at_relay_ingress())?;
+        let (relay_tap, relay) = make_injector(&mut netlink, relay, &tap, |place| {
+            tc::take_to_ingress_message(place, &returning, INJECTOR_NAME, tap.index)
+        })?;
         let program = load_classifier("romulus_gate", &programs::at_guest_tap(relay.index))?;
         let mut plumbing = Self {
             close_message: tc::filter_message(gate_place(tap.index), &program, GATE_NAME),
@@ -188,8 +189,20 @@ impl Plumbing {
             closed: false,
         };
         // From here on, dropping `plumbing` undoes what was done.
+        plumbing.follow_address(&plumbing.tap.address.clone())?;
         plumbing.claim()?;
         Ok((plumbing, relay_tap))
+    }
+
+    /// Gives the relay the Ethernet address of the guest's tap. Whether a frame is for this host or for another the kernel
+    /// decides where it enters, which is the relay; and a tap that is routed rather than bridged gets frames for this host.
+    fn follow_address(&mut self, address: &[u8]) -> Result<(), GateError> {
+        if self.relay.address != address {
+            tc::set_address(&mut self.netlink, self.relay.index, address)
+                .map_err(netlink_error("give the relay the address of the guest's tap"))?;
+            address.clone_into(&mut self.relay.address);
+        }
+        Ok(())
     }
 
     fn claim(&mut self) -> Result<(), GateError> {
@@ -275,12 +288,13 @@ impl Plumbing {
         if self.closed && !found.iter().any(is_gate) {
             return Err(lost());
         }
-        refuse_early_programs(&mut self.netlink, &self.tap.name)?;
+        let tap = refuse_early_programs(&mut self.netlink, &self.tap.name)?;
         let relay = tc::link_numbered(&mut self.netlink, self.relay.index);
-        relay.map(drop).map_err(|source| GateError::RelayLost {
+        relay.map_err(|source| GateError::RelayLost {
             relay: self.relay.name.clone(),
             source,
-        })
+        })?;
+        self.follow_address(&tap.address)
     }
 
     /// Frames that the kernel dropped on their way to the relay.
@@ -301,8 +315,8 @@ impl Drop for Plumbing {
     }
 }
 
-/// XDP and tcx programs see frames before any filter does.
-fn refuse_early_programs(netlink: &mut Netlink, tap: &str) -> Result<(), GateError> {
+/// XDP and tcx programs see frames before any filter does. Returns the tap, when there are none.
+fn refuse_early_programs(netlink: &mut Netlink, tap: &str) -> Result<Link, GateError> {
     let runs_before = |what: &str| {
         Err(GateError::RunsBefore {
             tap: tap.to_owned(),
@@ -317,7 +331,7 @@ fn refuse_early_programs(netlink: &mut Netlink, tap: &str) -> Result<(), GateErr
     if tcx > 0 {
         runs_before("a tcx program")
     } else {
-        Ok(())
+        Ok(link)
     }
 }
 
@@ -347,7 +361,7 @@ fn refuse_what_runs_before(netlink: &mut Netlink, tap: &Link) -> Result<(), Gate
             what,
         });
     }
-    refuse_early_programs(netlink, &tap.name)
+    refuse_early_programs(netlink, &tap.name).map(drop)
 }
 
 /// Removes what a process that is gone has left on `tap`. Returns whether there was anything.

@@ -20,6 +20,8 @@ const MARK: i32 = 0x524d_4755;
 const MARK_OFFSET: i16 = 8;
 /// `TC_ACT_UNSPEC` in direct-action mode: go on with the next filter.
 const NEXT_FILTER: i32 = -1;
+/// What a program of a filter with actions says of a frame that they are for.
+const TAKE: i32 = -1;
 const TC_ACT_OK: i32 = 0;
 const TC_ACT_SHOT: i32 = 2;
 /// `BPF_F_INGRESS`: let the frame arrive at the interface rather than leave by it.
@@ -49,11 +51,14 @@ pub(crate) fn at_guest_tap(relay: u32) -> Vec<Insn> {
     ]
 }
 
-/// Marks what we write to the relay and lets it arrive at the guest's tap.
-pub(crate) fn at_relay_ingress(guest: u32) -> Vec<Insn> {
-    let mut program = vec![Insn::set(2, MARK), Insn::store_u32(1, MARK_OFFSET, 2)];
-    program.extend(to_guest_ingress(guest));
-    program
+/// Marks what we write to the relay, and takes it: the filter's action lets it arrive at the guest's tap.
+pub(crate) fn at_relay_ingress() -> Vec<Insn> {
+    vec![
+        Insn::set(2, MARK),
+        Insn::store_u32(1, MARK_OFFSET, 2),
+        Insn::set(0, TAKE),
+        Insn::exit(),
+    ]
 }
 
 /// Lets what we write to a tap arrive at the guest's tap like a frame of the guest: held, when there is a gate.

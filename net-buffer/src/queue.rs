@@ -2,13 +2,17 @@
 //!
 //! ```text
 //!   front                                          back
-//!   [chunk: epoch 7][chunk: epoch 7][chunk: epoch 8]   ◄── push (current epoch: 8)
-//!        │
-//!        └── take(up to 7): whole chunks leave, nothing is copied
+//!   [chunk: epoch 7][chunk: epoch 7][chunk: epoch 8]   ◄── receive (current epoch: 8): read into its end
+//!        │                                                     ▲
+//!        └── take(up to 7): whole chunks leave, nothing is     │ the next one to fill
+//!            copied ──► written ──► give_back ──► [spare][spare]
 //! ```
 //!
-//! Invariants: a chunk holds frames of one epoch; epochs never fall from front to back; bytes and frames stay within the
-//! limits. Time is passed in.
+//! Memory that was used is used again: fresh memory costs a page fault every 4 KiB, and a reader of large packets would do
+//! little else. Spare are as many chunks as were held at once a moment ago, no more; the rest goes one by one.
+//!
+//! Invariants: a chunk holds frames of one epoch; epochs never fall from front to back; only the last chunk may be without
+//! frames; bytes and frames stay within the limits. Time is passed in.
 
 use std::collections::VecDeque;
 
@@ -16,29 +20,58 @@ use romulus_types::{Epoch, Time};
 
 use crate::stats::GateStats;
 
-/// A chunk is closed when it has grown to this many bytes, so that memory is given back as it is released.
+/// A chunk takes no more frames when it has grown to this many bytes.
 const CHUNK_BYTES: usize = 256 * 1024;
+/// Largest frame: a 64 KiB segmentation-offload packet with its headers. A chunk that takes frames has room for one. What is never
+/// touched of it costs nothing.
+const FRAME_BYTES_MAX: usize = 128 * 1024;
+/// So many barriers make the moment in which what was held at once is remembered.
+const MOMENT_BARRIERS: u32 = 64;
 
 /// Frames of one epoch, one after the other.
 #[derive(Debug)]
 pub(crate) struct Chunk {
     epoch: Epoch,
     bytes: Vec<u8>,
-    frames: Vec<Held>,
+    /// Bytes of each frame.
+    lengths: Vec<usize>,
+    arrivals: Vec<Arrivals>,
 }
 
+/// Frames that came at the same time, one after the other.
 #[derive(Debug)]
-struct Held {
-    bytes: usize,
-    arrived: Time,
+struct Arrivals {
+    at: Time,
+    frames: u64,
 }
 
 impl Chunk {
+    fn new(epoch: Epoch) -> Self {
+        Self {
+            epoch,
+            bytes: Vec::with_capacity(CHUNK_BYTES + FRAME_BYTES_MAX),
+            lengths: Vec::new(),
+            arrivals: Vec::new(),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.lengths.is_empty()
+    }
+
+    fn push(&mut self, bytes: usize, now: Time) {
+        self.lengths.push(bytes);
+        match self.arrivals.last_mut() {
+            Some(last) if last.at == now => last.frames += 1,
+            _ => self.arrivals.push(Arrivals { at: now, frames: 1 }),
+        }
+    }
+
     /// The frames in order of arrival.
     pub(crate) fn frames(&self) -> impl Iterator<Item = &[u8]> {
         let mut rest = self.bytes.as_slice();
-        self.frames.iter().map(move |frame| {
-            let (first, others) = rest.split_at(frame.bytes);
+        self.lengths.iter().map(move |bytes| {
+            let (first, others) = rest.split_at(*bytes);
             rest = others;
             first
         })
@@ -48,21 +81,29 @@ impl Chunk {
 #[derive(Debug)]
 pub(crate) struct HeldQueue {
     chunks: VecDeque<Chunk>,
+    spare: Vec<Chunk>,
+    /// Most chunks in use at once in this moment, and in the one before.
+    in_use_peaks: [usize; 2],
+    barriers: u32,
     current: Epoch,
     bytes_max: usize,
     frames_max: usize,
+    discarded: bool,
     stats: GateStats,
 }
 
 impl HeldQueue {
     /// An empty queue whose frames belong to epoch 1.
     pub(crate) fn new(bytes_max: usize, frames_max: usize) -> Self {
-        let first = Epoch::NONE.next();
         Self {
             chunks: VecDeque::new(),
-            current: first,
+            spare: Vec::new(),
+            in_use_peaks: [0; 2],
+            barriers: 0,
+            current: Epoch::NONE.next(),
             bytes_max,
             frames_max,
+            discarded: false,
             stats: GateStats::default(),
         }
     }
@@ -76,35 +117,58 @@ impl HeldQueue {
         &self.stats
     }
 
-    /// Holds a frame, or counts it as dropped when the queue is full.
-    pub(crate) fn push(&mut self, frame: &[u8], now: Time) {
+    /// Whether [`HeldQueue::discard`] was called.
+    pub(crate) fn is_discarded(&self) -> bool {
+        self.discarded
+    }
+
+    /// Holds the frame that `read` appends to what it is given, within its capacity; or counts it as dropped when the queue is
+    /// full, or was discarded. When `read` fails it has appended nothing.
+    pub(crate) fn receive<E>(
+        &mut self,
+        now: Time,
+        read: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.make_room();
+        let chunk = self.chunks.back_mut().expect("there is room now");
+        let before = chunk.bytes.len();
+        read(&mut chunk.bytes)?;
+        let bytes = chunk.bytes.len() - before;
         let stats = &mut self.stats;
-        let full = stats.held_frames >= self.frames_max
-            || frame.len() > self.bytes_max.saturating_sub(stats.held_bytes);
-        if full {
+        let full =
+            stats.held_frames >= self.frames_max || bytes > self.bytes_max.saturating_sub(stats.held_bytes);
+        if self.discarded {
+            stats.discarded_frames += 1;
+        } else if full {
             stats.dropped_by_limit_frames += 1;
-            stats.dropped_by_limit_bytes += frame.len() as u64;
-            return;
+            stats.dropped_by_limit_bytes += bytes as u64;
+        } else {
+            stats.held_frames += 1;
+            stats.held_bytes += bytes;
+            stats.held_frames_peak = stats.held_frames_peak.max(stats.held_frames);
+            stats.held_bytes_peak = stats.held_bytes_peak.max(stats.held_bytes);
+            chunk.push(bytes, now);
+            return Ok(());
         }
-        stats.held_frames += 1;
-        stats.held_bytes += frame.len();
-        stats.held_frames_peak = stats.held_frames_peak.max(stats.held_frames);
-        stats.held_bytes_peak = stats.held_bytes_peak.max(stats.held_bytes);
-        let held = Held {
-            bytes: frame.len(),
-            arrived: now,
-        };
+        chunk.bytes.truncate(before);
+        Ok(())
+    }
+
+    /// Makes the last chunk one of this epoch with room for a frame.
+    fn make_room(&mut self) {
+        let current = self.current;
         match self.chunks.back_mut() {
-            Some(chunk) if chunk.epoch == self.current && chunk.bytes.len() < CHUNK_BYTES => {
-                chunk.bytes.extend_from_slice(frame);
-                chunk.frames.push(held);
+            Some(last) if last.epoch == current && last.bytes.len() < CHUNK_BYTES => return,
+            Some(last) if last.is_empty() => {
+                last.epoch = current;
+                return;
             }
-            _ => self.chunks.push_back(Chunk {
-                epoch: self.current,
-                bytes: frame.to_vec(),
-                frames: vec![held],
-            }),
+            _ => (),
         }
+        let mut chunk = self.spare.pop().unwrap_or_else(|| Chunk::new(current));
+        chunk.epoch = current;
+        self.chunks.push_back(chunk);
+        self.in_use_peaks[0] = self.in_use_peaks[0].max(self.chunks.len());
     }
 
     /// Ends `epoch`: frames from now on belong to the one after it.
@@ -118,43 +182,60 @@ impl HeldQueue {
             self.current
         );
         self.current = epoch.next();
+        self.barriers += 1;
+        if self.barriers == MOMENT_BARRIERS {
+            self.barriers = 0;
+            self.in_use_peaks = [self.chunks.len(), self.in_use_peaks[0]];
+        }
     }
 
-    /// The oldest chunk, when its epoch is `up_to` or earlier.
+    /// The oldest chunk with frames, when its epoch is `up_to` or earlier. It is to be given back.
     pub(crate) fn take(&mut self, up_to: Epoch, now: Time) -> Option<Chunk> {
-        if self.chunks.front()?.epoch > up_to {
+        if self.chunks.front()?.epoch > up_to || self.chunks.front()?.is_empty() {
             return None;
         }
         let chunk = self.chunks.pop_front().expect("there is a front");
         self.forget(&chunk);
-        self.stats.released_frames += chunk.frames.len() as u64;
+        self.stats.released_frames += chunk.lengths.len() as u64;
         self.stats.released_bytes += chunk.bytes.len() as u64;
-        for frame in &chunk.frames {
-            self.stats.hold.record(now.since_ns(frame.arrived));
+        for arrivals in &chunk.arrivals {
+            self.stats.hold.record(now.since_ns(arrivals.at), arrivals.frames);
         }
         Some(chunk)
     }
 
-    /// Drops everything.
+    /// Takes back a chunk of which so many frames could not be written.
+    pub(crate) fn give_back(&mut self, mut chunk: Chunk, write_failed_frames: u64) {
+        self.stats.write_failed_frames += write_failed_frames;
+        chunk.bytes.clear();
+        chunk.lengths.clear();
+        chunk.arrivals.clear();
+        self.spare.push(chunk);
+    }
+
+    /// A chunk that is not needed any more, to be dropped without the lock.
+    pub(crate) fn surplus(&mut self) -> Option<Chunk> {
+        let needed = self.in_use_peaks[0].max(self.in_use_peaks[1]);
+        if self.chunks.len() + self.spare.len() > needed {
+            self.spare.pop()
+        } else {
+            None
+        }
+    }
+
+    /// Drops everything, and whatever comes from now on.
     pub(crate) fn discard(&mut self) {
+        self.discarded = true;
         while let Some(chunk) = self.chunks.pop_front() {
             self.forget(&chunk);
-            self.stats.discarded_frames += chunk.frames.len() as u64;
+            self.stats.discarded_frames += chunk.lengths.len() as u64;
         }
+        self.spare.clear();
         assert_eq!(self.stats.held_bytes, 0, "an empty queue holds nothing");
     }
 
-    /// Counts a frame that came after [`HeldQueue::discard`].
-    pub(crate) fn discard_one(&mut self) {
-        self.stats.discarded_frames += 1;
-    }
-
-    pub(crate) fn count_write_failures(&mut self, frames: u64) {
-        self.stats.write_failed_frames += frames;
-    }
-
     fn forget(&mut self, chunk: &Chunk) {
-        self.stats.held_frames -= chunk.frames.len();
+        self.stats.held_frames -= chunk.lengths.len();
         self.stats.held_bytes -= chunk.bytes.len();
     }
 }
@@ -168,10 +249,19 @@ mod tests {
         Time::from_ns(ns)
     }
 
+    fn push(queue: &mut HeldQueue, frame: &[u8], now: Time) {
+        let read = |bytes: &mut Vec<u8>| {
+            bytes.extend_from_slice(frame);
+            Ok::<(), ()>(())
+        };
+        queue.receive(now, read).unwrap();
+    }
+
     fn taken(queue: &mut HeldQueue, up_to: u64) -> Vec<Vec<u8>> {
         let mut frames = Vec::new();
         while let Some(chunk) = queue.take(Epoch(up_to), at(0)) {
             frames.extend(chunk.frames().map(<[u8]>::to_vec));
+            queue.give_back(chunk, 0);
         }
         frames
     }
@@ -179,13 +269,13 @@ mod tests {
     #[test]
     fn frames_leave_with_their_epoch_and_not_before() {
         let mut queue = HeldQueue::new(1000, 1000);
-        queue.push(b"one", at(0));
+        push(&mut queue, b"one", at(0));
         queue.barrier(Epoch(1));
-        queue.push(b"two", at(0));
+        push(&mut queue, b"two", at(0));
         assert_eq!(taken(&mut queue, 0), Vec::<Vec<u8>>::new());
         assert_eq!(taken(&mut queue, 1), [b"one".to_vec()]);
         queue.barrier(Epoch(2));
-        queue.push(b"three", at(0));
+        push(&mut queue, b"three", at(0));
         assert_eq!(taken(&mut queue, 2), [b"two".to_vec()]);
         assert_eq!(queue.stats().held_frames, 1);
     }
@@ -193,26 +283,76 @@ mod tests {
     #[test]
     fn what_is_over_the_limits_is_dropped_and_counted() {
         let mut queue = HeldQueue::new(10, 3);
-        queue.push(&[1; 6], at(0));
-        queue.push(&[2; 6], at(0)); // over the bytes
-        queue.push(&[3; 2], at(0));
-        queue.push(&[4; 1], at(0));
-        queue.push(&[5; 1], at(0)); // over the frames
+        push(&mut queue, &[1; 6], at(0));
+        push(&mut queue, &[2; 6], at(0)); // over the bytes
+        push(&mut queue, &[3; 2], at(0));
+        push(&mut queue, &[4; 1], at(0));
+        push(&mut queue, &[5; 1], at(0)); // over the frames
         assert_eq!(queue.stats().dropped_by_limit_frames, 2);
         assert_eq!(queue.stats().dropped_by_limit_bytes, 7);
         assert_eq!(taken(&mut queue, 1), [vec![1; 6], vec![3; 2], vec![4; 1]]);
-        queue.push(&[6; 10], at(0));
+        push(&mut queue, &[6; 10], at(0));
         assert_eq!(taken(&mut queue, 1), [vec![6; 10]]);
     }
 
     #[test]
     fn the_hold_time_is_that_from_arrival_to_release() {
         let mut queue = HeldQueue::new(1000, 1000);
-        queue.push(b"x", at(1_000));
-        queue.push(b"y", at(4_000));
+        push(&mut queue, b"x", at(1_000));
+        push(&mut queue, b"y", at(4_000));
         queue.take(Epoch(1), at(10_000)).unwrap();
         assert_eq!(queue.stats().hold.sum_ns, 15_000);
         assert_eq!(queue.stats().hold.max_ns, 9_000);
+    }
+
+    #[test]
+    fn a_frame_that_is_not_there_changes_nothing() {
+        let mut queue = HeldQueue::new(1000, 1000);
+        assert_eq!(queue.receive(at(0), |_| Err("nothing")), Err("nothing"));
+        queue.barrier(Epoch(1));
+        assert!(queue.take(Epoch(1), at(0)).is_none());
+        push(&mut queue, b"later", at(0));
+        assert_eq!(taken(&mut queue, 1), Vec::<Vec<u8>>::new());
+        queue.barrier(Epoch(2));
+        assert_eq!(taken(&mut queue, 2), [b"later".to_vec()]);
+    }
+
+    #[test]
+    fn what_comes_after_a_discard_is_dropped_and_counted() {
+        let mut queue = HeldQueue::new(1000, 1000);
+        push(&mut queue, b"before", at(0));
+        queue.discard();
+        push(&mut queue, b"after", at(0));
+        assert_eq!(queue.stats().discarded_frames, 2);
+        queue.barrier(Epoch(1));
+        assert_eq!(taken(&mut queue, 1), Vec::<Vec<u8>>::new());
+    }
+
+    #[test]
+    fn memory_is_used_again_and_what_is_not_needed_is_given_up() {
+        let mut queue = HeldQueue::new(64 << 20, 1000);
+        let burst = |queue: &mut HeldQueue, frames: usize| {
+            (0..frames).for_each(|_| push(queue, &[1; 100_000], at(0)));
+            let ended = queue.current();
+            queue.barrier(ended);
+            assert_eq!(taken(queue, ended.0).len(), frames);
+        };
+        burst(&mut queue, 300);
+        let first = queue.spare.iter().map(|chunk| chunk.bytes.as_ptr());
+        let first: Vec<_> = first.collect();
+        assert_eq!(first.len(), 100);
+        burst(&mut queue, 300);
+        let again: Vec<_> = queue.spare.iter().map(|chunk| chunk.bytes.as_ptr()).collect();
+        assert!(first.iter().all(|chunk| again.contains(chunk)));
+        assert!(queue.surplus().is_none(), "all of it was needed just now");
+        // Two moments later.
+        for _ in 0..2 * MOMENT_BARRIERS {
+            burst(&mut queue, 1);
+        }
+        while let Some(chunk) = queue.surplus() {
+            drop(chunk);
+        }
+        assert_eq!(queue.spare.len(), 1);
     }
 
     #[test]
@@ -234,7 +374,7 @@ mod tests {
                     0..6 => {
                         let mut frame = sent.to_le_bytes().to_vec();
                         frame.resize(4 + usize::from(step) * 20_000, 0);
-                        queue.push(&frame, at(0));
+                        push(&mut queue, &frame, at(0));
                         sent += 1;
                     }
                     6..8 => {
@@ -248,10 +388,14 @@ mod tests {
                                 prop_assert_eq!(&frame[..4], &got.to_le_bytes()[..]);
                                 got += 1;
                             }
+                            queue.give_back(chunk, 0);
                         }
+                        drop(queue.surplus());
                         prop_assert_eq!(got, sealed);
                     }
                 }
+                let chunks = queue.chunks.iter();
+                prop_assert!(chunks.rev().skip(1).all(|chunk| !chunk.is_empty()));
                 prop_assert_eq!(queue.stats().held_frames, usize::try_from(sent - got).unwrap());
             }
         }

@@ -15,13 +15,14 @@ pub struct HoldTimes {
 }
 
 impl HoldTimes {
-    pub(crate) fn record(&mut self, held_ns: u64) {
-        self.sum_ns = self.sum_ns.saturating_add(held_ns);
+    /// Counts frames that were held equally long.
+    pub(crate) fn record(&mut self, held_ns: u64, frames: u64) {
+        self.sum_ns = self.sum_ns.saturating_add(held_ns.saturating_mul(frames));
         self.max_ns = self.max_ns.max(held_ns);
         let microseconds = held_ns.div_ceil(1000).max(1);
         let bucket =
             usize::try_from(microseconds.next_power_of_two().trailing_zeros()).unwrap_or(HOLD_BUCKETS);
-        self.frames_by_log2_us[bucket.min(HOLD_BUCKETS - 1)] += 1;
+        self.frames_by_log2_us[bucket.min(HOLD_BUCKETS - 1)] += frames;
     }
 }
 
@@ -81,7 +82,7 @@ mod tests {
     fn a_hold_time_falls_into_the_bucket_of_its_upper_bound() {
         let mut times = HoldTimes::default();
         for ns in [0, 1_000, 1_001, 2_000, 25_000_000, u64::MAX] {
-            times.record(ns);
+            times.record(ns, 1);
         }
         assert_eq!(times.frames_by_log2_us[0], 2);
         assert_eq!(times.frames_by_log2_us[1], 2);
@@ -96,7 +97,7 @@ mod tests {
             held_frames: 7,
             ..GateStats::default()
         };
-        one.hold.record(25_000_000);
+        one.hold.record(25_000_000, 1);
         let mut sum = one.clone();
         sum.add_counts(&one);
         assert_eq!((sum.released_frames, sum.held_frames), (6, 7));

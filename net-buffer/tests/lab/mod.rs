@@ -192,13 +192,14 @@ fn ipv4(protocol: u8, to: [u8; 4], data: &[u8]) -> Vec<u8> {
 
 /// A UDP datagram without checksum to 224.0.0.5.
 pub fn multicast() -> Vec<u8> {
-    let udp = [4, 210, 0, 80, 0, 12, 0, 0, b'm', b'a', b'n', b'y'];
-    ethernet(
-        &[1, 0, 0x5e, 0, 0, 5],
-        &GUEST,
-        &[8, 0],
-        &ipv4(17, [224, 0, 0, 5], &udp),
-    )
+    datagram(&[1, 0, 0x5e, 0, 0, 5], [224, 0, 0, 5], b"many")
+}
+
+/// A UDP datagram without checksum to port 80 of a host.
+pub fn datagram(mac: &[u8; 6], to: [u8; 4], data: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(8 + data.len()).unwrap().to_be_bytes();
+    let udp = [&[4, 210, 0, 80][..], &length, &[0, 0], data].concat();
+    ethernet(mac, &GUEST, &[8, 0], &ipv4(17, to, &udp))
 }
 
 /// A TCP segment of 8,000 bytes over IPv4 that asks to be cut into 1,448-byte segments: header and frame.
