@@ -233,8 +233,23 @@ impl Settings for BackupAgent {
         allow::check(&self.allow)?;
         self.failover.check()?;
         self.network.check()?;
+        self.check_connections()?;
         self.log.check()?;
         self.metrics.check()
+    }
+}
+
+impl BackupAgent {
+    /// Each VM that is protected to here holds a connection.
+    fn check_connections(&self) -> Result<(), Invalid> {
+        let (vms_max, connections_max) = (self.vms_max, self.network.connections_max);
+        if connections_max < vms_max {
+            let problem = format!(
+                "{vms_max} VMs need as many connections, and network.connections_max is {connections_max}: raise that, too"
+            );
+            return Err(Invalid::new("vms_max", problem));
+        }
+        Ok(())
     }
 }
 
@@ -270,4 +285,20 @@ fn check_vmms(vmms: &[Vmm]) -> Result<(), Invalid> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_vms_than_connections_are_refused_with_the_setting_to_raise() {
+        let agent = |vms_max, connections_max| {
+            let text = format!("vms_max = {vms_max}\n[network]\nconnections_max = {connections_max}\n");
+            toml::from_str::<BackupAgent>(&text).expect("settings").check()
+        };
+        agent(64, 64).expect("each VM has its connection");
+        let refused = agent(65, 64).unwrap_err().to_string();
+        assert!(refused.contains("network.connections_max is 64"), "{refused}");
+    }
 }
