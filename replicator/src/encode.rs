@@ -243,8 +243,11 @@ impl Encoder {
         let Some(sending) = self.sending.as_ref() else {
             return Ok(Err(Gone));
         };
+        // The last part of a small state and the record go as one: each piece wakes the sender, and may leave as a packet of its own.
+        let mut last = Bytes::new();
         for frame in device_state_frames(session, epoch, state)? {
-            if sending.sink.blocking_send(frame).is_err() {
+            let full = std::mem::replace(&mut last, frame);
+            if !full.is_empty() && sending.sink.blocking_send(full).is_err() {
                 return Ok(Err(Gone));
             }
         }
@@ -256,7 +259,8 @@ impl Encoder {
             pages,
             device_state: device_state_section(state),
         };
-        Ok(sending.sink.blocking_send(record.frame()).map_err(|_| Gone))
+        let end = [last, record.frame()].concat().into();
+        Ok(sending.sink.blocking_send(end).map_err(|_| Gone))
     }
 
     /// Encodes pages, in ascending order, and sends them. `None` when the session is not current or its connection
