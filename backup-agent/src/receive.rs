@@ -6,7 +6,7 @@ use anyhow::{Context, bail, ensure};
 use romulus_hypervisor::fault;
 use romulus_image::{Expected, device_state_digest};
 use romulus_page_codec::{Page, decode, page_digest};
-use romulus_types::{Digest, Epoch, PAGE_BYTES, Session, Term};
+use romulus_types::{Digest, Epoch, PAGE_BYTES, Session, Term, Time};
 use romulus_wire::{
     CommitRecord, DeviceStateAssembler, DeviceStateChunk, Frame, FrameType, Pages, PagesSection,
 };
@@ -26,6 +26,8 @@ pub enum Received {
         epoch: Epoch,
         /// Its pages.
         pages: u64,
+        /// When it was captured, by the primary's clock.
+        captured: Time,
     },
 }
 
@@ -170,6 +172,7 @@ impl Receiver {
         Ok(Received::Committed {
             epoch: record.epoch,
             pages: record.pages.pages,
+            captured: Time::from_ns(record.captured_ns),
         })
     }
 }

@@ -271,8 +271,13 @@ impl Store {
         let began = Instant::now();
         match receiver.frame(frame, &mut self.image) {
             Ok(Received::More) => {}
-            Ok(Received::Committed { epoch, pages }) => {
-                self.committed(session, epoch, pages, [received, began]);
+            Ok(Received::Committed {
+                epoch,
+                pages,
+                captured,
+            }) => {
+                let verified = BackupEvent::Verified(session, epoch, captured);
+                self.committed(verified, session, epoch, pages, [received, began]);
             }
             Err(error) => {
                 let epoch = receiver.epoch();
@@ -282,7 +287,14 @@ impl Store {
     }
 
     /// `received`: when its last byte came; `began`: when it was looked at.
-    fn committed(&mut self, session: Session, epoch: Epoch, pages: u64, [received, began]: [Instant; 2]) {
+    fn committed(
+        &mut self,
+        verified: BackupEvent,
+        session: Session,
+        epoch: Epoch,
+        pages: u64,
+        [received, began]: [Instant; 2],
+    ) {
         let verify_ns = elapsed_ns(began);
         // Before it can be acknowledged.
         debug!(
@@ -294,7 +306,7 @@ impl Store {
         );
         fault::point("agent.after_commit");
         self.status.commit_received(epoch, received);
-        self.events.send(BackupEvent::Verified(session, epoch));
+        self.events.send(verified);
         fault::point("agent.before_apply");
         let began = Instant::now();
         if let Err(error) = self.image.apply() {

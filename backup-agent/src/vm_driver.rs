@@ -130,7 +130,7 @@ impl VmDriver {
             Input::Event(event) => {
                 match event {
                     BackupEvent::Witness(_) => fault::point("agent.answered"),
-                    BackupEvent::Peer(..) => self.heard = Instant::now(),
+                    BackupEvent::Peer(..) | BackupEvent::Verified(..) => self.heard = Instant::now(),
                     _ => {}
                 }
                 self.backup.handle(now, event);

@@ -9,7 +9,7 @@ use romulus_protocol::{
 use romulus_types::{Epoch, HostId, Session, Time, VmId, WitnessInstance};
 
 /// As the replicator's defaults have it.
-const HEARTBEAT_NS: u64 = 10_000_000;
+const HEARTBEAT_NS: u64 = 30_000_000;
 const SUSPICION_NS: u64 = 150_000_000;
 const RETRY_NS: u64 = 100_000_000;
 const HOLD_NS_MAX: u64 = 10_000_000_000;

@@ -15,7 +15,8 @@ pub struct Failover {
     /// Silence after which the peer is suspected. Default 150 ms.
     #[serde(with = "duration")]
     pub suspicion_timeout: Duration,
-    /// Time between two heartbeats; at most a third of `suspicion_timeout`. Default 10 ms.
+    /// A primary says at least so often that it lives; at most a third of `suspicion_timeout`. A checkpoint that the backup has
+    /// committed says it, too, so that with shorter epochs there are heartbeats only while commits take long. Default 30 ms.
     #[serde(with = "duration")]
     pub heartbeat_interval: Duration,
     /// A primary that may not speak for this long suspends its guest until the witness's record is known.
@@ -28,7 +29,7 @@ impl Default for Failover {
     fn default() -> Self {
         Self {
             suspicion_timeout: Duration::from_millis(150),
-            heartbeat_interval: Duration::from_millis(10),
+            heartbeat_interval: Duration::from_millis(30),
             mute_limit: Duration::from_secs(60),
         }
     }

@@ -222,7 +222,8 @@ pub enum BackupEvent {
     Peer(Session, PrimaryMessage),
     /// The checkpoint is complete, verified and durable: it survives the primary. Handed in once for each epoch, in
     /// order, and never for a checkpoint that became durable after [`BackupCommand::MarkUnusable`] was carried out.
-    Verified(Session, Epoch),
+    /// With the time, by the primary's clock, that its commit record names.
+    Verified(Session, Epoch, Time),
     /// A checkpoint was not what its commit record said; it was discarded.
     Invalid(Session, Epoch),
     /// A standby has loaded this epoch.

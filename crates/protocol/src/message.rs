@@ -44,7 +44,8 @@ pub enum BackupMessage {
     Alive {
         /// Newest committed epoch of this session, [`Epoch::NONE`] before the first.
         committed: Epoch,
-        /// `sent` of the newest heartbeat that the backup had seen when it said this.
+        /// `sent` of the newest heartbeat that the backup had seen when it said this, or when the newest checkpoint that it had
+        /// committed was captured: what is later.
         answers: Time,
     },
     /// A standby with the guest's configuration has loaded the checkpoint of this epoch.

@@ -316,8 +316,8 @@ impl BackupHost {
             };
             match committed {
                 Ok(None) => {}
-                Ok(Some(epoch)) => {
-                    self.committed(context, session, epoch)?;
+                Ok(Some((epoch, captured))) => {
+                    self.committed(context, session, epoch, captured)?;
                     // The machine's commands come before the next frame.
                     self.carry_out(context);
                 }
@@ -339,11 +339,12 @@ impl BackupHost {
         context: &mut Context,
         session: Session,
         epoch: romulus_types::Epoch,
+        captured: Time,
     ) -> Result<(), Died> {
         let memory = (epoch.0 % 4 == 1).then(|| self.store.memory()).flatten();
         context.checks.committed(session, epoch, memory.as_ref());
         context.moment(Moment::Commit);
-        self.hand_in(context, BackupEvent::Verified(session, epoch));
+        self.hand_in(context, BackupEvent::Verified(session, epoch, captured));
         let twice = context.is_planted(Mistake::CommitAppliedTwice) && context.random.chance(100);
         if let Some(image) = self.store.image() {
             image.apply()?;

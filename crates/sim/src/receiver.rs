@@ -2,7 +2,7 @@
 
 use romulus_image::{Expected, Image, ImageError, device_state_digest};
 use romulus_page_codec::{DecodeError, Page, decode, page_digest};
-use romulus_types::{Digest, Epoch, PAGE_BYTES, PageIndex, Session, Term};
+use romulus_types::{Digest, Epoch, PAGE_BYTES, PageIndex, Session, Term, Time};
 use romulus_wire::{
     CommitRecord, DeviceStateAssembler, DeviceStateChunk, Frame, FrameType, Pages, PagesSection, WireError,
 };
@@ -64,19 +64,23 @@ impl Receiver {
             .map_or(self.last, |incoming| incoming.epoch)
     }
 
-    /// Takes a frame; an epoch when it completes that checkpoint.
+    /// Takes a frame; when it completes a checkpoint, that epoch and when the primary captured it.
     pub(crate) fn take(
         &mut self,
         frame: &Frame,
         image: &mut Image<SimFiles>,
-    ) -> Result<Option<Epoch>, Refused> {
+    ) -> Result<Option<(Epoch, Time)>, Refused> {
         match frame.frame_type {
             FrameType::Pages => self.pages(&Pages::parse(frame)?, image)?,
             FrameType::DeviceState => {
                 let chunk = DeviceStateChunk::parse(frame)?;
                 self.incoming(chunk.epoch, image)?.device_state.push(chunk)?;
             }
-            FrameType::Commit => return self.commit(&CommitRecord::from_frame(frame)?, image).map(Some),
+            FrameType::Commit => {
+                let record = CommitRecord::from_frame(frame)?;
+                let epoch = self.commit(&record, image)?;
+                return Ok(Some((epoch, Time::from_ns(record.captured_ns))));
+            }
             _ => return Err(Refused::Misplaced),
         }
         Ok(None)

@@ -98,7 +98,7 @@ pub struct CommitRecord {
     /// Its epoch, from 1.
     pub epoch: Epoch,
     /// When the guest was stopped for it, in nanoseconds of the primary's monotonic clock. Tells the backup nothing
-    /// about its own clock; differences between records of one session are meaningful.
+    /// about its own clock; differences between records of one session are meaningful, and it names it in its answer.
     pub captured_ns: u64,
     /// Digest of the whole memory image after the checkpoint is applied.
     pub image_digest: Digest,

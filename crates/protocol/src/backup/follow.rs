@@ -113,7 +113,7 @@ impl Backup {
         ));
     }
 
-    pub(super) fn on_verified(&mut self, now: Time, session: Session, epoch: Epoch) {
+    pub(super) fn on_verified(&mut self, now: Time, session: Session, epoch: Epoch, captured: Time) {
         if self.writing != Some(session) {
             return;
         }
@@ -139,6 +139,13 @@ impl Backup {
         }
         if !self.is_session(session) {
             return;
+        }
+        if self.phase == Phase::Following {
+            // Its primary lived when it was captured, and said so: as good as a heartbeat.
+            self.hear(now);
+            if let Some(link) = &mut self.link {
+                link.answers = link.answers.max(captured);
+            }
         }
         self.acknowledge();
         self.try_standby(now, session, epoch);

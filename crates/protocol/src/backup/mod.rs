@@ -195,7 +195,9 @@ impl Backup {
             }
             BackupEvent::Disconnected(session) => self.on_disconnected(session),
             BackupEvent::Peer(session, message) => self.on_peer(now, session, message),
-            BackupEvent::Verified(session, epoch) => self.on_verified(now, session, epoch),
+            BackupEvent::Verified(session, epoch, captured) => {
+                self.on_verified(now, session, epoch, captured)
+            }
             BackupEvent::Invalid(session, _) => self.on_invalid(session),
             BackupEvent::StandbyLoaded(session, epoch) => self.on_standby_loaded(session, epoch),
             BackupEvent::StandbyFailed(session) => self.on_standby_failed(now, session),

@@ -259,6 +259,7 @@ impl World {
             self.image_covers = self.covers[&(session, epoch)];
         }
         self.durable.insert(session, epoch);
-        self.run_backup(0, Some(BackupEvent::Verified(session, epoch)));
+        // All ages are forgotten.
+        self.run_backup(0, Some(BackupEvent::Verified(session, epoch, BASE)));
     }
 }

@@ -93,6 +93,9 @@ impl Primary {
                 } else {
                     link.committed = *committed;
                     link.answers = link.answers.max(*answers);
+                    // A checkpoint that was answered in time has said what a heartbeat would.
+                    let next_ns = self.config.heartbeat_interval_ns.max(1);
+                    link.heartbeat_at = link.heartbeat_at.max(link.answers.after_ns(next_ns));
                     self.release(now);
                     false
                 }

@@ -18,7 +18,7 @@ enum Parcel {
     Accepted(Session),
     Refused(Session),
     ToBackup(Session, PrimaryMessage),
-    Checkpoint(Session, Epoch),
+    Checkpoint(Session, Epoch, Time),
     ToPrimary(Session, BackupMessage),
     Ask(WitnessRequest),
     Reply(WitnessReply),
@@ -43,6 +43,8 @@ pub(crate) struct Lab {
     standby_fails: bool,
     /// Every capture is told, not only those that do something else as well.
     captures_told: bool,
+    /// So is every heartbeat.
+    heartbeats_told: bool,
     stalled_until_ms: u64,
     late: VecDeque<PrimaryEvent>,
     released: Epoch,
@@ -68,6 +70,7 @@ impl Lab {
             captures: Vec::new(),
             standby_fails: false,
             captures_told: false,
+            heartbeats_told: false,
             stalled_until_ms: 0,
             late: VecDeque::new(),
             released: Epoch::NONE,
@@ -130,6 +133,7 @@ impl Lab {
             ["order", "force", "fenced"] => self.force(true),
             // A host that the record does not name says hello, so many terms ahead of the record.
             ["lie", ahead] => self.lie(ahead.parse().expect("a number of terms")),
+            ["heartbeats", "told"] => self.heartbeats_told = true,
             ["epochs", "told"] => self.captures_told = true,
             ["epochs", time] => {
                 let ms: u64 = time.trim_end_matches("ms").parse().expect("milliseconds");
@@ -165,7 +169,7 @@ impl Lab {
             backup: HostId::new("b").expect("a name"),
             register: self.register,
             epoch_ns: 25 * MS,
-            heartbeat_interval_ns: 10 * MS,
+            heartbeat_interval_ns: 30 * MS,
             suspicion_ns: 100 * MS,
             release_age_ns_max: 150 * MS,
             retry_ns: 200 * MS,
@@ -273,7 +277,7 @@ impl Lab {
             .extract_if(.., |(at, ..)| *at <= now_ms)
             .collect::<Vec<_>>()
         {
-            self.send("link", Parcel::Checkpoint(session, epoch));
+            self.send("link", Parcel::Checkpoint(session, epoch, self.now()));
             self.tell_primary(PrimaryEvent::Captured(session, epoch));
         }
         let now = self.now();
@@ -324,14 +328,14 @@ impl Lab {
             Parcel::Accepted(session) => self.tell_primary(PrimaryEvent::Connected(session)),
             Parcel::Refused(session) => self.tell_primary(PrimaryEvent::Disconnected(session)),
             Parcel::ToBackup(session, message) => self.tell_backup(BackupEvent::Peer(session, message)),
-            Parcel::Checkpoint(session, epoch) => {
+            Parcel::Checkpoint(session, epoch, captured) => {
                 if self
                     .backup
                     .as_ref()
                     .is_some_and(|backup| backup.session() == Some(session))
                 {
                     self.image = ImageStatus::Committed { session, epoch };
-                    self.tell_backup(BackupEvent::Verified(session, epoch));
+                    self.tell_backup(BackupEvent::Verified(session, epoch, captured));
                 }
             }
             Parcel::ToPrimary(session, message) => self.tell_primary(PrimaryEvent::Peer(session, message)),
@@ -410,7 +414,10 @@ impl Lab {
                 }
                 PrimaryCommand::Disconnect(_) => self.captures.clear(),
                 PrimaryCommand::Send(session, message) => {
-                    self.send("link", Parcel::ToBackup(session, message))
+                    if self.heartbeats_told && matches!(message, PrimaryMessage::Heartbeat { .. }) {
+                        self.say("primary", "heartbeat");
+                    }
+                    self.send("link", Parcel::ToBackup(session, message));
                 }
                 PrimaryCommand::StartFirstCopy(session) => {
                     self.tell_primary(PrimaryEvent::FirstCopyDone(session))
