@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use romulus_e2e::crowd::{Crowd, CrowdConfig};
-use romulus_e2e::{Host, Paths};
+use romulus_e2e::{Host, Paths, wait_for};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -21,6 +21,8 @@ const HOST: &str = "left";
 const VM: &str = "vm";
 /// From the protection to the first look, so that the pace is even and hot pages are hot.
 const SETTLE: Duration = Duration::from_secs(2);
+/// A cable that was cut shows within so long.
+const NOTICED_AT_MOST: Duration = Duration::from_secs(60);
 /// As the replicators have it.
 const EPOCH_MS: u32 = 25;
 /// Pages of a moving set.
@@ -357,8 +359,9 @@ const fn ten() -> u32 {
 }
 
 impl SlowLink {
-    /// On a link as fast as it can, and on one with so many times fewer bytes a second than that took.
-    fn pair(&self, run: &Run) -> Result<(Seen, Seen), Unable> {
+    /// On a link as fast as it can, and on one with so many times fewer bytes a second than that took; each once more. All in the same
+    /// processes, because two replicators differ by more than the link may make of one: in where their memory happens to lie.
+    fn pairs(&self, run: &Run) -> Result<[(Seen, Seen); 2], Unable> {
         let slice = slice(run, self.slice_ms);
         let mut crowd = protected(run, &self.dirty, self.memory_mib)?;
         run.say("a fast link");
@@ -370,36 +373,51 @@ impl SlowLink {
             reason = "limited to what fits"
         )]
         let limit = bytes_a_second.clamp(1000.0, f64::from(u32::MAX)) as u32;
-        crowd
-            .unprotect(VM)
-            .map_err(Unable::failed("ending the protection"))?;
-        let slowed = crowd.lab.net.slow_down(Host::Backup, limit);
-        slowed.map_err(Unable::failed("slowing the link down"))?;
-        run.say(format!("a link of {:.1} MB/s", f64::from(limit) / 1e6));
-        crowd
-            .protect_all()
-            .map_err(Unable::failed("protecting the guest on a slow link"))?;
-        let slow = watch(&crowd, slice)?;
-        // Otherwise the link was not what held it up, and nothing was shown.
-        let taken = slow.wire_bytes / slow.slice.as_secs_f64();
-        if taken > 1.5 * f64::from(limit) {
-            return Err(Unable::Wrong(format!(
-                "{:.1} MB/s were sent on a link of {:.1} MB/s",
-                taken / 1e6,
-                f64::from(limit) / 1e6
-            )));
-        }
-        Ok((fast, slow))
+        let watch_slow = |crowd: &mut Crowd| {
+            run.say(format!("a link of {:.1} MB/s", f64::from(limit) / 1e6));
+            link_of(crowd, limit)?;
+            let slow = watch(crowd, slice)?;
+            // Otherwise the link was not what held it up, and nothing was shown.
+            let taken = slow.wire_bytes / slow.slice.as_secs_f64();
+            if taken > 1.5 * f64::from(limit) {
+                return Err(Unable::Wrong(format!(
+                    "{:.1} MB/s were sent on a link of {:.1} MB/s",
+                    taken / 1e6,
+                    f64::from(limit) / 1e6
+                )));
+            }
+            Ok(slow)
+        };
+        let slow = watch_slow(&mut crowd)?;
+        run.say("a fast link again");
+        link_of(&mut crowd, u32::MAX)?;
+        let fast_again = watch(&crowd, slice)?;
+        let slow_again = watch_slow(&mut crowd)?;
+        Ok([(fast, slow), (fast_again, slow_again)])
     }
+}
+
+/// Cuts the cable, and goes on with a link of so many bytes a second: with the session that begins then, the figures of pauses begin
+/// anew.
+fn link_of(crowd: &mut Crowd, bytes_a_second: u32) -> Result<(), Unable> {
+    let failed = Unable::failed("changing the link");
+    let changed = (|| {
+        crowd.lab.net.set_cable(Host::Backup, false)?;
+        wait_for("the end of the session", NOTICED_AT_MOST, || {
+            (crowd.status(VM).ok()?["state"] != "protected").then_some(())
+        })?;
+        crowd.lab.net.slow_down(Host::Backup, bytes_a_second)?;
+        crowd.lab.net.set_cable(Host::Backup, true)?;
+        crowd.wait_protected(VM)
+    })();
+    changed.map_err(failed)
 }
 
 impl Measure for SlowLink {
     fn run(&self, run: &mut Run) -> Result<(), Unable> {
         let (mut pauses, mut references, mut told) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..run.repetitions() {
-            let (fast, slow) = self.pair(run)?;
-            pauses.push(slow.of_status("pause_ms", "p50")?);
-            references.push(fast.of_status("pause_ms", "p50")?);
+            let pairs = self.pairs(run)?;
             let describe = |seen: &Seen| {
                 Ok::<_, Unable>(format!(
                     "{} pages, {:.1} MB/s, {:.1} checkpoints/s, commit {:.1} ms after the pause",
@@ -409,7 +427,11 @@ impl Measure for SlowLink {
                     seen.of_status("commit_lag_ms", "p50")?
                 ))
             };
-            told.push(format!("slow: {}; fast: {}", describe(&slow)?, describe(&fast)?));
+            for (fast, slow) in &pairs {
+                pauses.push(slow.of_status("pause_ms", "p50")?);
+                references.push(fast.of_status("pause_ms", "p50")?);
+                told.push(format!("slow: {}; fast: {}", describe(slow)?, describe(fast)?));
+            }
         }
         let at: [(&str, Parameter); 3] = parameters(&self.dirty, self.memory_mib);
         let finding = Finding {
