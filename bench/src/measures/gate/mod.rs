@@ -111,7 +111,7 @@ fn in_a_network(
     })
 }
 
-/// Processor time of this process for `work`, without what `others` says that it was not.
+/// Processor time of this process for `work`, without what it says that was for others: the guest's sending, the client's receiving.
 fn cpu_ns(work: impl FnOnce(&mut u64) -> Result<(), Unable>) -> Result<u64, Unable> {
     let mut others_ns = 0;
     let begun_ns = process_cpu_ns();
@@ -119,11 +119,11 @@ fn cpu_ns(work: impl FnOnce(&mut u64) -> Result<(), Unable>) -> Result<u64, Unab
     Ok((process_cpu_ns() - begun_ns).saturating_sub(others_ns).max(1))
 }
 
-/// What the calling thread does for others: the guest's sending, the client's receiving.
-fn for_others(others_ns: &mut u64, work: impl FnOnce() -> Result<(), Unable>) -> Result<(), Unable> {
+/// Adds the calling thread's processor time for `work` to a sum.
+fn counted(sum_ns: &mut u64, work: impl FnOnce() -> Result<(), Unable>) -> Result<(), Unable> {
     let begun_ns = thread_cpu_ns();
     let done = work();
-    *others_ns += thread_cpu_ns() - begun_ns;
+    *sum_ns += thread_cpu_ns() - begun_ns;
     done
 }
 
@@ -147,21 +147,28 @@ fn ensure_all(frames: &Frames) -> Result<(), Unable> {
     }
 }
 
+/// Processor time of the calls of a gate; what is missing to all of it was the gate's own thread's.
+#[derive(Default)]
+struct Calls {
+    barrier_ns: u64,
+    release_ns: u64,
+}
+
 impl Throughput {
-    fn held(&self, held: &mut Held, frames: &mut Frames) -> Result<u64, Unable> {
+    fn held(&self, held: &mut Held, frames: &mut Frames, calls: &mut Calls) -> Result<u64, Unable> {
         cpu_ns(|others_ns| {
             for _ in 0..self.epochs {
-                for_others(others_ns, || frames.send(self.burst, &held.ends.guest))?;
-                held.barrier()?;
-                for_others(others_ns, || {
+                counted(others_ns, || frames.send(self.burst, &held.ends.guest))?;
+                counted(&mut calls.barrier_ns, || held.barrier())?;
+                counted(others_ns, || {
                     held.ensure_holds(self.burst.into())?;
                     match frames.take(&held.ends.client)? {
                         0 => Ok(()),
                         _ => Err(Unable::Wrong("frames left before their release".to_owned())),
                     }
                 })?;
-                held.release()?;
-                for_others(others_ns, || frames.take(&held.ends.client).map(drop))?;
+                counted(&mut calls.release_ns, || held.release())?;
+                counted(others_ns, || frames.take(&held.ends.client).map(drop))?;
                 ensure_all(frames)?;
             }
             Ok(())
@@ -171,9 +178,9 @@ impl Throughput {
     fn bare(&self, bare: &mut Bare, frames: &mut Frames) -> Result<u64, Unable> {
         cpu_ns(|others_ns| {
             for _ in 0..self.epochs {
-                for_others(others_ns, || frames.send(self.burst, &bare.ends.guest))?;
+                counted(others_ns, || frames.send(self.burst, &bare.ends.guest))?;
                 bare.pass_on()?;
-                for_others(others_ns, || frames.take(&bare.ends.client).map(drop))?;
+                counted(others_ns, || frames.take(&bare.ends.client).map(drop))?;
                 ensure_all(frames)?;
             }
             Ok(())
@@ -189,12 +196,16 @@ impl Throughput {
     ) -> Result<(), Unable> {
         let mut frames = [make(), make()];
         let (mut faults, mut samples) = ([0; 2], 0);
+        let (mut calls, mut held_ns) = (Calls::default(), 0);
         let [reference, value] = run.in_turn(case, self.rounds, |one| {
             let before = page_faults()?;
             let time_ns = match one {
                 0 => self.bare(bare, &mut frames[0]),
-                _ => self.held(held, &mut frames[1]),
+                _ => self.held(held, &mut frames[1], &mut calls),
             };
+            if let (1, Ok(time_ns)) = (one, &time_ns) {
+                held_ns += time_ns;
+            }
             faults[one] += page_faults()? - before;
             samples += one as u64;
             time_ns
@@ -213,10 +224,14 @@ impl Throughput {
                     "{frames_a_second:.0} frames/s, {gbit:.2} Gbit/s, {faults_a_frame:.2} page faults a frame"
                 )
             };
+            let a_frame = |sum_ns: u64| float(sum_ns) / (float(samples) * unit.size);
             let note = format!(
-                "of a core: {}; bare {}",
+                "of a core: {}; bare {}. Of the mean {:.0} ns: {:.0} reading at the barrier, {:.0} releasing, the gate's thread the rest",
                 told(&value, faults[1]),
-                told(&reference, faults[0])
+                told(&reference, faults[0]),
+                a_frame(held_ns),
+                a_frame(calls.barrier_ns),
+                a_frame(calls.release_ns),
             );
             let at: [(&str, Parameter); 3] = [
                 ("case", case.into()),
