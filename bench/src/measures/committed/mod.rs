@@ -5,6 +5,7 @@
 //! committed and applied. Encoding them is not: that is another core's work, and `codec.session`.
 
 mod peer;
+mod processor;
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -32,6 +33,7 @@ use crate::parameters::Parameter;
 use crate::run::{Finding, Run, Unable, timed};
 use crate::stats::{Figure, Unit};
 pub(crate) use peer::main as peer_main;
+use processor::{Cost, Watch};
 
 /// The word that makes this program a peer.
 pub(crate) const PEER: &str = "wire-peer";
@@ -149,7 +151,7 @@ struct Primary {
     _connection: Connection,
     _endpoint: Endpoint,
     runtime: Runtime,
-    _peer: Peer,
+    peer: Peer,
 }
 
 /// What is sent: the guest's pages, and what the backup has of them.
@@ -322,7 +324,7 @@ impl Primary {
             _connection: connection,
             _endpoint: endpoint,
             runtime,
-            _peer: peer,
+            peer,
         };
         // The other end learns of streams, in their order, with the first bytes on them.
         primary.bare(1)?;
@@ -409,17 +411,20 @@ impl Committed {
         let guest_pages = u64::from(self.memory_mib) * 256;
         let mut guest = Guest::new(content, self.pages, guest_pages, run);
         let mut primary = Primary::connect(guest_pages, self.mtu)?;
+        let watch = Watch::new(primary.peer.process.id());
+        let mut costs = [Cost::default(); 2];
         let (mut bytes, mut page_bytes) = (u64::from(self.pages) * PAGE_BYTES as u64, 0);
         let [reference, value] = run.in_turn(content.name(), self.rounds, |one| {
             if one == 0 {
-                let time_ns = primary.bare(bytes)?;
+                let time_ns = watch.during(&mut costs[0], bytes, || primary.bare(bytes))?;
                 return Ok(a_mib(time_ns, bytes));
             }
             let ready = (0..self.epochs).map(|_| guest.checkpoint());
             let ready: Vec<Ready> = ready.collect::<Result<_, _>>()?;
             bytes = ready.iter().map(Ready::bytes).sum();
             page_bytes = bytes / (u64::from(self.pages) * u64::from(self.epochs));
-            Ok(a_mib(primary.commit(ready)?, bytes))
+            let time_ns = watch.during(&mut costs[1], bytes, || primary.commit(ready))?;
+            Ok(a_mib(time_ns, bytes))
         })?;
         let unit = Unit {
             name: "ns/MiB",
@@ -428,11 +433,14 @@ impl Committed {
         if let Some((value, reference)) = value.figure(unit).zip(reference.figure(unit)) {
             let speed = |figure: &Figure| 1e9 / figure.p50 * MIB / 1e6;
             let note = format!(
-                "{:.0} MB/s committed, {:.0} MB/s bare; {page_bytes} bytes a page, {} commits of {} pages",
+                "{:.0} MB/s committed, {:.0} MB/s bare; {page_bytes} bytes a page, {} commits of {} pages; \
+                 processor, us/MiB: {} committed, {} bare",
                 speed(&value),
                 speed(&reference),
                 guest.epoch.0,
-                self.pages
+                self.pages,
+                costs[1],
+                costs[0]
             );
             let at: [(&str, Parameter); 3] = [
                 ("content", content.name().into()),

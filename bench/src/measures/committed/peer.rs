@@ -24,6 +24,7 @@ use romulus_types::{Term, VmId};
 use romulus_wire::Frame;
 use tokio::sync::mpsc;
 
+use super::processor::STORE;
 use super::{Numbers, SESSION, network};
 
 /// As the agent has it.
@@ -68,12 +69,13 @@ pub(crate) fn main(words: &[String]) -> Result<()> {
     let (frames, waiting) = mpsc::channel(FRAMES_WAITING_MAX);
     let image = image_of(&arguments)?;
     let committed = answer.clone();
-    std::thread::spawn(move || {
+    let storing = move || {
         if let Err(error) = store(image, waiting, &committed) {
             eprintln!("error: {error:#}");
             std::process::exit(1);
         }
-    });
+    };
+    std::thread::Builder::new().name(STORE.into()).spawn(storing)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
