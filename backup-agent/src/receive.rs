@@ -5,10 +5,10 @@
 use anyhow::{Context, bail, ensure};
 use romulus_hypervisor::fault;
 use romulus_image::{Expected, device_state_digest};
-use romulus_page_codec::{Page, decode, page_digest};
+use romulus_page_codec::{Kind, Page, decode};
 use romulus_types::{Digest, Epoch, PAGE_BYTES, Session, Term, Time};
 use romulus_wire::{
-    CommitRecord, DeviceStateAssembler, DeviceStateChunk, Frame, FrameType, Pages, PagesSection,
+    CommitRecord, DeviceStateAssembler, DeviceStateChunk, Frame, FrameType, PageEntry, Pages, PagesSection,
 };
 
 use crate::vm_image::VmImage;
@@ -37,6 +37,31 @@ struct Incoming {
     sent: PagesSection,
     pages_digest: Digest,
     device_state: DeviceStateAssembler,
+}
+
+/// Where a page is decoded.
+struct Room {
+    base: Page,
+    page: Page,
+}
+
+impl Room {
+    /// The page of an entry: as it came when it is raw, otherwise decoded. The version before it is read only for what needs it.
+    fn page_of<'a>(&'a mut self, entry: &PageEntry<'a>, image: &mut VmImage) -> anyhow::Result<&'a Page> {
+        let kind = Kind::try_from(entry.kind)?;
+        if kind == Kind::Raw
+            && let Ok(page) = entry.payload.try_into()
+        {
+            return Ok(page);
+        }
+        let mut previous = None;
+        if kind.needs_previous() {
+            image.image()?.read_page(entry.page, &mut self.base)?;
+            previous = Some(&self.base);
+        }
+        decode(entry.kind, entry.payload, previous, &mut self.page)?;
+        Ok(&self.page)
+    }
 }
 
 /// The receiving end of one session's data stream.
@@ -95,17 +120,20 @@ impl Receiver {
     }
 
     fn pages(&mut self, pages: &Pages<'_>, image: &mut VmImage) -> anyhow::Result<()> {
-        let (mut base, mut page): (Page, Page) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
+        let mut room = Room {
+            base: [0; PAGE_BYTES],
+            page: [0; PAGE_BYTES],
+        };
         if pages.epoch() == Epoch::NONE {
             ensure!(
                 self.last == Epoch::NONE,
                 "pages of the first copy came after the first checkpoint"
             );
             for entry in pages.entries() {
-                image.image()?.read_page(entry.page, &mut base)?;
-                decode(entry.kind, entry.payload, Some(&base), &mut page)
+                let page = room
+                    .page_of(&entry, image)
                     .with_context(|| format!("page {} of the first copy", entry.page.0))?;
-                image.image()?.sync_page(entry.page, &page)?;
+                image.image()?.sync_page(entry.page, page)?;
             }
             fault::point("agent.first_copy");
             return Ok(());
@@ -113,12 +141,11 @@ impl Receiver {
         let incoming = self.incoming(pages.epoch(), image)?;
         incoming.sent.add(pages.section());
         for entry in pages.entries() {
-            image.image()?.read_page(entry.page, &mut base)?;
-            decode(entry.kind, entry.payload, Some(&base), &mut page)
+            let page = room
+                .page_of(&entry, image)
                 .with_context(|| format!("page {} of epoch {}", entry.page.0, pages.epoch()))?;
-            let digest = page_digest(entry.page, &page);
+            let digest = image.image()?.stage_page(entry.page, page)?;
             incoming.pages_digest = Digest(incoming.pages_digest.0.wrapping_add(digest.0));
-            image.image()?.stage_page(entry.page, &page)?;
         }
         fault::point("agent.staged");
         Ok(())
@@ -176,3 +203,7 @@ impl Receiver {
         })
     }
 }
+
+#[cfg(test)]
+#[path = "receive_tests.rs"]
+mod tests;

@@ -89,12 +89,12 @@ impl<F: Files> Image<F> {
         Ok(())
     }
 
-    /// Stages a decoded page. Pages of a checkpoint may come in any order, each once.
+    /// Stages a decoded page and returns its digest. Pages of a checkpoint may come in any order, each once.
     ///
     /// # Errors
     /// [`ImageError::NoStaging`], [`ImageError::PageOutOfRange`], [`ImageError::PageTwice`],
     /// [`ImageError::StagingFull`], [`ImageError::Io`]. The checkpoint cannot be completed then.
-    pub fn stage_page(&mut self, index: PageIndex, page: &Page) -> Result<(), ImageError> {
+    pub fn stage_page(&mut self, index: PageIndex, page: &Page) -> Result<Digest, ImageError> {
         locate(&self.layout, index)?;
         let staging = self.staging.as_mut().ok_or(ImageError::NoStaging)?;
         staging.page(&mut self.files, index, page)

@@ -209,19 +209,19 @@ impl Writer {
         }
     }
 
-    /// Adds a page; the caller has checked that the guest has it.
+    /// Adds a page; the caller has checked that the guest has it. Returns its digest.
     pub(crate) fn page<F: Files>(
         &mut self,
         files: &mut F,
         index: PageIndex,
         page: &Page,
-    ) -> Result<(), ImageError> {
+    ) -> Result<Digest, ImageError> {
         let digest = page_digest(index, page);
         let bytes: &[u8] = if digest == Digest(0) { &[] } else { page };
         self.make_room(files, bytes.len())?;
         let header = self.contents.add_page(index, digest)?;
         self.append(header, bytes);
-        Ok(())
+        Ok(digest)
     }
 
     /// Adds the next bytes of the device state.

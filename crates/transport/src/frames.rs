@@ -29,6 +29,8 @@ pub struct FrameReader {
     stream: RecvStream,
     decoder: FrameDecoder,
     chunk: Bytes,
+    /// No frame came yet that ended in the chunk.
+    chunk_is_new: bool,
     chunk_read: Instant,
 }
 
@@ -39,6 +41,7 @@ impl FrameReader {
             stream,
             decoder: FrameDecoder::for_session(session),
             chunk: Bytes::new(),
+            chunk_is_new: false,
             chunk_read: Instant::now(),
         }
     }
@@ -49,6 +52,7 @@ impl FrameReader {
             stream,
             decoder: FrameDecoder::first_frame(frame_type),
             chunk: Bytes::new(),
+            chunk_is_new: false,
             chunk_read: Instant::now(),
         }
     }
@@ -60,11 +64,14 @@ impl FrameReader {
     pub async fn next(&mut self) -> Result<Option<Frame>, FrameError> {
         loop {
             if let Some(frame) = self.decoder.next_frame()? {
+                if std::mem::take(&mut self.chunk_is_new) {
+                    self.chunk_read = Instant::now();
+                }
                 return Ok(Some(frame));
             }
             if self.chunk.is_empty() {
                 match self.stream.recv().await? {
-                    Some(chunk) => (self.chunk, self.chunk_read) = (chunk, Instant::now()),
+                    Some(chunk) => (self.chunk, self.chunk_is_new) = (chunk, true),
                     None => return self.end(),
                 }
             }

@@ -15,6 +15,9 @@ use crate::frame::{FRAME_BYTES_MAX, Frame, FrameHeader, FrameType, HEADER_BYTES}
 /// Most bytes that a decoder holds back.
 pub const BUFFER_BYTES_MAX: usize = FRAME_BYTES_MAX;
 
+/// Room beyond a frame for what the chunk with its end brings of the next one.
+const BEYOND_BYTES: usize = 8 << 10;
+
 #[derive(Debug)]
 enum Expect {
     FirstFrame(FrameType),
@@ -149,6 +152,11 @@ impl FrameDecoder {
             });
         }
         self.buffer.advance(HEADER_BYTES);
+        // In one piece from the beginning: a buffer that grows with what comes is copied each time.
+        let missing_bytes = header.payload_bytes().saturating_sub(self.buffer.len());
+        if missing_bytes > 0 {
+            self.buffer.reserve(missing_bytes + BEYOND_BYTES);
+        }
         self.header = Some(header);
         Ok(Some(header))
     }
