@@ -131,10 +131,7 @@ impl Endpoint {
             tls::client_config(&identity, self.service)?
         };
         let mut config = ClientConfig::new(Arc::new(crypto));
-        config.transport_config(Arc::new(quic::client_transport_config(
-            &self.network,
-            self.service,
-        )));
+        config.transport_config(Arc::new(quic::transport_config(&self.network, self.service)));
         let handshake = async {
             let connecting = self
                 .quinn

@@ -14,7 +14,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 use romulus_config::Network;
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -25,10 +25,6 @@ use crate::tls::Service;
 const MTU_MIN: u16 = 1200;
 /// The first congestion window: one epoch's pages should not have to wait for slow start.
 const INITIAL_WINDOW_BYTES: u64 = 1 << 20;
-/// So many packets more than the last acknowledged one are acknowledged at once, and less after [`ACK_DELAY_MAX`]: a small checkpoint with
-/// the answer that it is committed, instead of in a packet of its own, for which both hosts would wake up.
-const ACKED_AT_ONCE_PACKETS: u32 = 16;
-const ACK_DELAY_MAX: Duration = Duration::from_millis(3);
 
 fn data_streams(network: &Network, service: Service) -> u32 {
     match service {
@@ -73,18 +69,6 @@ pub(crate) fn transport_config(network: &Network, service: Service) -> Transport
         .congestion_controller_factory(Arc::new(congestion))
         .datagram_receive_buffer_size(None)
         .allow_spin(false);
-    config
-}
-
-/// As [`transport_config`], for the side that connects: in a pair the one that sends pages.
-pub(crate) fn client_transport_config(network: &Network, service: Service) -> TransportConfig {
-    let mut config = transport_config(network, service);
-    if service == Service::Pair {
-        let mut acks = AckFrequencyConfig::default();
-        acks.ack_eliciting_threshold(ACKED_AT_ONCE_PACKETS.into())
-            .max_ack_delay(Some(ACK_DELAY_MAX));
-        config.ack_frequency_config(Some(acks));
-    }
     config
 }
 
