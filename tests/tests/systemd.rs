@@ -55,7 +55,9 @@ fn packages_install_start_reload_upgrade_and_purge() -> Result<()> {
     let witness = Container::boot(&lab, Host::Witness)?;
     witness.start_witness(&lab)?;
     let backup = Container::boot(&lab, Host::Backup)?;
-    backup.install(&lab, &["romulus-replicator"])?;
+    backup.install(&lab, &["romulus-replicator", "romulus-bench"])?;
+    // Its plans come with it.
+    backup.run(&["bench", "run", "parts", "--shortest", "--only", "digest"])?;
     backup.start_agent(&lab)?;
 
     for (container, unit, most) in [
@@ -81,7 +83,7 @@ fn packages_install_start_reload_upgrade_and_purge() -> Result<()> {
         backup.property(AGENT, "MainPID")?,
         witness.property(WITNESS, "MainPID")?,
     );
-    backup.upgrade(&["romulus-backup-agent", "romulus-replicator"])?;
+    backup.upgrade(&["romulus-backup-agent", "romulus-replicator", "romulus-bench"])?;
     witness.upgrade(&["romulus-witness"])?;
     assert_eq!(backup.property(AGENT, "MainPID")?, agent);
     assert_ne!(witness.property(WITNESS, "MainPID")?, old_witness);
@@ -91,7 +93,12 @@ fn packages_install_start_reload_upgrade_and_purge() -> Result<()> {
     a_daemon_that_hangs_is_started_again(&backup)?;
     purge_leaves_only_certificates(
         &backup,
-        &["romulus-backup-agent", "romulus-replicator", "romulus"],
+        &[
+            "romulus-backup-agent",
+            "romulus-replicator",
+            "romulus-bench",
+            "romulus",
+        ],
     )?;
     purge_leaves_only_certificates(&witness, &["romulus-witness", "romulus"])
 }

@@ -5,6 +5,7 @@
 //!   romulus-backup-agent   /usr/sbin/backup-agent, its unit, its settings
 //!   romulus-replicator     /usr/sbin/replicator with the packet gate, a unit for each VM, its settings
 //!   romulus-witness        /usr/sbin/witness, its unit, its user, its settings
+//!   romulus-bench          /usr/bin/bench: advice on epochs, measurements
 //! ```
 //!
 //! The settings that are installed are the examples with every value commented out, so that an upgrade's defaults hold where the
@@ -118,6 +119,16 @@ const PACKAGES: &[Package] = &[
         settings: &[("crates/config/examples/witness.toml", "etc/romulus/witness.toml")],
         folders: &[("etc/romulus/witness.d", 0o755)],
     },
+    Package {
+        name: "romulus-bench",
+        summary: "fault tolerance for KVM virtual machines: advice on epochs, and measurements",
+        description: "Looks at a running VM and says what protecting it would cost, and measures what bounds it.",
+        depends: "romulus (=)",
+        programs: &[("bench", "usr/bin/bench")],
+        files: &[],
+        settings: &[],
+        folders: &[],
+    },
 ];
 
 /// Maintainer scripts that a package may have, in `packaging/deb/PACKAGE.SCRIPT`.
@@ -125,7 +136,7 @@ const SCRIPTS: &[&str] = &["postinst", "prerm", "postrm"];
 
 /// Runs the task.
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    demo::build_daemons()?;
+    demo::build_daemons_and(&["bench"])?;
     let folder = build(&Paths::of_checkout(&sh::root()), args.revision)?;
     sh::step(&format!("packages: in {}", folder.display()));
     Ok(ExitCode::SUCCESS)
