@@ -34,7 +34,7 @@ use romulus_host_sys::SysError;
 use romulus_host_sys::process_clock::Clock;
 use romulus_image::Places;
 use romulus_telemetry::{Pulse, Server, serve_metrics};
-use romulus_transport::{Certificates, Endpoint, Identity, Service, WitnessClient};
+use romulus_transport::{Bulk, Certificates, Endpoint, Identity, Service, WitnessClient};
 use tracing::{error, info};
 
 use crate::admission::Admission;
@@ -97,8 +97,14 @@ async fn run(
         &settings.network,
         Service::Pair,
         settings.listen,
+        Some(&Bulk::new(romulus_host_sys::priority::bulk)),
     )?);
-    let witness_endpoint = Arc::new(Endpoint::client(&identity, &settings.network, Service::Witness)?);
+    let witness_endpoint = Arc::new(Endpoint::client(
+        &identity,
+        &settings.network,
+        Service::Witness,
+        None,
+    )?);
     let certificates = Arc::new(Certificates::new(
         &identity,
         vec![Arc::clone(&endpoint), Arc::clone(&witness_endpoint)],

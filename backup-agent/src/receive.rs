@@ -70,6 +70,8 @@ pub struct Receiver {
     term: Term,
     incoming: Option<Incoming>,
     last: Epoch,
+    /// Of the last checkpoint.
+    last_pages: u64,
 }
 
 impl Receiver {
@@ -80,6 +82,7 @@ impl Receiver {
             term,
             incoming: None,
             last: Epoch::NONE,
+            last_pages: 0,
         }
     }
 
@@ -96,10 +99,10 @@ impl Receiver {
     }
 
     /// Whether held output waits for what is received, and little of the processor's time is enough for it: not the first copy of
-    /// memory, and not the checkpoints of a VM that floods.
+    /// memory, and not the checkpoints of a VM that floods, which is known by the last one.
     pub fn is_awaited(&self) -> bool {
         let pages = self.incoming.as_ref().map_or(0, |incoming| incoming.sent.pages);
-        self.last != Epoch::NONE && pages <= AWAITED_PAGES_MAX
+        self.last != Epoch::NONE && pages.max(self.last_pages) <= AWAITED_PAGES_MAX
     }
 
     /// Takes one frame.
@@ -196,6 +199,8 @@ impl Receiver {
             first,
         })?;
         self.last = record.epoch;
+        self.last_pages = record.pages.pages;
+
         Ok(Received::Committed {
             epoch: record.epoch,
             pages: record.pages.pages,

@@ -182,3 +182,21 @@ fn a_page_that_the_guest_does_not_have_is_refused_however_it_is_encoded() {
         }
     }
 }
+
+#[test]
+fn a_vm_whose_last_checkpoint_was_large_is_not_waited_for() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut ends = Ends::new(dir.path());
+    assert!(
+        !ends.receiver.is_awaited(),
+        "nothing is held before the first checkpoint"
+    );
+    ends.checkpoint(&[(0, noise(1)), (2, text(0))], None);
+    ends.image.apply().expect("it is a good commit");
+    assert_eq!(ends.receiver.last_pages, 2);
+    assert!(ends.receiver.is_awaited());
+    ends.receiver.last_pages = AWAITED_PAGES_MAX + 1;
+    assert!(!ends.receiver.is_awaited(), "the next one will be large, too");
+    ends.checkpoint(&[(0, noise(2))], None);
+    assert!(ends.receiver.is_awaited(), "it has calmed down");
+}

@@ -69,7 +69,7 @@ impl SessionIn {
     /// Takes the streams over; nothing is answered yet.
     pub fn new(asking: Asking, status: Arc<VmStatus>) -> Self {
         let (control, messages) = mpsc::channel(CONTROL_WAITING_MAX);
-        tokio::spawn(write_control(asking.sender, messages));
+        asking.connection.spawn(write_control(asking.sender, messages));
         Self {
             session: asking.session,
             primary: asking.primary,
@@ -128,7 +128,12 @@ impl SessionIn {
             status: Arc::clone(&self.status),
             bandwidth_max,
         };
-        tokio::spawn(task.run(reader));
+        self.connection.spawn(task.run(reader));
+    }
+
+    /// Runs a task after what is being read of this connection.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.connection.spawn(task);
     }
 
     /// For the protocol's messages.
@@ -195,7 +200,7 @@ pub fn words(reason: RefuseReason) -> &'static str {
 
 /// Closes a connection once a refusal can have arrived.
 fn close_refused(connection: Connection) {
-    tokio::spawn(async move {
+    connection.clone().spawn(async move {
         let _ = tokio::time::timeout(REFUSE_TIMEOUT, connection.closed()).await;
         connection.close(CloseCode::REFUSED, "see the refusal");
     });
@@ -301,7 +306,7 @@ impl ReadTask {
             let wait = pace.as_mut().and_then(|pace| pace.read(bytes, Instant::now()));
             match wait {
                 Some(until) => tokio::time::sleep_until(until.into()).await,
-                // All sessions share this thread: one with much to read lets the others have their turn.
+                // Sessions share a thread: one with much to read lets the others have their turn.
                 None if bytes >= TURN_BYTES => tokio::task::yield_now().await,
                 None => {}
             }

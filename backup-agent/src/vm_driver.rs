@@ -291,13 +291,17 @@ impl VmDriver {
         Ok(())
     }
 
-    /// The readers share this thread: after a short sleep what had arrived is in the inbox, before this.
+    /// It shares the readers' thread: after a short sleep what had arrived is in the inbox, before this.
     fn drain(&self) {
         let events = self.events.clone();
-        tokio::spawn(async move {
+        let drained = async move {
             tokio::time::sleep(DRAIN).await;
             events.send_async(BackupEvent::Drained).await;
-        });
+        };
+        match &self.session {
+            Some(session) => session.spawn(drained),
+            None => drop(tokio::spawn(drained)),
+        }
     }
 
     fn notice(&self, notice: &Notice) {

@@ -85,7 +85,12 @@ async fn ask(
     identity: &Identity,
     witness: Vec<PeerAddress>,
 ) -> anyhow::Result<Answer> {
-    let endpoint = Arc::new(Endpoint::client(identity, &settings.network, Service::Witness)?);
+    let endpoint = Arc::new(Endpoint::client(
+        identity,
+        &settings.network,
+        Service::Witness,
+        None,
+    )?);
     let client = WitnessClient::new(endpoint, witness).with_deadline(options.timeout, options.timeout / 4);
     let request = WitnessRequest {
         vm: options.vm.clone(),

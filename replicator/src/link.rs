@@ -63,7 +63,8 @@ struct Running {
     session: Session,
     control: mpsc::Sender<PrimaryMessage>,
     end: oneshot::Sender<()>,
-    task: tokio::task::JoinHandle<()>,
+    /// Closed when the session's task is over.
+    over: oneshot::Receiver<()>,
 }
 
 /// The link's handle in the driver.
@@ -112,12 +113,16 @@ impl Link {
             connected: AtomicBool::new(false),
             tries: Arc::clone(&self.tries),
         };
-        let task = tokio::spawn(task.run(term, instance, control_receiver, ended));
+        let (running, over) = oneshot::channel::<()>();
+        self.endpoint.spawn(async move {
+            task.run(term, instance, control_receiver, ended).await;
+            drop(running);
+        });
         self.running = Some(Running {
             session,
             control,
             end,
-            task,
+            over,
         });
     }
 
@@ -146,7 +151,7 @@ impl Link {
     pub async fn close(&mut self) {
         if let Some(running) = self.running.take() {
             drop(running.control);
-            let _ = tokio::time::timeout(CLOSE_TIMEOUT, running.task).await;
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, running.over).await;
         }
     }
 }

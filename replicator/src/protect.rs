@@ -21,7 +21,7 @@ use romulus_hypervisor::qemu::source::{AttachOptions, GuardianProgram, QemuSourc
 use romulus_hypervisor::source::{Allowances, GuestSource};
 use romulus_protocol::{Primary, PrimaryConfig, Remembered};
 use romulus_telemetry::{Pulse, Server, serve_metrics};
-use romulus_transport::{Certificates, Endpoint, Identity, Service, WitnessClient};
+use romulus_transport::{Bulk, Certificates, Endpoint, Identity, Service, WitnessClient};
 use romulus_types::{HostId, PAGE_BYTES};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -201,8 +201,18 @@ async fn drive(
         .name("capture".into())
         .spawn(move || capture.run())?;
 
-    let witness_endpoint = Arc::new(Endpoint::client(identity, &settings.network, Service::Witness)?);
-    let endpoint = Arc::new(Endpoint::client(identity, &settings.network, Service::Pair)?);
+    let witness_endpoint = Arc::new(Endpoint::client(
+        identity,
+        &settings.network,
+        Service::Witness,
+        None,
+    )?);
+    let endpoint = Arc::new(Endpoint::client(
+        identity,
+        &settings.network,
+        Service::Pair,
+        Some(&Bulk::new(priority::bulk)),
+    )?);
     let certificates = Arc::new(Certificates::new(
         identity,
         vec![Arc::clone(&witness_endpoint), Arc::clone(&endpoint)],

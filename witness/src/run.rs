@@ -50,6 +50,7 @@ async fn serve(
         &settings.network,
         Service::Witness,
         settings.listen,
+        None,
     )?);
     let certificates = Arc::new(Certificates::new(identity, vec![Arc::clone(&endpoint)]));
     let allow = AllowList::new(settings.allow.clone());

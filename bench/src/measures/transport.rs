@@ -162,7 +162,7 @@ impl Quic {
         let other = std::thread::spawn(move || {
             runtime()?.block_on(async {
                 let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-                let endpoint = Endpoint::server(&server, &at_server, Service::Pair, listen)
+                let endpoint = Endpoint::server(&server, &at_server, Service::Pair, listen, None)
                     .map_err(Unable::failed("listening"))?;
                 let address = endpoint.local_addr().map_err(Unable::failed("listening"))?;
                 let _ = tell.send(address);
@@ -176,7 +176,7 @@ impl Quic {
         };
         let runtime = runtime()?;
         let (endpoint, connection, control) = runtime.block_on(async {
-            let endpoint = Endpoint::client(&client, &network, Service::Pair)
+            let endpoint = Endpoint::client(&client, &network, Service::Pair, None)
                 .map_err(Unable::failed("opening a socket"))?;
             let peer: PeerAddress = address
                 .to_string()

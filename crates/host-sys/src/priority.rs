@@ -14,6 +14,8 @@ use rustix::process::{getpriority_process, setpriority_process};
 const PROMPT_NICE: i32 = -15;
 /// Nice value of everything else.
 const ORDINARY_NICE: i32 = 0;
+/// Nice value of threads that have much to do for others who wait: above the guests' own work, but no more than so.
+const BULK_NICE: i32 = -5;
 /// Slice of threads that must not wait, in nanoseconds: the shortest that the kernel takes.
 const PROMPT_SLICE_NS: u64 = 100_000;
 /// Asks for the kernel's own slice.
@@ -37,6 +39,13 @@ pub fn lower() {
         setpriority_process(None, ORDINARY_NICE).expect("a thread may be nicer to others");
         set_slice(ORDINARY_SLICE_NS);
     }
+}
+
+/// Takes the calling thread back to little above ordinary priority, for threads that carry much for a guest that waits.
+pub fn bulk() {
+    lower();
+    // Where that is not allowed it is an ordinary thread.
+    let _ = setpriority_process(None, BULK_NICE);
 }
 
 /// Changes the calling thread's priority with its work: somebody waits for it, or not. Asks the kernel only when that changes.

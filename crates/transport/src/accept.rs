@@ -20,6 +20,7 @@ use romulus_types::HostId;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::{debug, warn};
 
+use crate::bulk::{Bulk, Load, Places};
 use crate::code::CloseCode;
 use crate::connection::Connection;
 use crate::endpoint::{GREETING, peer_host};
@@ -80,10 +81,17 @@ struct Shared {
     handshakes: Mutex<HashMap<IpAddr, u16>>,
     handshakes_max: u16,
     handshake_timeout: Duration,
+    places: Arc<Places>,
+    bulk: Option<Bulk>,
 }
 
 impl Acceptor {
-    pub(crate) fn start(endpoint: quinn::Endpoint, network: &Network) -> Self {
+    pub(crate) fn start(
+        endpoint: quinn::Endpoint,
+        network: &Network,
+        places: Arc<Places>,
+        bulk: Option<Bulk>,
+    ) -> Self {
         let connections_max = usize::from(network.connections_max);
         let (queue, accepted) = mpsc::channel(connections_max);
         let shared = Arc::new(Shared {
@@ -99,6 +107,8 @@ impl Acceptor {
             handshakes: Mutex::new(HashMap::new()),
             handshakes_max: network.handshakes_max,
             handshake_timeout: network.handshake_timeout,
+            places,
+            bulk,
         });
         // The queue ends when the task and its handshakes do, so its only senders are theirs.
         let task = tokio::spawn(run(endpoint, shared.clone(), queue));
@@ -235,7 +245,13 @@ impl Drop for HostPlace {
 async fn handshake(incoming: quinn::Incoming, place: Place, queue: mpsc::Sender<Connection>) {
     let shared = place.shared.clone();
     let address = incoming.remote_address();
-    let connecting = async { incoming.accept()?.await };
+    let load = shared.bulk.as_ref().map(Load::new);
+    let accept = || incoming.accept();
+    let accepted = match &load {
+        Some(load) => shared.places.with(load, accept),
+        None => accept(),
+    };
+    let connecting = async { accepted?.await };
     let connection = match tokio::time::timeout(shared.handshake_timeout, connecting).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => {
@@ -287,5 +303,5 @@ async fn handshake(incoming: quinn::Incoming, place: Place, queue: mpsc::Sender<
         _permit: permit,
         _of_host: of_host,
     };
-    let _ = queue.try_send(Connection::quic(connection, host, Some(slot)));
+    let _ = queue.try_send(Connection::quic(connection, host, Some(slot), load));
 }

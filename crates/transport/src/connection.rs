@@ -18,7 +18,9 @@ use bytes::Bytes;
 use romulus_types::HostId;
 
 use crate::accept::Slot;
+use crate::bulk::Load;
 use crate::code::{CloseCode, shorten};
+use crate::endpoint;
 use crate::error::{ClosedBy, TransportError};
 use crate::failure;
 use crate::memory::{self, PipeReceiver, PipeSender};
@@ -44,6 +46,8 @@ struct Inner {
     peer: HostId,
     /// The place among a server's connections, given back when this one is gone.
     _slot: Option<Slot>,
+    /// Where its tasks are; none: where they are spawned.
+    load: Option<Arc<Load>>,
 }
 
 #[derive(Debug)]
@@ -83,12 +87,18 @@ pub struct ConnectionStats {
 }
 
 impl Connection {
-    pub(crate) fn quic(connection: quinn::Connection, peer: HostId, slot: Option<Slot>) -> Self {
+    pub(crate) fn quic(
+        connection: quinn::Connection,
+        peer: HostId,
+        slot: Option<Slot>,
+        load: Option<Arc<Load>>,
+    ) -> Self {
         Self {
             inner: Arc::new(Inner {
                 kind: Kind::Quic(connection),
                 peer,
                 _slot: slot,
+                load,
             }),
         }
     }
@@ -99,6 +109,7 @@ impl Connection {
                 kind: Kind::Memory(side),
                 peer,
                 _slot: None,
+                load: None,
             }),
         }
     }
@@ -114,6 +125,11 @@ impl Connection {
             Kind::Quic(connection) => Some(connection.remote_address()),
             Kind::Memory(_) => None,
         }
+    }
+
+    /// Runs a task that uses this connection, on the thread that the connection is on, which may change.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        endpoint::spawn(self.inner.load.as_ref(), task);
     }
 
     /// Opens a two-way stream. The peer learns of it with the first bytes sent.

@@ -3,12 +3,13 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use quinn::{ClientConfig, ServerConfig, TokioRuntime};
+use quinn::{ClientConfig, ServerConfig};
 use romulus_config::{Network, PeerAddress};
 use romulus_types::HostId;
 use rustls_pki_types::CertificateDer;
 
 use crate::accept::{AcceptCounts, Acceptor};
+use crate::bulk::{Bulk, Load, Places};
 use crate::certificate;
 use crate::code::CloseCode;
 use crate::connection::Connection;
@@ -36,27 +37,38 @@ pub struct Endpoint {
     service: Service,
     identity: RwLock<Identity>,
     acceptor: Option<Acceptor>,
+    places: Arc<Places>,
+    /// Of all connections that this end has begun; none: they stay on the thread of the endpoint.
+    load: Option<Arc<Load>>,
 }
 
 impl Endpoint {
-    /// An endpoint that only connects. Must be called within a tokio runtime.
+    /// An endpoint that only connects. Must be called within a tokio runtime. With `bulk`, what is [spawned](Self::spawn) here and its
+    /// connections' own work leave the thread of that runtime while they have much to do.
     ///
     /// # Errors
     /// Settings that are not allowed, or no socket.
-    pub fn client(identity: &Identity, network: &Network, service: Service) -> Result<Self, TransportError> {
+    pub fn client(
+        identity: &Identity,
+        network: &Network,
+        service: Service,
+        bulk: Option<&Bulk>,
+    ) -> Result<Self, TransportError> {
         network.check()?;
-        let quinn = open(None, None, network)?;
-        let identity = RwLock::new(identity.clone());
+        let places = Arc::default();
         Ok(Self {
-            quinn,
+            quinn: open(None, None, network, &places)?,
             network: network.clone(),
             service,
-            identity,
+            identity: RwLock::new(identity.clone()),
             acceptor: None,
+            places,
+            load: bulk.map(Load::new),
         })
     }
 
-    /// An endpoint that listens on `listen`, and may connect as well. Must be called within a tokio runtime.
+    /// An endpoint that listens on `listen`, and may connect as well. Must be called within a tokio runtime. With `bulk`, each
+    /// accepted connection leaves the thread of that runtime while it has much to do.
     ///
     /// # Errors
     /// Settings that are not allowed, certificates that cannot be used, or no socket.
@@ -65,19 +77,27 @@ impl Endpoint {
         network: &Network,
         service: Service,
         listen: SocketAddr,
+        bulk: Option<&Bulk>,
     ) -> Result<Self, TransportError> {
         network.check()?;
         let config = server_config(identity, network, service)?;
-        let quinn = open(Some(listen), Some(config), network)?;
-        let acceptor = Some(Acceptor::start(quinn.clone(), network));
-        let identity = RwLock::new(identity.clone());
+        let places = Arc::default();
+        let quinn = open(Some(listen), Some(config), network, &places)?;
+        let acceptor = Acceptor::start(quinn.clone(), network, Arc::clone(&places), bulk.cloned());
         Ok(Self {
             quinn,
             network: network.clone(),
             service,
-            identity,
-            acceptor,
+            identity: RwLock::new(identity.clone()),
+            acceptor: Some(acceptor),
+            places,
+            load: None,
         })
+    }
+
+    /// Runs a task that uses the connections of a client, on the thread that they are on.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        spawn(self.load.as_ref(), task);
     }
 
     /// The address that the socket is bound to.
@@ -133,10 +153,13 @@ impl Endpoint {
         let mut config = ClientConfig::new(Arc::new(crypto));
         config.transport_config(Arc::new(quic::transport_config(&self.network, self.service)));
         let handshake = async {
-            let connecting = self
-                .quinn
-                .connect_with(config, address, peer.certificate_name())
-                .map_err(|error| TransportError::Lost(format!("cannot connect to {text}: {error}")))?;
+            let connect = || self.quinn.connect_with(config, address, peer.certificate_name());
+            let begun = match &self.load {
+                Some(load) => self.places.with(load, connect),
+                None => connect(),
+            };
+            let connecting =
+                begun.map_err(|error| TransportError::Lost(format!("cannot connect to {text}: {error}")))?;
             let connection = connecting
                 .await
                 .map_err(|error| failure::of_connect(error, &text, verdict.problem()))?;
@@ -150,7 +173,7 @@ impl Endpoint {
             .map_err(|_| TransportError::NoAnswer { peer: text.clone() })??;
         let host = peer_host(&connection)
             .map_err(|problem| TransportError::PeerCertificate { peer: text, problem })?;
-        Ok(Connection::quic(connection, host, None))
+        Ok(Connection::quic(connection, host, None, self.load.clone()))
     }
 
     /// The next peer that has connected and shown a good certificate. Cancel safe.
@@ -184,6 +207,7 @@ fn open(
     local: Option<SocketAddr>,
     server: Option<ServerConfig>,
     network: &Network,
+    places: &Arc<Places>,
 ) -> Result<quinn::Endpoint, TransportError> {
     let socket = quic::socket(local, network)?;
     let address = socket
@@ -195,7 +219,7 @@ fn open(
         quic::endpoint_config(network),
         server,
         socket,
-        Arc::new(TokioRuntime),
+        Arc::clone(places) as Arc<dyn quinn::Runtime>,
     )
     .map_err(|source| TransportError::Bind {
         address,
@@ -256,4 +280,12 @@ pub(crate) fn peer_host(connection: &quinn::Connection) -> Result<HostId, Certif
     certificate::read(leaf)?
         .host
         .ok_or(CertificateProblem::NoHostName)
+}
+
+/// Runs a task with those of a connection.
+pub(crate) fn spawn(load: Option<&Arc<Load>>, task: impl Future<Output = ()> + Send + 'static) {
+    match load {
+        Some(load) => load.spawn(Box::pin(task)),
+        None => drop(tokio::spawn(task)),
+    }
 }

@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod accept;
+mod bulk;
 mod certificate;
 mod certificates;
 mod code;
@@ -30,6 +31,7 @@ mod tls;
 mod witness_client;
 
 pub use accept::AcceptCounts;
+pub use bulk::Bulk;
 pub use certificates::Certificates;
 pub use code::{CloseCode, REASON_BYTES_MAX};
 pub use connection::{CHUNK_BYTES_MAX, Connection, ConnectionStats, Control, RecvStream, SendStream};

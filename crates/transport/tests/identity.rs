@@ -179,7 +179,7 @@ async fn a_daemon_of_another_kind_is_refused_by_name() {
     let pki = pki_for(&["primary", "backup"]);
     let network = Network::default();
     let (server, address) = server(&identity(&pki, "backup"), &network);
-    let client = Endpoint::client(&identity(&pki, "primary"), &network, Service::Witness).unwrap();
+    let client = Endpoint::client(&identity(&pki, "primary"), &network, Service::Witness, None).unwrap();
     let refused = client.connect(&peer(address)).await;
     assert!(
         matches!(refused, Err(TransportError::OtherService { .. })),

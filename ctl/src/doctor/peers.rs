@@ -134,7 +134,7 @@ async fn link(
     network: &Network,
     service: Service,
 ) -> Finding {
-    let endpoint = match Endpoint::client(identity, network, service) {
+    let endpoint = match Endpoint::client(identity, network, service, None) {
         Ok(endpoint) => endpoint,
         Err(error) => return Finding::bad(check, error.to_string(), "see the message"),
     };
@@ -189,7 +189,7 @@ mod tests {
         let identity = Identity::load(&dir.path().join("a")).unwrap();
         let network = Network::default();
         let listen = "127.0.0.1:0".parse().unwrap();
-        let server = Endpoint::server(&identity, &network, Service::Pair, listen).unwrap();
+        let server = Endpoint::server(&identity, &network, Service::Pair, listen, None).unwrap();
         let peer: PeerAddress = server.local_addr().unwrap().to_string().parse().unwrap();
         let found = link("backup", &identity, &peer, &network, Service::Pair).await;
         assert!(found.found.contains("round trip"), "{found:?}");

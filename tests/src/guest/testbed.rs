@@ -105,16 +105,21 @@ impl TestbedConfig {
 /// Whether a VMM's virtual processors run: whether the kernel says of any of its threads that it is in `KVM_RUN`, at one of
 /// many looks, since it may leave that for a moment.
 pub(crate) fn runs(vmm: Pid) -> Result<bool> {
+    let mut seen = Vec::new();
     for _ in 0..LOOKS {
-        if in_guest(vmm)? {
+        let calls = calls_of_vcpus(vmm)?;
+        if calls.iter().any(|call| runs_guest(call)) {
             return Ok(true);
         }
+        seen.extend(calls);
         sleep(LOOK_EVERY);
     }
+    eprintln!("no virtual processor is in the guest; their system calls were {seen:?}");
     Ok(false)
 }
 
-fn in_guest(vmm: Pid) -> Result<bool> {
+/// What the kernel says of each thread that runs a virtual processor.
+fn calls_of_vcpus(vmm: Pid) -> Result<Vec<String>> {
     let folder = format!("/proc/{}/task", vmm.as_raw_nonzero());
     let threads = fs::read_dir(&folder).with_context(|| format!("cannot list {folder}"))?;
     // The kernel has a thread of its own in the process, which shows the call that it was made in for ever.
@@ -127,7 +132,7 @@ fn in_guest(vmm: Pid) -> Result<bool> {
         .map(|thread| thread.path())
         .filter(|thread| runs_vcpu(thread))
         .filter_map(|thread| fs::read_to_string(thread.join("syscall")).ok());
-    Ok(calls.into_iter().any(|call| runs_guest(&call)))
+    Ok(calls.map(|call| call.trim_end().to_owned()).collect())
 }
 
 /// `NUMBER ARGUMENT…` of a thread that waits in a system call. One that is on a processor right now shows `running`.

@@ -279,5 +279,5 @@ pub fn client(identity: &Identity, service: Service) -> Endpoint {
         network.idle_timeout = SOON;
         network.handshake_timeout = SOON;
     }
-    Endpoint::client(identity, &network, service).unwrap()
+    Endpoint::client(identity, &network, service, None).unwrap()
 }

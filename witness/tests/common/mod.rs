@@ -99,7 +99,7 @@ impl Place {
 
     pub fn endpoint(&self, host: &str) -> Endpoint {
         let identity = Identity::load(&self.dir.path().join("pki").join(host)).unwrap();
-        Endpoint::client(&identity, &Network::default(), Service::Witness).unwrap()
+        Endpoint::client(&identity, &Network::default(), Service::Witness, None).unwrap()
     }
 
     pub fn address(&self) -> PeerAddress {

@@ -306,7 +306,7 @@ impl Primary {
             .build()
             .map_err(Unable::failed("starting a runtime"))?;
         let opened = runtime.block_on(async {
-            let endpoint = Endpoint::client(&identity, &network, Service::Pair)?;
+            let endpoint = Endpoint::client(&identity, &network, Service::Pair, None)?;
             let connection = endpoint.connect(&address).await?;
             let control = connection.open_control().await?;
             let bare = connection.open_data().await?;

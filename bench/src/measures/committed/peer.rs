@@ -117,7 +117,7 @@ async fn serve(
     let identity = Identity::load(arguments.identity)?;
     let network = network(arguments.mtu);
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-    let endpoint = Endpoint::server(&identity, &network, Service::Pair, listen)?;
+    let endpoint = Endpoint::server(&identity, &network, Service::Pair, listen, None)?;
     println!("{}", endpoint.local_addr()?);
     let connection = endpoint.accept().await?;
     let control = connection.accept_control().await?;

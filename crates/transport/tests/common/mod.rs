@@ -29,13 +29,13 @@ pub fn identity(pki: &TempDir, host: &str) -> Identity {
 
 pub fn server(identity: &Identity, network: &Network) -> (Endpoint, SocketAddr) {
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-    let endpoint = Endpoint::server(identity, network, Service::Pair, listen).unwrap();
+    let endpoint = Endpoint::server(identity, network, Service::Pair, listen, None).unwrap();
     let address = endpoint.local_addr().unwrap();
     (endpoint, address)
 }
 
 pub fn client(identity: &Identity, network: &Network) -> Endpoint {
-    Endpoint::client(identity, network, Service::Pair).unwrap()
+    Endpoint::client(identity, network, Service::Pair, None).unwrap()
 }
 
 pub fn peer(address: SocketAddr) -> PeerAddress {
