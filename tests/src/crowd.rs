@@ -188,11 +188,19 @@ impl<A: Sync> Crowd<A> {
     /// # Errors
     /// When there is one already, or it does not come up.
     pub fn add_qemu(&mut self, host: &str, name: &str) -> Result<()> {
+        self.add_qemu_with(host, name, &QemuConfig::default())
+    }
+
+    /// The same, of this kind.
+    ///
+    /// # Errors
+    /// As [`Crowd::add_qemu`].
+    pub fn add_qemu_with(&mut self, host: &str, name: &str, config: &QemuConfig) -> Result<()> {
         anyhow::ensure!(
             self.members.iter().all(|member| member.vmm != Vmm::Qemu),
             "there is a guest in QEMU already"
         );
-        let argv = GuestConfig::Qemu(QemuConfig::default()).argv(&self.lab)?;
+        let argv = GuestConfig::Qemu(config.clone()).argv(&self.lab)?;
         self.start(Vmm::Qemu, host, name, (GUEST_IP, TAP.to_owned()), &argv)
     }
 

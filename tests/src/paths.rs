@@ -68,6 +68,12 @@ impl Paths {
         })
     }
 
+    /// That of [`Kernel::Cloud`] with programs to be measured at work: `redis-benchmark`, `stress-ng`, `sqlite3` and `tcc`.
+    #[must_use]
+    pub fn initramfs_with_programs(&self) -> PathBuf {
+        self.assets.join("initramfs-programs.cpio.gz")
+    }
+
     /// The small Debian that containers with systemd share.
     #[must_use]
     pub fn systemd_tree(&self) -> PathBuf {

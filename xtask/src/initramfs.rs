@@ -44,11 +44,7 @@ pub(crate) fn build(kernel: &Kernel, guest_tool: &Path, root: &Path, archive: &P
     fs::set_permissions(root.join("init"), fs::Permissions::from_mode(0o755))?;
     copy(&busybox()?, &root.join("bin/busybox"))?;
     copy(guest_tool, &root.join("bin/guest-tool"))?;
-    copy(Path::new(REDIS), &root.join("bin/redis-server"))?;
-    for library in libraries(Path::new(REDIS))? {
-        let place = library.strip_prefix("/").unwrap_or(&library);
-        copy(&library, &root.join(place))?;
-    }
+    put_program(Path::new(REDIS), root, Path::new("bin/redis-server"))?;
     let mut order = String::new();
     for module in kernel::load_order(kernel, MODULES)? {
         order.push_str(&put_module(&module, &root.join("mod"))?);
@@ -56,6 +52,16 @@ pub(crate) fn build(kernel: &Kernel, guest_tool: &Path, root: &Path, archive: &P
     }
     fs::write(root.join("mod/order"), order)?;
     pack(root, archive)
+}
+
+/// Copies a program to its `place` in the folder `root`, and its libraries to the same paths there.
+pub(crate) fn put_program(program: &Path, root: &Path, place: &Path) -> Result<()> {
+    copy(program, &root.join(place))?;
+    for library in libraries(program)? {
+        let place = library.strip_prefix("/").unwrap_or(&library);
+        copy(&library, &root.join(place))?;
+    }
+    Ok(())
 }
 
 /// Copies what `from` points at, makes the folder first, and keeps the mode: a program stays one.
@@ -116,7 +122,7 @@ fn put_module(module: &Path, folder: &Path) -> Result<String> {
 }
 
 /// `find | cpio | gzip`, with busybox's cpio, which is there anyway.
-fn pack(root: &Path, archive: &Path) -> Result<()> {
+pub(crate) fn pack(root: &Path, archive: &Path) -> Result<()> {
     let partial = archive.with_extension("partial");
     let out = File::create(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
     let script = "find . | busybox cpio -o -H newc 2>/dev/null | gzip -1";

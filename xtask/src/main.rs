@@ -11,6 +11,7 @@ mod kernel;
 mod kills;
 mod kvm;
 mod packages;
+mod programs;
 mod setup;
 mod sh;
 mod soak;

@@ -8,11 +8,12 @@ use std::time::SystemTime;
 use anyhow::{Context as _, Result, bail};
 use romulus_e2e::{Kernel, Paths};
 
-use crate::{initramfs, kernel, packages, sh, systemd_tree};
+use crate::{initramfs, kernel, packages, programs, sh, systemd_tree};
 
 /// Runs the task.
 pub(crate) fn run() -> Result<ExitCode> {
     let paths = prepare()?;
+    programs::build(&paths)?;
     systemd_tree::build(&paths)?;
     sh::step("setup: done");
     Ok(ExitCode::SUCCESS)
@@ -82,7 +83,8 @@ fn build_guest_tool(paths: &Paths) -> Result<PathBuf> {
     Ok(paths.release.join("guest-tool"))
 }
 
-fn is_newer_than_all(file: &Path, sources: &[PathBuf]) -> bool {
+/// Whether a file is there and none of the others was changed after it was made.
+pub(crate) fn is_newer_than_all(file: &Path, sources: &[PathBuf]) -> bool {
     let changed = |path: &Path| -> Option<SystemTime> { fs::metadata(path).ok()?.modified().ok() };
     let Some(built) = changed(file) else { return false };
     sources

@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result, bail};
 
 use crate::trial::Suite;
-use crate::{deb, demo, kvm, setup, sh, systemd_tree};
+use crate::{deb, demo, kvm, programs, setup, sh, systemd_tree};
 
 /// The files of end-to-end tests that need `/dev/kvm`.
 const OVER_KVM: [&str; 6] = [
@@ -54,6 +54,8 @@ pub(crate) fn test(args: &TestArgs) -> Result<ExitCode> {
     // The hypervisor's own tests boot the guest, too.
     setup::need_lab_rights()?;
     let paths = setup::prepare()?;
+    // What the harness's tests record traces of.
+    programs::build(&paths)?;
     let mut suite = Suite::new(args);
     let every_shape = args.shapes == "all";
     if !args.only_e2e && !every_shape {

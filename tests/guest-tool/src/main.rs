@@ -8,6 +8,7 @@
 //! | `clock MS` | reads both clocks | `clock REALTIME_US MONOTONIC_US` every MS milliseconds |
 //! | `echo PORT` | answers UDP datagrams with what they hold | nothing |
 //! | `trigger PORT` | writes each UDP datagram to the kernel's sysrq trigger: `o` powers off, `b` reboots | nothing |
+//! | `work PROGRAM` | has `stress-ng`, `sqlite` (sqlite3), `compile` (tcc) or `redis-benchmark` do some work over and over | `work PROGRAM UNITS` after each round, `work BAD ...` when it goes wrong |
 //! | `steer` | slews the clock to follow the emulated RTC | `steer ...` when it corrects |
 //!
 //! Everything goes to standard output, which is the guest's console.
@@ -15,6 +16,7 @@
 
 mod memory;
 mod steer;
+mod work;
 
 use std::error::Error;
 use std::io::Write as _;
@@ -37,6 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Some("clock") => clock(Duration::from_millis(number(1)?)),
         Some("echo") => echo(u16::try_from(number(1)?)?),
         Some("trigger") => trigger(u16::try_from(number(1)?)?),
+        Some("work") => work::run(words.get(1).map_or("", String::as_str)),
         Some("steer") => steer::run(),
         _ => Err("guest-tool: unknown verb; see tests/guest-tool/src/main.rs".into()),
     }

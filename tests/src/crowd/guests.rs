@@ -1,6 +1,6 @@
 //! What the guests of a crowd are asked.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
@@ -20,6 +20,21 @@ impl<A: Sync> Crowd<A> {
         match Redis::connect_to(&self.lab, ip, ANSWER_AT_MOST)?.ask(&words)? {
             Reply::Error(error) => bail!("the guest of {name} says {error}"),
             _ => Ok(()),
+        }
+    }
+
+    /// How many SET and GET commands the Linux guest of a VM has served so far, and when it was asked: it counts right then, however long its
+    /// answer is held.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn commands_served(&self, name: &str) -> Result<(Instant, u64)> {
+        let ip = self.members[self.number(name)?].ip;
+        let mut redis = Redis::connect_to(&self.lab, ip, ANSWER_AT_MOST)?;
+        let asked = Instant::now();
+        match redis.ask(&[b"INFO", b"commandstats"])? {
+            Reply::Bulk(Some(text)) => Ok((asked, calls(&String::from_utf8_lossy(&text)))),
+            other => bail!("the guest of {name} answers {other:?}"),
         }
     }
 
@@ -60,5 +75,26 @@ impl<A: Sync> Crowd<A> {
     pub fn ensure_whole(&self, name: &str) -> Result<()> {
         let ip = self.members[self.number(name)?].ip;
         Redis::connect_to(&self.lab, ip, ANSWER_AT_MOST)?.self_check()
+    }
+}
+
+/// Of SET and GET together, in what redis says of its commands; none of a command that was never called.
+fn calls(commandstats: &str) -> u64 {
+    ["cmdstat_set:calls=", "cmdstat_get:calls="]
+        .into_iter()
+        .filter_map(|head| commandstats.lines().find_map(|line| line.strip_prefix(head)))
+        .filter_map(|rest| rest.split(',').next()?.parse::<u64>().ok())
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_calls_of_what_the_benchmark_asks_are_counted() {
+        let said = "# Commandstats\r\ncmdstat_ping:calls=900,usec=1\r\ncmdstat_set:calls=120,usec=366,failed_calls=0\r\ncmdstat_get:calls=80,usec=1\r\n";
+        assert_eq!(calls(said), 200);
+        assert_eq!(calls("# Commandstats\r\n"), 0);
     }
 }

@@ -64,6 +64,8 @@ pub struct QemuConfig {
     pub user: Option<String>,
     /// A file that QEMU gets as its descriptor 3, as a management program hands over a tap.
     pub descriptor: Option<PathBuf>,
+    /// Programs to be measured at work are there, too; needs [`Kernel::Cloud`].
+    pub programs: bool,
     /// What runs in the guest; see `tests/guest/init`.
     pub workload: String,
     /// More for the kernel's command line, each word after a blank.
@@ -91,6 +93,7 @@ impl Default for QemuConfig {
             firmware: Firmware::Bios,
             user: None,
             descriptor: None,
+            programs: false,
             workload: "redis".to_owned(),
             kernel_args: String::new(),
             clock_remedy: false,
@@ -175,8 +178,16 @@ impl QemuConfig {
             add("-drive", flash(&word(&variables(lab)), "1"));
         }
         add("-kernel", word(&lab.paths.kernel(self.kernel)));
-        add("-initrd", word(&lab.paths.initramfs(self.kernel)));
+        add("-initrd", word(&self.initramfs(lab)));
         add("-append", self.kernel_line());
+    }
+
+    fn initramfs(&self, lab: &Lab) -> PathBuf {
+        if self.programs {
+            lab.paths.initramfs_with_programs()
+        } else {
+            lab.paths.initramfs(self.kernel)
+        }
     }
 
     fn add_net(&self, argv: &mut Vec<String>) {
@@ -205,7 +216,7 @@ impl QemuConfig {
     /// # Errors
     /// When the guest has not been built, or a file cannot be made.
     pub(super) fn prepare(&self, lab: &Lab) -> Result<()> {
-        for needed in [lab.paths.kernel(self.kernel), lab.paths.initramfs(self.kernel)] {
+        for needed in [lab.paths.kernel(self.kernel), self.initramfs(lab)] {
             if !needed.exists() {
                 bail!("{} is missing: run `cargo xtask setup`", needed.display());
             }
