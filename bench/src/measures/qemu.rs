@@ -18,11 +18,16 @@ const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// Nothing is cut short for what is measured.
 const PAUSE_LIMIT_NS: u64 = 10_000_000_000;
 
+/// Programs that the end-to-end tests' Linux can have at work, as its tool knows them. After each round of one it says `work PROGRAM UNITS`.
+pub(super) const PROGRAMS: [&str; 4] = ["sqlite", "compile", "redis-benchmark", "stress-ng"];
+
 /// Which machine.
 pub(super) struct Wanted<'a> {
     pub(super) memory_mib: u32,
     /// All of its memory is there from the start.
     pub(super) populated: bool,
+    /// It has those programs.
+    pub(super) programs: bool,
     /// A tap in the namespace of the calling thread.
     pub(super) tap: Option<&'a str>,
     /// What its kernel, and with that its workload, is told.
@@ -46,7 +51,12 @@ impl Guest {
     /// Starts it. The guest is not up yet.
     pub(super) fn boot(wanted: &Wanted<'_>) -> Result<Self, Unable> {
         let paths = Paths::here();
-        let (kernel, initramfs) = (paths.kernel(Kernel::Cloud), paths.initramfs(Kernel::Cloud));
+        let kernel = paths.kernel(Kernel::Cloud);
+        let initramfs = if wanted.programs {
+            paths.initramfs_with_programs()
+        } else {
+            paths.initramfs(Kernel::Cloud)
+        };
         if !kernel.exists() || !initramfs.exists() {
             return Err(Unable::Missing {
                 what: format!("{} has no guest", paths.assets.display()),
@@ -106,14 +116,33 @@ impl Guest {
 
     /// Waits until the guest has said so on its console.
     pub(super) fn wait_for_word(&self, word: &str) -> Result<(), Unable> {
-        let (begun, console) = (Instant::now(), self.folder.path().join("console"));
-        while !std::fs::read_to_string(&console).is_ok_and(|text| text.contains(word)) {
+        let begun = Instant::now();
+        while !self.console().contains(word) {
             if begun.elapsed() > BOOT_LIMIT {
                 return Err(Unable::Wrong("the guest in QEMU did not boot".to_owned()));
             }
             std::thread::sleep(Duration::from_millis(100));
         }
         Ok(())
+    }
+
+    /// Waits until a program at work in the guest has ended another round.
+    pub(super) fn wait_for_round(&self, program: &str) -> Result<(), Unable> {
+        let said = || units_said(&self.console(), program).map_err(Unable::Wrong);
+        let (begun, before) = (Instant::now(), said()?);
+        while said()? == before {
+            if begun.elapsed() > BOOT_LIMIT {
+                return Err(Unable::Wrong(format!("{program} in the guest does not go on")));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    /// What the guest has said so far.
+    fn console(&self) -> String {
+        let bytes = std::fs::read(self.folder.path().join("console")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// Attaches, and begins to track what is written.
@@ -147,5 +176,43 @@ impl Guest {
         found
             .map(|mapping| (mapping.start, mapping.start + bytes))
             .ok_or_else(|| Unable::Wrong("QEMU has no mapping as large as its memory".to_owned()))
+    }
+}
+
+/// What a program at work said last on a guest's console, in a whole line; `None` before its first round.
+///
+/// # Errors
+/// The words of one that went wrong, or of another one.
+pub(super) fn units_said(console: &str, program: &str) -> Result<Option<u64>, String> {
+    let whole = console.rfind('\n').map_or("", |end| &console[..end]);
+    let Some(words) = whole
+        .lines()
+        .rev()
+        .find_map(|line| line.trim().strip_prefix("work "))
+    else {
+        return Ok(None);
+    };
+    words
+        .strip_prefix(program)
+        .and_then(|units| units.trim().parse().ok())
+        .map(Some)
+        .ok_or_else(|| format!("the guest said: work {words}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_whole_line_of_a_program_counts_and_a_bad_one_is_an_error() {
+        let units = |console: &str| units_said(console, "sqlite");
+        assert_eq!(units("guest: ready wl=redis,work:sqlite\r\n"), Ok(None));
+        assert_eq!(
+            units("work sqlite 25\r\nwork sqlite 50\r\nwork sql"),
+            Ok(Some(50))
+        );
+        assert_eq!(units("work sqlite 25\r\nwork sqlite 5"), Ok(Some(25)));
+        assert!(units("work sqlite 25\r\nwork BAD sqlite: lost\r\n").is_err());
+        assert!(units("work compile 3\r\n").is_err());
     }
 }

@@ -97,6 +97,7 @@ impl Measure for Scan {
         let guest = Guest::boot(&Wanted {
             memory_mib,
             populated: true,
+            programs: false,
             tap: None,
             kernel_words: format!("wl=counter:500,dirty:{}:{}", self.pages, INTERVAL.as_millis()),
         })?;

@@ -1,7 +1,7 @@
 //! `codec.trace`, `codec.shrink` and `memory.deltas`: the session's encoder on pages that real guests wrote, epoch after epoch.
 //!
 //! ```text
-//!   record.rs   a guest of the test VMM, captured every few milliseconds ─► a trace
+//!   record.rs   a guest of the test VMM or a Linux, captured every few milliseconds ─► a trace
 //!   redis.rs    the clients of one that serves
 //!   file.rs     traces as files
 //! ```
@@ -29,7 +29,7 @@ use crate::parameters::Parameter;
 use crate::run::{Finding, Run, Unable, timed};
 use crate::stats::{Figure, Unit, float};
 use file::Trace;
-use record::{LINUX_REDIS, REDIS, Wish};
+use record::{Wish, Worker};
 
 const SESSION: SessionNumber = SessionNumber(9);
 /// Of a page in a frame, besides its payload: the distance to the one before, kind and length. Most take 4 bytes.
@@ -47,7 +47,7 @@ struct Source {
 }
 
 fn workloads() -> Vec<String> {
-    vec![REDIS.to_owned()]
+    vec!["redis".to_owned()]
 }
 
 const fn memory_mib() -> u32 {
@@ -81,10 +81,12 @@ impl Source {
     }
 
     fn problem(&self) -> Option<String> {
-        let known = |workload: &&String| ![REDIS, LINUX_REDIS].contains(&workload.as_str());
-        let mut dirty = self.workloads.iter().filter(known);
+        let unknown = |workload: &String| match Worker::of(workload) {
+            Worker::Dirtier(dirty) => dirty_problem(dirty),
+            _ => None,
+        };
         machine_problem(self.memory_mib, 1)
-            .or_else(|| dirty.find_map(|dirty| dirty_problem(dirty)))
+            .or_else(|| self.workloads.iter().find_map(unknown))
             .or_else(|| outside("epoch_ms", self.epoch_ms.into(), 5, 10_000))
             .or_else(|| outside("epochs", self.epochs.into(), 1, 100_000))
             .or_else(|| {
@@ -204,7 +206,7 @@ fn exactly(value: f64) -> Result<Figure, Unable> {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Replay {
-    /// `redis`, `linux-redis`, or what the guest's dirtier is to do; each a row.
+    /// `redis`, `linux-redis`, `linux-` and a program at work, or what the guest's dirtier is to do; each a row.
     #[serde(default = "workloads")]
     workloads: Vec<String>,
     /// Traces that were recorded before; each a row.
@@ -357,7 +359,7 @@ impl Measure for Shrink {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Deltas {
-    /// `redis`, `linux-redis`, or what the guest's dirtier is to do; each a row.
+    /// `redis`, `linux-redis`, `linux-` and a program at work, or what the guest's dirtier is to do; each a row.
     #[serde(default = "workloads")]
     workloads: Vec<String>,
     /// Traces that were recorded before; each a row.

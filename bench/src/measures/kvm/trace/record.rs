@@ -15,10 +15,12 @@ use crate::measures::kvm::guest::{Guest, Wanted};
 use crate::measures::qemu;
 use crate::run::Unable;
 
-/// What a workload is called under which the guest's service is asked by clients. Any other name is a word for the guest's dirtier.
-pub(super) const REDIS: &str = "redis";
+/// What a workload is called under which the guest's service is asked by clients.
+const REDIS: &str = "redis";
 /// The same of a real Redis in a Linux under QEMU's TCG.
-pub(super) const LINUX_REDIS: &str = "linux-redis";
+const LINUX_REDIS: &str = "linux-redis";
+/// Before the name of a program that such a Linux has at work. Any other name of a workload is a word for the guest's dirtier.
+const LINUX: &str = "linux-";
 const CHUNK_PAGES: usize = 256;
 /// Rounds of live copying before the first checkpoint, as the replicator makes them.
 const PRECOPIES: u32 = 3;
@@ -26,6 +28,32 @@ const PRECOPIES: u32 = 3;
 const SETTLE_EPOCHS: u32 = 20;
 /// How long it may take until the guest has written anything.
 const WORK_LIMIT: Duration = Duration::from_secs(60);
+
+/// Who does what is recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Worker<'w> {
+    /// The service of the test VMM's guest.
+    Service,
+    /// Redis in the Linux.
+    Redis,
+    /// Another program in it.
+    Program(&'w str),
+    /// The dirtier of the test VMM's guest, with this word.
+    Dirtier(&'w str),
+}
+
+impl<'w> Worker<'w> {
+    /// Of a workload by its name.
+    pub(super) fn of(workload: &'w str) -> Self {
+        let program = workload.strip_prefix(LINUX);
+        match (workload, program) {
+            (REDIS, _) => Self::Service,
+            (LINUX_REDIS, _) => Self::Redis,
+            (_, Some(program)) if qemu::PROGRAMS.contains(&program) => Self::Program(program),
+            _ => Self::Dirtier(workload),
+        }
+    }
+}
 
 /// What to record.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,11 +65,7 @@ pub(super) struct Wish {
 }
 
 impl Wish {
-    fn wanted(&self) -> Wanted {
-        let words = match self.workload.as_str() {
-            REDIS => format!("{} check=off log=off", redis::WORDS),
-            dirty => format!("check=off log=off progress=on dirty={dirty}"),
-        };
+    fn wanted(&self, words: String) -> Wanted {
         Wanted {
             memory_mib: self.memory_mib,
             vcpus: 1,
@@ -52,43 +76,50 @@ impl Wish {
 
     /// Runs the guest, and records.
     pub(super) fn record(&self) -> Result<Trace, Unable> {
-        if ![REDIS, LINUX_REDIS].contains(&self.workload.as_str()) {
-            let mut guest = Guest::start(&self.wanted())?;
-            guest.done()?;
-            return self.record_kvm(&guest);
+        match Worker::of(&self.workload) {
+            Worker::Dirtier(dirty) => {
+                let words = format!("check=off log=off progress=on dirty={dirty}");
+                let mut guest = Guest::start(&self.wanted(words))?;
+                guest.done()?;
+                self.record_kvm(&guest)
+            }
+            Worker::Program(program) => self.record_program(program),
+            Worker::Service => in_network(|| {
+                let words = format!("{} check=off log=off", redis::WORDS);
+                let guest = Guest::start_with(&self.wanted(words), &["--tap", redis::TAP])?;
+                under_load(|| self.record_kvm(&guest))
+            }),
+            Worker::Redis => in_network(|| {
+                let guest = self.boot_linux(Some(redis::TAP), redis::LINUX_WORDS)?;
+                under_load(|| self.record_qemu(&guest))
+            }),
         }
-        // On a thread of its own, which the network goes away with.
-        std::thread::scope(|scope| {
-            let joined = scope.spawn(|| self.record_loaded()).join();
-            joined.unwrap_or_else(|_| Err(Unable::Wrong("the recorder panicked".to_owned())))
+    }
+
+    fn record_program(&self, program: &str) -> Result<Trace, Unable> {
+        let guest = self.boot_linux(None, &format!("wl=redis,work:{program}"))?;
+        guest.wait_for_round(program)?;
+        let trace = self.record_qemu(&guest)?;
+        // It has not gone wrong or stopped while it was recorded.
+        guest.wait_for_round(program)?;
+        Ok(trace)
+    }
+
+    fn boot_linux(&self, tap: Option<&str>, words: &str) -> Result<qemu::Guest, Unable> {
+        qemu::Guest::boot(&qemu::Wanted {
+            memory_mib: self.memory_mib,
+            populated: false,
+            programs: tap.is_none(),
+            tap,
+            kernel_words: format!("no_timer_check {words}"),
         })
     }
 
-    fn record_loaded(&self) -> Result<Trace, Unable> {
-        redis::enter_network()?;
-        let (trace, answered) = if self.workload == REDIS {
-            let guest = Guest::start_with(&self.wanted(), &["--tap", redis::TAP])?;
-            Load::during(|| self.record_kvm(&guest))?
-        } else {
-            let guest = qemu::Guest::boot(&qemu::Wanted {
-                memory_mib: self.memory_mib,
-                populated: false,
-                tap: Some(redis::TAP),
-                kernel_words: format!("no_timer_check {}", redis::LINUX_WORDS),
-            })?;
-            Load::during(|| {
-                let mut source = guest.attach()?;
-                let trace = self.record_source(&mut source)?;
-                Box::new(source).detach().map_err(Unable::failed("detaching"))?;
-                Ok(trace)
-            })?
-        };
-        match answered {
-            0 => Err(Unable::Wrong(
-                "the guest answered nothing while it was recorded".to_owned(),
-            )),
-            _ => Ok(trace),
-        }
+    fn record_qemu(&self, guest: &qemu::Guest) -> Result<Trace, Unable> {
+        let mut source = guest.attach()?;
+        let trace = self.record_source(&mut source)?;
+        Box::new(source).detach().map_err(Unable::failed("detaching"))?;
+        Ok(trace)
     }
 
     fn record_kvm(&self, guest: &Guest) -> Result<Trace, Unable> {
@@ -164,6 +195,28 @@ impl Wish {
             )),
             events => Err(Unable::Wrong(format!("the guest did not just run: {events:?}"))),
         }
+    }
+}
+
+/// Does it on a thread of its own, which the network goes away with.
+fn in_network(record: impl FnOnce() -> Result<Trace, Unable> + Send) -> Result<Trace, Unable> {
+    std::thread::scope(|scope| {
+        let recorder = scope.spawn(|| {
+            redis::enter_network()?;
+            record()
+        });
+        let joined = recorder.join();
+        joined.unwrap_or_else(|_| Err(Unable::Wrong("the recorder panicked".to_owned())))
+    })
+}
+
+/// While clients keep the guest's service busy.
+fn under_load(record: impl FnOnce() -> Result<Trace, Unable>) -> Result<Trace, Unable> {
+    match Load::during(record)? {
+        (_, 0) => Err(Unable::Wrong(
+            "the guest answered nothing while it was recorded".to_owned(),
+        )),
+        (trace, _) => Ok(trace),
     }
 }
 
