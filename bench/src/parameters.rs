@@ -60,6 +60,12 @@ impl fmt::Display for Parameter {
 
 impl<const N: usize> From<[(&str, Parameter); N]> for Parameters {
     fn from(all: [(&str, Parameter); N]) -> Self {
+        all.into_iter().collect()
+    }
+}
+
+impl<'n> FromIterator<(&'n str, Parameter)> for Parameters {
+    fn from_iter<I: IntoIterator<Item = (&'n str, Parameter)>>(all: I) -> Self {
         Self(
             all.into_iter()
                 .map(|(name, value)| (name.to_owned(), value))

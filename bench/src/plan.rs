@@ -28,6 +28,7 @@ pub(crate) const BUILT_IN: &[(&str, &str)] = &[
     ("limits.toml", include_str!("../plans/limits.toml")),
     ("backup-host.toml", include_str!("../plans/backup-host.toml")),
     ("epoch.toml", include_str!("../plans/epoch.toml")),
+    ("epoch-linux.toml", include_str!("../plans/epoch-linux.toml")),
     ("peers.toml", include_str!("../plans/peers.toml")),
     ("scale.toml", include_str!("../plans/scale.toml")),
 ];

@@ -11,7 +11,7 @@ use serde_json::Value;
 /// Tried here. `kvm` needs /dev/kvm, and fails without it.
 const TRIED: [&str; 3] = ["parts", "kvm", "scale"];
 /// These raise the end-to-end tests' lab with the release binaries and as root, or QEMU guests, which no test of one program can.
-const NEED_THE_LAB: [&str; 4] = ["backup-host", "epoch", "limits", "peers"];
+const NEED_THE_LAB: [&str; 5] = ["backup-host", "epoch", "epoch-linux", "limits", "peers"];
 /// What of `limits` needs no lab, and is tried here. As root, like the tests of the gate itself.
 const LIMITS_WITHOUT_LAB: [&str; 5] = ["gate", "wire", "codec", "memory", "harvest.large"];
 /// For a run that hangs, not for one that is slow.

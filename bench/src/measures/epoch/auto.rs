@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
-use super::stand::{Machine, Stand, number};
+use super::stand::{Stand, number};
+use super::task::{Machine, Task};
 use super::{SETTLE, repetitions, scaled};
 use crate::measures::kvm::dirty_problem;
 use crate::measures::{Measure, outside};
@@ -136,7 +137,7 @@ impl Auto {
         let machine = Machine {
             memory_mib: self.memory_mib,
             vcpus: 1,
-            dirty: self.loads[0].clone(),
+            task: Task::Dirty(self.loads[0].clone()),
         };
         let mut stand = Stand::raise(&machine, run.seed())?;
         stand.protect(&format!("[epochs]\nlength = \"auto\"\n[epochs.auto]\n{goal}\n"))?;

@@ -8,7 +8,8 @@ use romulus_epoch::{Prediction, Profile};
 use romulus_hypervisor::source::{CHECKPOINT_PAGES_MAX, PAUSE_LIMIT_NS};
 use serde::Deserialize;
 
-use super::stand::{Free, Machine, Protected, Stand};
+use super::stand::{Free, Protected, Stand};
+use super::task::{Machine, Task};
 use super::{SETTLE, repetitions, scaled};
 use crate::advise::answer::Link;
 use crate::advise::attach::{Attached, Wanted};
@@ -136,7 +137,7 @@ impl Check {
             let machine = Machine {
                 memory_mib: self.memory_mib,
                 vcpus: 1,
-                dirty: dirty.to_owned(),
+                task: Task::Dirty(dirty.to_owned()),
             };
             let mut stand = Stand::raise(&machine, run.seed())?;
             std::thread::sleep(SETTLE);

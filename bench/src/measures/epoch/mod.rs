@@ -1,23 +1,29 @@
 //! `epoch.*` and `advise.check`: how long an epoch should be, measured on a guest that is really protected.
 //!
 //! ```text
-//!   stand.rs      one guest of the test VMM in the end-to-end tests' lab, unprotected or protected with some settings: what it gets
-//!                 done, what its client sees, what its daemons say and use
-//!   sweep.rs      length × what the guest writes × vCPUs, once for all measures that show something of it
+//!   task.rs       which guest, and what it does: one of the test VMM that writes pages, or a Linux with a program at work
+//!   stand.rs      the guest in the end-to-end tests' lab, unprotected or protected with some settings: what its client sees, what its
+//!                 daemons say and use
+//!   counter.rs    what it gets done
+//!   sweep.rs      length × what the guest does × vCPUs × memory for deltas, once for all measures that show something of it
+//!   load.rs       one case of it
 //!   shown.rs      these measures
 //!   recommend.rs  the length of the sweep that suits a goal
 //!   auto.rs       `epochs.length = "auto"` under a load that changes
 //!   check.rs      what `bench advise` predicts, beside what then comes
 //! ```
 //!
-//! They need root, /dev/kvm and the release binaries of this checkout.
+//! They need root and the release binaries of this checkout; a guest of the test VMM needs /dev/kvm, the Linux QEMU and what `cargo xtask setup` makes.
 
 mod auto;
 mod check;
+mod counter;
+mod load;
 mod recommend;
 mod shown;
 mod stand;
 mod sweep;
+mod task;
 
 pub(crate) use auto::Auto;
 pub(crate) use check::Check;
@@ -27,8 +33,6 @@ pub(crate) use shown::{Cpu, Lag, Latency, OnTime, Pause, Shows, Speed, Wire};
 use crate::run::{Effort, Run};
 use std::time::Duration;
 
-/// How often the client asks on average: often enough for a median of a short slice.
-const ASKS_EVERY: Duration = Duration::from_millis(4);
 /// After a change of the load, or after protection began: hot pages become hot.
 const SETTLE: Duration = Duration::from_millis(500);
 

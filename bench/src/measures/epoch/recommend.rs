@@ -4,7 +4,7 @@ use serde::Deserialize;
 
 use super::sweep::{Seen, Sweep};
 use crate::measures::Measure;
-use crate::parameters::Parameter;
+use crate::parameters::{Parameter, Parameters};
 use crate::run::{Finding, Run, Unable};
 use crate::stats::Figure;
 
@@ -96,16 +96,12 @@ impl Measure for Recommend {
                     run.missed(&case, Unable::Wrong("no length could be measured".to_owned()));
                     continue;
                 };
-                let [pages, set, content, vcpus] = seen.load.parameters();
                 let name = goal.name();
-                let at: [(&str, Parameter); 6] = [
+                let goal: [(&str, Parameter); 2] = [
                     ("goal", name.as_str().into()),
                     ("reached", if reached { "yes" } else { "no" }.into()),
-                    pages,
-                    set,
-                    content,
-                    vcpus,
                 ];
+                let at: Parameters = goal.into_iter().chain(seen.load.parameters()).collect();
                 let value = Figure::of(&[f64::from(cost.epoch_ms)]);
                 let words = format!(
                     "{:.1} ms of added latency, {:.1} % slower, {:.1} MB/s",

@@ -154,8 +154,11 @@ impl<F: Figures> Measure for Shows<F> {
 }
 
 fn parameters(seen: &Seen, at: &At) -> Parameters {
-    let [pages, set, content, vcpus] = seen.load.parameters();
-    [("epoch_ms", at.epoch_ms.into()), pages, set, content, vcpus].into()
+    let load = seen.load.parameters();
+    [("epoch_ms", at.epoch_ms.into())]
+        .into_iter()
+        .chain(load)
+        .collect()
 }
 
 fn figure<'s, F: Figures>(all: impl IntoIterator<Item = &'s Protected>) -> Option<Figure> {
@@ -171,11 +174,19 @@ fn finding<F: Figures>(case: &str, seen: &Seen, at: &At) -> Option<Finding> {
             .and_then(|usual| figure::<F>(&usual.protected))
             .map(|figure| (format!("epochs of {USUAL_MS} ms"), figure)),
     };
+    let caution = seen.load.caution().map(str::to_owned);
     Some(Finding {
         case: case.to_owned(),
         unit: F::UNIT,
         value: figure::<F>(&at.protected)?,
         reference,
-        note: at.protected.last().and_then(F::note),
+        note: joined([at.protected.last().and_then(F::note), caution]),
     })
+}
+
+fn joined(notes: [Option<String>; 2]) -> Option<String> {
+    notes
+        .into_iter()
+        .flatten()
+        .reduce(|one, other| format!("{one}; {other}"))
 }

@@ -3,46 +3,32 @@
 use std::time::{Duration, Instant};
 
 use romulus_e2e::crowd::{Crowd, CrowdConfig};
+use romulus_e2e::guest::QemuConfig;
 use romulus_e2e::probe::Probe;
 use romulus_e2e::{Paths, Process, Stamp};
-use romulus_host_sys::{SharedView, monotonic_ns};
 use romulus_vmm_attach::client::Client;
 use serde_json::Value;
 
-use super::{ASKS_EVERY, SETTLE};
+use super::SETTLE;
+use super::counter::{Counter, Done};
+use super::task::{Machine, Task};
 use crate::advise::attach::Socket;
+use crate::measures::host::LAB;
 use crate::measures::host::watch::{TICKS_A_SECOND, cpu_ticks};
-use crate::measures::kvm::guest::{Done, all_memory, need_kvm, progress_in};
-use crate::measures::kvm::slices::{Slice, Work};
+use crate::measures::kvm::guest::{all_memory, need_kvm};
 use crate::run::Unable;
 use crate::stats::float;
 
-/// What the lab's namespaces, folders and sockets begin with.
-const LAB: &str = "rome";
 const HOST: &str = "left";
-const VM: &str = "vm";
+pub(super) const VM: &str = "vm";
 /// The VMM lets its last client go in this time, whatever the machine does meanwhile.
 const CONNECT_LIMIT: Duration = Duration::from_secs(60);
-/// The guest writes its progress each half millisecond; so long without it and it does not live.
-const SILENCE_LIMIT: Duration = Duration::from_secs(60);
-const POLL: Duration = Duration::from_micros(50);
-
-/// Which guest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Machine {
-    pub(super) memory_mib: u32,
-    pub(super) vcpus: u32,
-    /// What it writes at first.
-    pub(super) dirty: String,
-}
-
 /// The guest and everything around it.
 pub(super) struct Stand {
     /// There until the end.
     probe: Option<Probe>,
-    memory: SharedView,
+    counter: Counter,
     crowd: Crowd,
-    dirty: String,
 }
 
 /// What a guest did that nobody protected.
@@ -76,32 +62,17 @@ pub(super) struct Protected {
 impl Stand {
     /// Boots the guest in a new lab.
     pub(super) fn raise(machine: &Machine, seed: u64) -> Result<Self, Unable> {
-        need_kvm()?;
-        let config = CrowdConfig {
-            memory_mib: machine.memory_mib,
-            vcpus: machine.vcpus,
-            words: "progress=on work=on check=off log=off".to_owned(),
-            dirty: machine.dirty.clone(),
-            ..CrowdConfig::default()
+        let (crowd, counter) = match &machine.task {
+            Task::Dirty(dirty) => raise_kvm(machine, dirty)?,
+            Task::Program(program) => raise_linux(machine, program)?,
         };
-        let raised = Crowd::raise(&Paths::here(), LAB, &[HOST], config);
-        let mut crowd = raised.map_err(Unable::failed("raising the lab"))?;
-        crowd
-            .add(HOST, VM, None)
-            .map_err(Unable::failed("starting a guest"))?;
-        // The VMM has one client at a time: this one is gone when the memory is mapped.
-        let (client, attachment) = Client::connect(&crowd.attach(VM), "bench", CONNECT_LIMIT)
-            .map_err(Unable::failed("connecting to the test VMM"))?;
-        let memory = all_memory(&attachment)?;
-        drop((client, attachment));
         let probe = crowd
-            .probe(VM, ASKS_EVERY, seed)
+            .probe(VM, machine.task.asks_every(), seed)
             .map_err(Unable::failed("starting a client"))?;
         Ok(Self {
             probe: Some(probe),
-            memory,
+            counter,
             crowd,
-            dirty: machine.dirty.clone(),
         })
     }
 
@@ -110,7 +81,7 @@ impl Stand {
         self.crowd
             .tell(VM, &["DIRTY", dirty])
             .map_err(Unable::failed("telling the guest what to write"))?;
-        dirty.clone_into(&mut self.dirty);
+        self.counter.set_dirty(dirty);
         Ok(())
     }
 
@@ -180,34 +151,15 @@ impl Stand {
         let (from, before) = (Stamp::now(), self.done()?);
         std::thread::sleep(slice);
         let (after, to) = (self.done()?, Stamp::now());
-        let done = Slice { before, after };
         let seen = self.probe.as_ref().map(|probe| probe.quantiles(from, to));
         match seen {
-            Some((latency, answers)) if answers > 0 => {
-                let ns_a_unit = done.ns_a_unit(Work::of(&self.dirty));
-                Ok((ns_a_unit.unwrap_or(f64::INFINITY), latency.p50))
-            }
+            Some((latency, answers)) if answers > 0 => Ok((after.ns_a_unit_since(&before), latency.p50)),
             _ => Err(Unable::Wrong("the guest's client got no answer".to_owned())),
         }
     }
 
-    /// What the guest has done, right after it has said so.
-    fn done(&self) -> Result<Done, Unable> {
-        let before = progress_in(&self.memory)?;
-        let deadline = Instant::now() + SILENCE_LIMIT;
-        loop {
-            let at_ns = monotonic_ns();
-            let now = progress_in(&self.memory)?;
-            if let Some(progress) = now
-                && now != before
-            {
-                return Ok(Done { at_ns, progress });
-            }
-            if Instant::now() > deadline {
-                return Err(Unable::Wrong("the guest does not go on".to_owned()));
-            }
-            std::thread::sleep(POLL);
-        }
+    fn done(&mut self) -> Result<Done, Unable> {
+        self.counter.done(&self.crowd)
     }
 
     fn counts(&self) -> Result<Counts, Unable> {
@@ -221,6 +173,48 @@ impl Stand {
             vmm: ticks(vmm)?,
         })
     }
+}
+
+/// A guest of the test VMM.
+fn raise_kvm(machine: &Machine, dirty: &str) -> Result<(Crowd, Counter), Unable> {
+    need_kvm()?;
+    let mut crowd = raise_lab(CrowdConfig {
+        memory_mib: machine.memory_mib,
+        vcpus: machine.vcpus,
+        words: "progress=on work=on check=off log=off".to_owned(),
+        dirty: dirty.to_owned(),
+        ..CrowdConfig::default()
+    })?;
+    crowd
+        .add(HOST, VM, None)
+        .map_err(Unable::failed("starting a guest"))?;
+    // The VMM has one client at a time: this one is gone when the memory is mapped.
+    let (client, attachment) = Client::connect(&crowd.attach(VM), "bench", CONNECT_LIMIT)
+        .map_err(Unable::failed("connecting to the test VMM"))?;
+    let memory = all_memory(&attachment)?;
+    drop((client, attachment));
+    Ok((crowd, Counter::of_memory(memory, dirty)))
+}
+
+/// The end-to-end tests' Linux, in a stock QEMU.
+fn raise_linux(machine: &Machine, program: &str) -> Result<(Crowd, Counter), Unable> {
+    let mut crowd = raise_lab(CrowdConfig::default())?;
+    let config = QemuConfig {
+        memory_mib: machine.memory_mib,
+        vcpus: machine.vcpus,
+        programs: true,
+        workload: machine.task.workload(),
+        ..QemuConfig::default()
+    };
+    crowd
+        .add_qemu_with(HOST, VM, &config)
+        .map_err(Unable::failed("starting a guest"))?;
+    let counter = Counter::of_program(&crowd, program)?;
+    Ok((crowd, counter))
+}
+
+fn raise_lab(config: CrowdConfig) -> Result<Crowd, Unable> {
+    Crowd::raise(&Paths::here(), LAB, &[HOST], config).map_err(Unable::failed("raising the lab"))
 }
 
 impl Drop for Stand {

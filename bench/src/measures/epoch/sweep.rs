@@ -1,4 +1,4 @@
-//! The sweep: for each load of the guest it works alone, and then protected with epochs of each length.
+//! The sweep: under each load the guest works alone, and then protected with epochs of each length.
 //!
 //! Done once for all measures that ask for the same.
 
@@ -6,11 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::Deserialize;
 
-use super::stand::{Free, Machine, Protected, Stand};
+use super::load::{Kind, Load};
+use super::stand::{Free, Protected, Stand};
+use super::task::{Machine, Task};
 use super::{repetitions, scaled};
 use crate::measures::kvm::dirty_problem;
 use crate::measures::outside;
-use crate::parameters::Parameter;
 use crate::run::{Effort, Run, Unable};
 
 /// Over which settings.
@@ -29,16 +30,22 @@ pub(crate) struct Sweep {
     /// With what they are written.
     #[serde(default = "contents")]
     contents: Vec<String>,
+    /// Programs that a Linux under QEMU has at work, each a case; it is then this guest, and not the one that writes pages.
+    #[serde(default)]
+    workloads: Vec<String>,
     #[serde(default = "vcpus")]
     vcpus: Vec<u32>,
+    /// Memory of the replicator for previous versions of pages; with none, each page is encoded alone.
+    #[serde(default = "delta_memory_mib")]
+    delta_memory_mib: Vec<u32>,
     /// Every combination; otherwise the first of each list, and each of the others alone in its place.
     #[serde(default)]
     every: bool,
     /// How long the guest is watched in each case.
     #[serde(default = "slice_ms")]
     slice_ms: u32,
-    #[serde(default = "memory_mib")]
-    memory_mib: u32,
+    /// Of the guest.
+    memory_mib: Option<u32>,
 }
 
 fn epoch_ms() -> Vec<u32> {
@@ -61,45 +68,18 @@ fn vcpus() -> Vec<u32> {
     vec![1, 2]
 }
 
+/// As a replicator has it, and none.
+fn delta_memory_mib() -> Vec<u32> {
+    vec![64, 0]
+}
+
 const fn slice_ms() -> u32 {
     3000
 }
 
-const fn memory_mib() -> u32 {
-    128
-}
-
-/// What a guest does.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Load {
-    pub(super) pages: u32,
-    pub(super) set_mib: u32,
-    pub(super) content: String,
-    pub(super) vcpus: u32,
-}
-
-impl Load {
-    /// As the guest is told.
-    pub(super) fn dirty(&self) -> String {
-        format!("random/{}:{}:25:{}", self.content, self.pages, self.set_mib)
-    }
-
-    pub(super) fn name(&self) -> String {
-        format!(
-            "{}-{}-{}MiB-{}vcpu",
-            self.content, self.pages, self.set_mib, self.vcpus
-        )
-    }
-
-    pub(super) fn parameters(&self) -> [(&'static str, Parameter); 4] {
-        [
-            ("dirty_pages", self.pages.into()),
-            ("set_mib", self.set_mib.into()),
-            ("content", (&self.content).into()),
-            ("vcpus", self.vcpus.into()),
-        ]
-    }
-}
+const MEMORY_MIB: u32 = 128;
+/// A Linux with its programs needs more.
+const LINUX_MEMORY_MIB: u32 = 256;
 
 /// What was seen of a load, by repetition.
 pub(super) struct Seen {
@@ -131,46 +111,108 @@ impl Sweep {
             || self.pages.is_empty()
             || self.set_mib.is_empty()
             || self.contents.is_empty()
-            || self.vcpus.is_empty();
+            || self.vcpus.is_empty()
+            || self.delta_memory_mib.is_empty();
         if empty {
-            return Some("epoch_ms, pages, set_mib, contents and vcpus need a value each".to_owned());
+            return Some(
+                "epoch_ms, pages, set_mib, contents, vcpus and delta_memory_mib need a value each".to_owned(),
+            );
         }
         let each = |key: &str, values: &[u32], least: u64, most: u64| {
             values
                 .iter()
                 .find_map(|value| outside(key, (*value).into(), least, most))
         };
-        let sets_max = u64::from(self.memory_mib) / 2;
         each("epoch_ms", &self.epoch_ms, 1, 1000)
-            .or_else(|| outside("memory_mib", self.memory_mib.into(), 64, 1024))
-            .or_else(|| each("set_mib", &self.set_mib, 1, sets_max))
             .or_else(|| each("vcpus", &self.vcpus, 1, 4))
+            .or_else(|| each("delta_memory_mib", &self.delta_memory_mib, 0, 4096))
             .or_else(|| outside("slice_ms", self.slice_ms.into(), 100, 600_000))
-            .or_else(|| self.loads().iter().find_map(|load| dirty_problem(&load.dirty())))
+            .or_else(|| {
+                if self.workloads.is_empty() {
+                    let sets_max = u64::from(self.memory_mib()) / 2;
+                    outside("memory_mib", self.memory_mib().into(), 64, 1024)
+                        .or_else(|| each("set_mib", &self.set_mib, 1, sets_max))
+                        .or_else(|| self.kinds().iter().find_map(|(_, kind)| self.dirty_problem(kind)))
+                } else {
+                    self.linux_problem()
+                }
+            })
+    }
+
+    fn dirty_problem(&self, kind: &Kind) -> Option<String> {
+        match self.load(kind, 0, 0).task() {
+            Task::Dirty(dirty) => dirty_problem(&dirty),
+            Task::Program(_) => None,
+        }
+    }
+
+    fn linux_problem(&self) -> Option<String> {
+        let others = self.pages != pages() || self.set_mib != set_mib() || self.contents != contents();
+        if others {
+            return Some("pages, set_mib and contents are of a guest without workloads".to_owned());
+        }
+        outside("memory_mib", self.memory_mib().into(), 192, 4096)
+            .or_else(|| self.workloads.iter().find_map(|program| Task::problem(program)))
+    }
+
+    fn memory_mib(&self) -> u32 {
+        let usual = if self.workloads.is_empty() {
+            MEMORY_MIB
+        } else {
+            LINUX_MEMORY_MIB
+        };
+        self.memory_mib.unwrap_or(usual)
     }
 
     /// Each load once.
     pub(super) fn loads(&self) -> Vec<Load> {
         let mut loads = Vec::new();
-        for (v, vcpus) in self.vcpus.iter().enumerate() {
-            for (p, pages) in self.pages.iter().enumerate() {
-                for (s, set_mib) in self.set_mib.iter().enumerate() {
-                    for (c, content) in self.contents.iter().enumerate() {
-                        let others = [v, p, s, c].iter().filter(|place| **place > 0).count();
-                        let load = Load {
-                            pages: *pages,
-                            set_mib: *set_mib,
-                            content: content.clone(),
-                            vcpus: *vcpus,
-                        };
-                        if (self.every || others <= 1) && !loads.contains(&load) {
-                            loads.push(load);
-                        }
+        for v in 0..self.vcpus.len() {
+            for (others, kind) in self.kinds() {
+                for d in 0..self.delta_memory_mib.len() {
+                    let others = others + [v, d].iter().filter(|place| **place > 0).count();
+                    let load = self.load(&kind, v, d);
+                    if (self.every || others <= 1) && !loads.contains(&load) {
+                        loads.push(load);
                     }
                 }
             }
         }
         loads
+    }
+
+    fn load(&self, kind: &Kind, vcpus: usize, deltas: usize) -> Load {
+        Load {
+            kind: kind.clone(),
+            vcpus: self.vcpus[vcpus],
+            delta_memory_mib: self.delta_memory_mib[deltas],
+        }
+    }
+
+    /// What a guest does in any of the loads, and how many of its settings are not the first of their list. A program has one setting, its
+    /// name.
+    fn kinds(&self) -> Vec<(usize, Kind)> {
+        if !self.workloads.is_empty() {
+            let programs = self.workloads.iter().enumerate();
+            return programs
+                .map(|(place, program)| (usize::from(place > 0), Kind::Program(program.clone())))
+                .collect();
+        }
+        let mut kinds = Vec::new();
+        for (p, pages) in self.pages.iter().enumerate() {
+            for (s, set_mib) in self.set_mib.iter().enumerate() {
+                for (c, content) in self.contents.iter().enumerate() {
+                    let others = [p, s, c].iter().filter(|place| **place > 0).count();
+                    let kind = Kind::Pages {
+                        pages: *pages,
+                        set_mib: *set_mib,
+                        content: content.clone(),
+                    };
+                    kinds.push((others, kind));
+                }
+            }
+        }
+        kinds
     }
 
     /// What there is to see, from the measure before if it asked for the same.
@@ -212,19 +254,19 @@ impl Sweep {
             })
             .collect();
         for repetition in 0..repetitions(run) {
-            let mut stand: Option<(u32, Stand)> = None;
+            let mut stand: Option<(Load, Stand)> = None;
             for seen in &mut all {
-                let vcpus = seen.load.vcpus;
-                if stand.as_ref().is_none_or(|(of, _)| *of != vcpus) {
+                let load = &seen.load;
+                if stand.as_ref().is_none_or(|(of, _)| !load.has_guest_of(of)) {
                     // The old lab goes before the new one comes: they have one name.
                     drop(stand.take());
                     run.say("starting a guest");
                     let machine = Machine {
-                        memory_mib: self.memory_mib,
-                        vcpus,
-                        dirty: seen.load.dirty(),
+                        memory_mib: self.memory_mib(),
+                        vcpus: load.vcpus,
+                        task: load.task(),
                     };
-                    stand = Some((vcpus, Stand::raise(&machine, run.seed())?));
+                    stand = Some((load.clone(), Stand::raise(&machine, run.seed())?));
                 }
                 let (_, stand) = stand.as_mut().expect("it was just raised");
                 self.look_at(run, repetition, stand, seen)?;
@@ -244,7 +286,9 @@ impl Sweep {
             ));
         };
         say("unprotected");
-        stand.write(&seen.load.dirty())?;
+        if let Task::Dirty(dirty) = seen.load.task() {
+            stand.write(&dirty)?;
+        }
         let free = match stand.free(slice) {
             Ok(free) => free,
             Err(Unable::Wrong(why)) => {
@@ -258,7 +302,7 @@ impl Sweep {
         seen.free.push(free);
         for at in &mut seen.at {
             say(&format!("epochs of {} ms", at.epoch_ms));
-            stand.protect(&format!("[epochs]\nlength = \"{}ms\"\n", at.epoch_ms))?;
+            stand.protect(&seen.load.settings(at.epoch_ms))?;
             match stand.protected(slice) {
                 Ok(protected) => at.protected.push(protected),
                 // A guest that has no time left at this length says nothing of the other lengths.
@@ -282,14 +326,34 @@ mod tests {
     #[test]
     fn each_setting_varies_alone_around_the_first_of_each_or_all_of_them_together() {
         let loads = sweep("").loads();
-        assert_eq!(loads.len(), 7);
-        assert_eq!(loads[0].dirty(), "random/counter:500:25:16");
+        assert_eq!(loads.len(), 8);
+        assert_eq!(
+            loads[0].task(),
+            Task::Dirty("random/counter:500:25:16".to_owned())
+        );
         assert!(
             loads
                 .iter()
                 .all(|load| loads.iter().filter(|one| *one == load).count() == 1)
         );
-        assert_eq!(sweep("every = true").loads().len(), 36);
+        assert_eq!(sweep("every = true").loads().len(), 72);
+    }
+
+    #[test]
+    fn programs_of_a_linux_stand_in_the_place_of_pages() {
+        let linux = sweep("workloads = ['redis', 'sqlite']\nvcpus = [1, 2]");
+        let names: Vec<String> = linux.loads().iter().map(Load::name).collect();
+        assert_eq!(
+            names,
+            [
+                "linux-redis-1vcpu",
+                "linux-redis-1vcpu-no-deltas",
+                "linux-sqlite-1vcpu",
+                "linux-redis-2vcpu"
+            ]
+        );
+        assert_eq!((linux.problem(), linux.memory_mib()), (None, 256));
+        assert_eq!(sweep("").memory_mib(), 128);
     }
 
     #[test]
@@ -302,6 +366,10 @@ mod tests {
             "set_mib = [100]",
             "contents = ['verse']",
             "vcpus = [5]",
+            "delta_memory_mib = []",
+            "workloads = ['emacs']",
+            "workloads = ['sqlite']\npages = [7]",
+            "workloads = ['sqlite']\nmemory_mib = 64",
             "memory_mib = 32",
             "slice_ms = 1",
         ] {
