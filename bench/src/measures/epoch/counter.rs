@@ -94,7 +94,8 @@ impl Counter {
                 }))
             }),
             Self::Console { path, program } => next(CONSOLE_POLL, || {
-                let bytes = std::fs::read(path.as_path()).map_err(Unable::failed("reading the guest's console"))?;
+                let bytes =
+                    std::fs::read(path.as_path()).map_err(Unable::failed("reading the guest's console"))?;
                 let units = units_said(&String::from_utf8_lossy(&bytes), program);
                 Ok(units.map_err(Unable::Wrong)?.map(|units| (units, units)))
             }),

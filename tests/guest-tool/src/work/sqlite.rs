@@ -93,7 +93,8 @@ mod tests {
         assert_ne!(first, second);
         for text in [first, second] {
             let amounts = |sign: &str| -> Vec<&str> {
-                let parts = text.split(&format!("balance = balance {sign} ")).skip(1);
+                let change = format!("balance = balance {sign} ");
+                let parts = text.split(&change).skip(1);
                 parts.map(|part| part.split(' ').next().unwrap()).collect()
             };
             assert_eq!(amounts("-").len() as u64, TRANSFERS);
