@@ -55,6 +55,8 @@ struct Scanned {
     /// Pages of each checkpoint, and of each bare scan.
     found: Vec<u64>,
     seen: Vec<u64>,
+    /// Whole pauses, in nanoseconds.
+    pauses: Vec<u64>,
 }
 
 impl Scanned {
@@ -76,6 +78,7 @@ impl Scanned {
         priority::lower();
         let report = report.map_err(Unable::failed("taking a checkpoint"))?;
         self.found.push(report.dirty_pages);
+        self.pauses.push(report.pause_ns);
         Ok(report.scan_ns)
     }
 }
@@ -117,12 +120,14 @@ impl Measure for Scan {
             range: guest.memory(memory_mib)?,
             found: Vec::new(),
             seen: Vec::new(),
+            pauses: Vec::new(),
         };
         let [reference, value] = run.in_turn(&format!("{memory_mib} MiB"), self.rounds, |one| match one {
             0 => scanned.bare(),
             _ => scanned.capture(),
         })?;
         let (found, seen) = (middle(&scanned.found), middle(&scanned.seen));
+        let pause_us = middle(&scanned.pauses) / 1000;
         if found < u64::from(self.pages) || seen == 0 {
             return Err(Unable::Wrong(format!(
                 "of {} dirty pages {found} were found, and {seen} seen by the bare scan",
@@ -146,7 +151,7 @@ impl Measure for Scan {
                 value,
                 reference: Some(("PAGEMAP_SCAN of the same memory".to_owned(), reference)),
                 note: Some(format!(
-                    "{a_gib:.0} us a GiB, {found} pages in a checkpoint, {seen} at a bare scan{smaller}"
+                    "{a_gib:.0} us a GiB, {found} pages in a checkpoint, {seen} at a bare scan; the whole pause is {pause_us} us{smaller}"
                 )),
             };
             run.found_at(at, finding);
