@@ -102,37 +102,62 @@ impl TestbedConfig {
     }
 }
 
-/// Whether a VMM's virtual processors run: whether the kernel says of any of its threads that it is in `KVM_RUN`, at one of
-/// many looks, since it may leave that for a moment.
+/// Whether a VMM's virtual processors run: whether the kernel says of any of its threads that it waits in `KVM_RUN`, or counts more of its
+/// time as a guest's than at first. A guest that waits leaves `KVM_RUN` for a moment, so it is looked at many times; one that has much to do
+/// never waits.
 pub(crate) fn runs(vmm: Pid) -> Result<bool> {
-    let mut seen = Vec::new();
+    let first = vcpus(vmm)?;
+    let mut now = first.clone();
     for _ in 0..LOOKS {
-        let calls = calls_of_vcpus(vmm)?;
-        if calls.iter().any(|call| runs_guest(call)) {
+        if run_since(&first, &now) {
             return Ok(true);
         }
-        seen.extend(calls);
         sleep(LOOK_EVERY);
+        now = vcpus(vmm)?;
     }
-    eprintln!("no virtual processor is in the guest; their system calls were {seen:?}");
+    eprintln!("no virtual processor is in the guest: {first:?}, and then {now:?}");
     Ok(false)
 }
 
-/// What the kernel says of each thread that runs a virtual processor.
-fn calls_of_vcpus(vmm: Pid) -> Result<Vec<String>> {
+/// What the kernel says of a thread that runs a virtual processor.
+#[derive(Clone, Debug)]
+struct Vcpu {
+    name: String,
+    /// `NUMBER ARGUMENT…` of a thread that waits in a system call, `running` of one that is on a processor or waits for one.
+    call: String,
+    /// Time that it spent in the guest, in ticks of its clock.
+    guest_ticks: u64,
+}
+
+/// All of them. A thread that has just ended runs nothing, and is left out.
+fn vcpus(vmm: Pid) -> Result<Vec<Vcpu>> {
     let folder = format!("/proc/{}/task", vmm.as_raw_nonzero());
     let threads = fs::read_dir(&folder).with_context(|| format!("cannot list {folder}"))?;
     // The kernel has a thread of its own in the process, which shows the call that it was made in for ever.
-    let runs_vcpu = |thread: &Path| {
-        fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.starts_with(VCPU_THREAD))
-    };
-    // A thread that has just ended runs nothing.
-    let calls = threads
-        .flatten()
-        .map(|thread| thread.path())
-        .filter(|thread| runs_vcpu(thread))
-        .filter_map(|thread| fs::read_to_string(thread.join("syscall")).ok());
-    Ok(calls.map(|call| call.trim_end().to_owned()).collect())
+    let all = threads.flatten().filter_map(|thread| vcpu(&thread.path()));
+    Ok(all.filter(|vcpu| vcpu.name.starts_with(VCPU_THREAD)).collect())
+}
+
+fn vcpu(thread: &Path) -> Option<Vcpu> {
+    let read = |file| fs::read_to_string(thread.join(file)).ok();
+    Some(Vcpu {
+        name: read("comm")?.trim_end().to_owned(),
+        call: read("syscall")?.trim_end().to_owned(),
+        guest_ticks: guest_ticks(&read("stat")?)?,
+    })
+}
+
+/// Field 43 of /proc/PID/stat, `guest_time`; the second one is a name in parentheses with whatever in it.
+fn guest_ticks(stat: &str) -> Option<u64> {
+    let (_, from_third) = stat.rsplit_once(')')?;
+    from_third.split_whitespace().nth(40)?.parse().ok()
+}
+
+fn run_since(first: &[Vcpu], now: &[Vcpu]) -> bool {
+    now.iter().any(|vcpu| {
+        let before = first.iter().find(|before| before.name == vcpu.name);
+        runs_guest(&vcpu.call) || before.is_some_and(|before| vcpu.guest_ticks > before.guest_ticks)
+    })
 }
 
 /// `NUMBER ARGUMENT…` of a thread that waits in a system call. One that is on a processor right now shows `running`.
@@ -156,6 +181,31 @@ mod tests {
         ] {
             assert!(!runs_guest(other), "{other}");
         }
+    }
+
+    fn seen(call: &str, guest_ticks: u64) -> Vcpu {
+        Vcpu {
+            name: "vcpu-0".to_owned(),
+            call: call.to_owned(),
+            guest_ticks,
+        }
+    }
+
+    #[test]
+    fn a_processor_that_never_waits_runs_when_its_time_in_the_guest_grows() {
+        let first = [seen("running", 7)];
+        assert!(run_since(&first, &[seen("running", 8)]));
+        assert!(!run_since(&first, &[seen("running", 7)]), "it may be anywhere");
+        assert!(!run_since(&first, &[seen("202 0x7f 0x80", 7)]));
+        assert!(run_since(&first, &[seen("16 0xb 0xae80 0x0", 7)]));
+    }
+
+    #[test]
+    fn the_time_in_the_guest_is_found_behind_any_name() {
+        let numbers: Vec<String> = (4..=52).map(|field| field.to_string()).collect();
+        let stat = format!("12 (a) b (c) S {}", numbers.join(" "));
+        assert_eq!(guest_ticks(&stat), Some(43));
+        assert_eq!(guest_ticks("12 (short) S 1 2"), None);
     }
 
     #[test]
