@@ -19,6 +19,7 @@ mod standbys;
 mod starts;
 mod status;
 mod store;
+mod store_jobs;
 mod vm_driver;
 
 use std::os::fd::OwnedFd;

@@ -200,7 +200,6 @@ impl Receiver {
         })?;
         self.last = record.epoch;
         self.last_pages = record.pages.pages;
-
         Ok(Received::Committed {
             epoch: record.epoch,
             pages: record.pages.pages,

@@ -31,7 +31,8 @@ use crate::refusals::RefusedCount;
 use crate::standbys::Standbys;
 use crate::starts::Starts;
 use crate::status::VmStatus;
-use crate::store::{Store, StoreJob, StoreSender, store_channel};
+use crate::store::Store;
+use crate::store_jobs::{StoreJob, StoreSender, store_channel};
 use crate::vm_driver::VmDriver;
 use crate::vm_image::VmImage;
 

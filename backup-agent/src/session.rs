@@ -19,7 +19,7 @@ use crate::inbox::EventSink;
 use crate::pace::Pace;
 use crate::refusals::{Refused, RefusedCount};
 use crate::status::{RefusedInput, VmStatus};
-use crate::store::StoreSender;
+use crate::store_jobs::StoreSender;
 
 /// Control messages that wait to be sent, at most. Answers to heartbeats are dropped past that: they are cumulative.
 const CONTROL_WAITING_MAX: usize = 64;

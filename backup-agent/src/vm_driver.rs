@@ -32,7 +32,7 @@ use crate::inbox::{EventSink, Input};
 use crate::session::{SessionIn, words};
 use crate::starts::Starts;
 use crate::status::VmStatus;
-use crate::store::{StoreJob, StoreSender};
+use crate::store_jobs::{StoreJob, StoreSender};
 
 /// How long what already arrived may take to reach the inbox.
 const DRAIN: Duration = Duration::from_millis(2);
