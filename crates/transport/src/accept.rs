@@ -246,11 +246,7 @@ async fn handshake(incoming: quinn::Incoming, place: Place, queue: mpsc::Sender<
     let shared = place.shared.clone();
     let address = incoming.remote_address();
     let load = shared.bulk.as_ref().map(Load::new);
-    let accept = || incoming.accept();
-    let accepted = match &load {
-        Some(load) => shared.places.with(load, accept),
-        None => accept(),
-    };
+    let accepted = shared.places.with(load.as_ref(), || incoming.accept());
     let connecting = async { accepted?.await };
     let connection = match tokio::time::timeout(shared.handshake_timeout, connecting).await {
         Ok(Ok(connection)) => connection,

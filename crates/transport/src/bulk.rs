@@ -262,10 +262,10 @@ pub(crate) struct Places {
 }
 
 impl Places {
-    /// Has `make` make a connection whose tasks are counted as `load`'s. `make` must not wait.
-    pub(crate) fn with<T>(&self, load: &Arc<Load>, make: impl FnOnce() -> T) -> T {
+    /// Has `make` make a connection whose tasks are counted as `load`'s, if there is one. `make` must not wait.
+    pub(crate) fn with<T>(&self, load: Option<&Arc<Load>>, make: impl FnOnce() -> T) -> T {
         let _one_at_a_time = self.making.lock().unwrap_or_else(PoisonError::into_inner);
-        *self.next() = Some(Arc::downgrade(load));
+        *self.next() = load.map(Arc::downgrade);
         let made = make();
         *self.next() = None;
         made

@@ -154,10 +154,7 @@ impl Endpoint {
         config.transport_config(Arc::new(quic::transport_config(&self.network, self.service)));
         let handshake = async {
             let connect = || self.quinn.connect_with(config, address, peer.certificate_name());
-            let begun = match &self.load {
-                Some(load) => self.places.with(load, connect),
-                None => connect(),
-            };
+            let begun = self.places.with(self.load.as_ref(), connect);
             let connecting =
                 begun.map_err(|error| TransportError::Lost(format!("cannot connect to {text}: {error}")))?;
             let connection = connecting
