@@ -95,12 +95,14 @@ impl Load {
         same && self.vcpus == other.vcpus
     }
 
-    /// Why its figures say nothing of how fast a machine is.
-    pub(super) fn caution(&self) -> Option<&'static str> {
-        match self.kind {
+    /// A note of a row, and with it why its figures say nothing of how fast a machine is.
+    pub(super) fn noted(&self, note: Option<String>) -> Option<String> {
+        let caution = match self.kind {
             Kind::Pages { .. } => None,
-            Kind::Program(_) => Some("emulated by QEMU's TCG"),
-        }
+            Kind::Program(_) => Some("emulated by QEMU's TCG".to_owned()),
+        };
+        let both = note.into_iter().chain(caution);
+        both.reduce(|one, other| format!("{one}; {other}"))
     }
 }
 
@@ -134,6 +136,27 @@ mod tests {
         };
         assert!(load(pages("text"), 1, 0).has_guest_of(&load(pages("counter"), 1, 64)));
         assert!(!redis.has_guest_of(&load(pages("text"), 1, 64)));
+    }
+
+    #[test]
+    fn every_row_of_a_linux_says_that_it_is_emulated() {
+        let (linux, test_vmm) = (
+            load(program("redis"), 1, 64),
+            load(
+                Kind::Pages {
+                    pages: 10,
+                    set_mib: 1,
+                    content: "text".to_owned(),
+                },
+                1,
+                64,
+            ),
+        );
+        let note = || Some("5 ms".to_owned());
+        assert_eq!(linux.noted(note()).unwrap(), "5 ms; emulated by QEMU's TCG");
+        assert_eq!(linux.noted(None).unwrap(), "emulated by QEMU's TCG");
+        assert_eq!(test_vmm.noted(note()), note());
+        assert_eq!(test_vmm.noted(None), None);
     }
 
     #[test]

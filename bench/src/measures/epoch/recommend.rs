@@ -112,11 +112,11 @@ impl Measure for Recommend {
                     unit: "ms",
                     value: value.ok_or_else(|| Unable::Wrong("a length is a number".to_owned()))?,
                     reference: None,
-                    note: Some(if reached {
+                    note: seen.load.noted(Some(if reached {
                         words
                     } else {
                         format!("no length that was tried does it; this one comes nearest: {words}")
-                    }),
+                    })),
                 };
                 run.found_at(at, finding);
             }

@@ -174,19 +174,11 @@ fn finding<F: Figures>(case: &str, seen: &Seen, at: &At) -> Option<Finding> {
             .and_then(|usual| figure::<F>(&usual.protected))
             .map(|figure| (format!("epochs of {USUAL_MS} ms"), figure)),
     };
-    let caution = seen.load.caution().map(str::to_owned);
     Some(Finding {
         case: case.to_owned(),
         unit: F::UNIT,
         value: figure::<F>(&at.protected)?,
         reference,
-        note: joined([at.protected.last().and_then(F::note), caution]),
+        note: seen.load.noted(at.protected.last().and_then(F::note)),
     })
-}
-
-fn joined(notes: [Option<String>; 2]) -> Option<String> {
-    notes
-        .into_iter()
-        .flatten()
-        .reduce(|one, other| format!("{one}; {other}"))
 }
