@@ -31,12 +31,12 @@ use clap::Parser;
 use romulus_backup_agent::{receive, vm_image};
 use romulus_config::AGENT_METRICS_PORT;
 use romulus_daemon::{AllowList, BadSettings, Reload, exit_code};
-use romulus_host_sys::SysError;
 use romulus_host_sys::process_clock::Clock;
+use romulus_host_sys::{SysError, priority};
 use romulus_image::Places;
 use romulus_telemetry::{Pulse, Server, serve_metrics};
 use romulus_transport::{Bulk, Certificates, Endpoint, Identity, Service, WitnessClient};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::admission::Admission;
 use crate::args::{Args, Command};
@@ -74,9 +74,24 @@ fn start(
     romulus_telemetry::log::init(&settings.log)?;
     let inherited = inherited.context("what systemd handed over can't be taken")?;
     let places = place::places(&settings, &options.state_dir, inherited)?;
-    romulus_host_sys::priority::raise();
+    take_priority(settings.realtime);
     let runtime = romulus_daemon::runtime()?;
     runtime.block_on(run(options, settings, places))
+}
+
+/// Output is held for as long as this thread waits for others.
+fn take_priority(realtime: bool) {
+    let raised = priority::raise();
+    if realtime && priority::raise_to_realtime() {
+        return;
+    }
+    if realtime || !raised {
+        warn!(
+            event = "priority",
+            raised,
+            "no real-time priority is to be had (CAP_SYS_NICE, RestrictRealtime=): acknowledgements wait while the host is busy"
+        );
+    }
 }
 
 async fn run(
@@ -98,7 +113,7 @@ async fn run(
         &settings.network,
         Service::Pair,
         settings.listen,
-        Some(&Bulk::new(romulus_host_sys::priority::bulk)),
+        Some(&Bulk::new(priority::bulk)),
     )?);
     let witness_endpoint = Arc::new(Endpoint::client(
         &identity,

@@ -16,6 +16,11 @@ use crate::vm_image::VmImage;
 /// Most pages of a checkpoint for which other threads are made to wait: some milliseconds' work.
 const AWAITED_PAGES_MAX: u64 = 1024;
 
+/// Most pages of a checkpoint, and bytes of its device state and of each of its frames, that are brief: a tenth of a millisecond's work
+/// or two.
+const BRIEF_PAGES_MAX: u64 = 64;
+const BRIEF_BYTES_MAX: usize = 256 << 10;
+
 /// What a frame led to.
 pub enum Received {
     /// The checkpoint goes on.
@@ -103,6 +108,21 @@ impl Receiver {
     pub fn is_awaited(&self) -> bool {
         let pages = self.incoming.as_ref().map_or(0, |incoming| incoming.sent.pages);
         self.last != Epoch::NONE && pages.max(self.last_pages) <= AWAITED_PAGES_MAX
+    }
+
+    /// Whether a frame is of a checkpoint that is as brief as the one before it.
+    pub fn is_brief(&self, frame: &Frame) -> bool {
+        let (pages, state_bytes) = self.incoming.as_ref().map_or((0, 0), |incoming| {
+            (incoming.sent.pages, incoming.device_state.bytes())
+        });
+        let more_pages = match frame.frame_type {
+            // What is wrong with it is told by who takes it.
+            FrameType::Pages => Pages::parse(frame).map_or(u64::MAX, |pages| pages.section().pages),
+            _ => 0,
+        };
+        self.last != Epoch::NONE
+            && self.last_pages.max(pages.saturating_add(more_pages)) <= BRIEF_PAGES_MAX
+            && state_bytes.max(frame.payload.len()) <= BRIEF_BYTES_MAX
     }
 
     /// Takes one frame.

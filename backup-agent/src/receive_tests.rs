@@ -200,3 +200,45 @@ fn a_vm_whose_last_checkpoint_was_large_is_not_waited_for() {
     ends.checkpoint(&[(0, noise(2))], None);
     assert!(ends.receiver.is_awaited(), "it has calmed down");
 }
+
+#[test]
+fn brief_is_what_has_few_pages_and_comes_after_the_like() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut ends = Ends::new(dir.path());
+    let frame_of = |pages| {
+        let mut writer = PagesWriter::new(SESSION, Epoch(2), 1 << 20);
+        for page in 0..pages {
+            assert!(writer.push(PageIndex(page), Kind::Zero.number(), &[]));
+        }
+        frame(&writer.finish().expect("there are pages").frame)
+    };
+    let (few, many) = (frame_of(BRIEF_PAGES_MAX), frame_of(BRIEF_PAGES_MAX + 1));
+    assert!(!ends.receiver.is_brief(&few), "the first checkpoint is not known");
+    ends.checkpoint(&[(0, noise(1))], None);
+    ends.image.apply().expect("it is a good commit");
+    assert!(ends.receiver.is_brief(&few));
+    assert!(
+        !ends.receiver.is_brief(&many),
+        "a short frame may have many pages"
+    );
+    let taken = ends.receiver.frame(&frame_of(1), &mut ends.image);
+    assert!(matches!(taken.expect("a good frame"), Received::More));
+    assert!(
+        !ends.receiver.is_brief(&few),
+        "with what came it is one page too many"
+    );
+    ends.receiver.last_pages = BRIEF_PAGES_MAX + 1;
+    assert!(
+        !ends.receiver.is_brief(&frame_of(1)),
+        "it is likely to be many again"
+    );
+}
+
+#[test]
+fn an_image_is_at_hand_in_memory_and_not_on_a_disk() {
+    let [memory, disk] = ["/dev/shm", "/var/tmp"].map(|dir| {
+        let dir = tempfile::tempdir_in(dir).expect("a folder");
+        image_in(dir.path()).is_at_hand()
+    });
+    assert!(memory && !disk);
+}

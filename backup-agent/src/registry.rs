@@ -332,22 +332,23 @@ impl Registry {
         status: &Arc<VmStatus>,
     ) -> anyhow::Result<StoreSender> {
         let (sender, jobs) = store_channel();
-        let store = Store {
-            jobs,
-            own_jobs: sender.weak(),
+        let store = Arc::new(Mutex::new(Store {
+            own_jobs: sender.downgrade(),
             events: events.clone(),
             image,
             guest,
             receiver: None,
+            unapplied: None,
             status: Arc::clone(status),
             huge_pages: self.shared.settings.huge_pages,
             activation_retries_max: self.shared.settings.activation_retries_max,
             starts: self.shared.starts.clone(),
             vm: vm.clone(),
-        };
+        }));
+        let sender = StoreSender::new(sender, Arc::clone(&store));
         std::thread::Builder::new()
             .name(format!("store-{vm}"))
-            .spawn(move || store.run())?;
+            .spawn(move || Store::run(&store, jobs))?;
         Ok(sender)
     }
 

@@ -300,7 +300,12 @@ impl ReadTask {
         let mut pace = limit.map(|limit| Pace::new(limit, Instant::now()));
         while let Some(frame) = reader.next().await? {
             let bytes = frame.payload.len();
-            if !self.store.frame(self.session, frame, reader.received_at()).await {
+            let received = reader.received_at();
+            if !self
+                .store
+                .frame(self.session, frame, received, &self.events)
+                .await
+            {
                 bail!("the store of this VM is gone");
             }
             let wait = pace.as_mut().and_then(|pace| pace.read(bytes, Instant::now()));

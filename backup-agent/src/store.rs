@@ -1,5 +1,6 @@
-//! The store thread of one VM: the only one that touches its image and its standby. Jobs come in order from the driver
-//! and from the reader of the session's data stream.
+//! The store of one VM: its image and its standby. It has a thread, whose jobs come in order from the driver and from the reader of the
+//! session's data stream; the frames of small checkpoints the reader's thread works at itself (`store_jobs.rs`), as long as
+//! nothing waits for the store's.
 //!
 //! ```text
 //!   Pages ─► decode against the applied image ─► stage
@@ -8,7 +9,7 @@
 //!
 //! Epoch n+1 is decoded only after n was applied, so deltas always refer to the applied image.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -41,10 +42,17 @@ const GUEST_LOOK: Duration = Duration::from_secs(3600);
 const SIZE_EVERY_COMMITS: u64 = 64;
 const FIRST_SIZE: u64 = 1;
 
-/// The thread's state.
+/// A commit that is not yet in the memory files.
+#[derive(Clone, Copy)]
+pub struct Unapplied {
+    session: Session,
+    epoch: Epoch,
+    pages: u64,
+    verify_ns: u64,
+}
+
+/// Its state.
 pub struct Store {
-    /// Jobs.
-    pub jobs: mpsc::Receiver<StoreJob>,
     /// For those who watch the guest; does not keep the store at work.
     pub own_jobs: mpsc::WeakSender<StoreJob>,
     /// To the driver.
@@ -55,6 +63,8 @@ pub struct Store {
     pub guest: Guest,
     /// The checkpoint being received.
     pub receiver: Option<Receiver>,
+    /// What has to be applied before anything else is done.
+    pub unapplied: Option<Unapplied>,
     /// Figures.
     pub status: Arc<VmStatus>,
     /// Whether the memory of an image goes onto huge pages once a standby has loaded it.
@@ -68,20 +78,26 @@ pub struct Store {
 }
 
 impl Store {
-    /// Works until the driver is gone.
-    pub fn run(mut self) {
+    /// The store's thread: works until the driver is gone.
+    ///
+    /// # Panics
+    /// When whoever worked at the store last did: what it holds is not known then.
+    pub fn run(store: &Mutex<Self>, mut jobs: mpsc::Receiver<StoreJob>) {
+        let lock = || store.lock().expect("the store is as whoever had it last left it");
         // It computes, and the hypervisors that it starts inherit from it.
         let mut turns = Turns::ordinary();
         // One that an earlier life of the agent started.
-        self.watch_guest();
-        while let Some(job) = self.jobs.blocking_recv() {
-            let awaited = self.receiver.as_ref().is_some_and(Receiver::is_awaited);
+        lock().watch_guest();
+        while let Some(job) = jobs.blocking_recv() {
+            let mut store = lock();
+            let awaited = store.receiver.as_ref().is_some_and(Receiver::is_awaited);
             turns.awaited(awaited && matches!(job, StoreJob::Frame(..)));
-            self.job(job);
+            store.job(job);
         }
     }
 
     fn job(&mut self, job: StoreJob) {
+        self.apply_and_tell();
         match job {
             StoreJob::Begin {
                 session,
@@ -96,11 +112,16 @@ impl Store {
                         fault::point("agent.image_made");
                         self.receiver = Some(Receiver::new(session, term));
                     }
-                    Err(error) => self.invalid(session, Epoch::NONE, &error),
+                    Err(error) => {
+                        let told = self.invalid(session, Epoch::NONE, &error);
+                        self.events.send(told);
+                    }
                 }
             }
             StoreJob::Frame(session, frame, received, permit) => {
-                self.frame(session, &frame, received);
+                let told = self.frame(session, &frame, received);
+                told.into_iter().for_each(|event| self.events.send(event));
+                self.apply_and_tell();
                 drop(permit);
             }
             StoreJob::End(session) => {
@@ -165,43 +186,46 @@ impl Store {
         Ok(())
     }
 
-    fn frame(&mut self, session: Session, frame: &Frame, received: Instant) {
-        let Some(receiver) = self
+    /// Whether `frame` is of a checkpoint that takes so little that any thread may work at it.
+    pub fn is_brief(&self, session: Session, frame: &Frame) -> bool {
+        let receiver = self.receiver.as_ref();
+        receiver.is_some_and(|receiver| receiver.session() == session && receiver.is_brief(frame))
+            && self.image.is_at_hand()
+    }
+
+    /// Takes a frame of the session's data stream, whose last byte came at `received`. Returns what the driver has to be told, before
+    /// [`apply`](Self::apply).
+    pub fn frame(&mut self, session: Session, frame: &Frame, received: Instant) -> Option<BackupEvent> {
+        let receiver = self
             .receiver
             .as_mut()
-            .filter(|receiver| receiver.session() == session)
-        else {
-            return;
-        };
+            .filter(|receiver| receiver.session() == session)?;
         let began = Instant::now();
         match receiver.frame(frame, &mut self.image) {
-            Ok(Received::More) => {}
+            Ok(Received::More) => None,
             Ok(Received::Committed {
                 epoch,
                 pages,
                 captured,
             }) => {
-                let verified = BackupEvent::Verified(session, epoch, captured);
-                self.committed(verified, session, epoch, pages, [received, began]);
+                self.unapplied = Some(Unapplied {
+                    session,
+                    epoch,
+                    pages,
+                    verify_ns: elapsed_ns(began),
+                });
+                self.committed(session, epoch, received);
+                Some(BackupEvent::Verified(session, epoch, captured))
             }
             Err(error) => {
                 let epoch = receiver.epoch();
-                self.invalid(session, epoch, &error);
+                Some(self.invalid(session, epoch, &error))
             }
         }
     }
 
-    /// `received`: when its last byte came; `began`: when it was looked at.
-    fn committed(
-        &mut self,
-        verified: BackupEvent,
-        session: Session,
-        epoch: Epoch,
-        pages: u64,
-        [received, began]: [Instant; 2],
-    ) {
-        let verify_ns = elapsed_ns(began);
-        // Before it can be acknowledged.
+    /// Before it can be acknowledged. `received`: when its last byte came.
+    fn committed(&self, session: Session, epoch: Epoch, received: Instant) {
         debug!(
             target: "epochs",
             event = "commit",
@@ -211,21 +235,32 @@ impl Store {
         );
         fault::point("agent.after_commit");
         self.status.commit_received(epoch, received);
-        self.events.send(verified);
+    }
+
+    /// Writes the last commit into the memory files, unless that is done. Returns what the driver has to be told.
+    pub fn apply(&mut self) -> Option<BackupEvent> {
+        let commit = self.unapplied.take()?;
         fault::point("agent.before_apply");
         let began = Instant::now();
         if let Err(error) = self.image.apply() {
-            return self.invalid(session, epoch, &error);
+            return Some(self.invalid(commit.session, commit.epoch, &error));
         }
         fault::point("agent.after_apply");
-        self.status.add_commit(pages, verify_ns, elapsed_ns(began));
+        self.status
+            .add_commit(commit.pages, commit.verify_ns, elapsed_ns(began));
         self.status.set_spilled_bytes(self.image.spilled_bytes());
-        if epoch.0 % SIZE_EVERY_COMMITS == FIRST_SIZE {
+        if commit.epoch.0 % SIZE_EVERY_COMMITS == FIRST_SIZE {
             self.status.set_usage(self.image.usage());
         }
+        None
     }
 
-    fn invalid(&mut self, session: Session, epoch: Epoch, error: &anyhow::Error) {
+    fn apply_and_tell(&mut self) {
+        let told = self.apply();
+        told.into_iter().for_each(|event| self.events.send(event));
+    }
+
+    fn invalid(&mut self, session: Session, epoch: Epoch, error: &anyhow::Error) -> BackupEvent {
         error!(
             event = "invalid_checkpoint",
             vm = self.status.vm(),
@@ -237,7 +272,7 @@ impl Store {
         self.status.set_detail(refusal);
         self.receiver = None;
         self.image.discard_staging();
-        self.events.send(BackupEvent::Invalid(session, epoch));
+        BackupEvent::Invalid(session, epoch)
     }
 
     fn try_standby(&mut self, session: Session, epoch: Epoch) {

@@ -356,6 +356,12 @@ impl VmImage {
         remove_file(&self.consumed_file())
     }
 
+    /// Whether it all lies in memory, so that no write waits for a disk.
+    pub fn is_at_hand(&self) -> bool {
+        let image = self.image.as_ref();
+        image.is_some_and(|image| image.files().memory().in_memory() && image.files().spilled_bytes() == 0)
+    }
+
     /// Bytes of its staging that lie in files, as they had no room in memory.
     pub fn spilled_bytes(&self) -> u64 {
         let image = self.image.as_ref();

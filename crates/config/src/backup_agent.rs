@@ -107,6 +107,9 @@ pub struct BackupAgent {
     pub spill_dir: Option<PathBuf>,
     /// Put the memory of an image onto huge pages, where it has no holes, once a standby has loaded it. Default off.
     pub huge_pages: bool,
+    /// Serve connections before everything else on this host, with a real-time priority; where that is not allowed, with a raised
+    /// one. Default on.
+    pub realtime: bool,
     /// Most VMs that this agent backs up. Default 16.
     pub vms_max: u16,
     /// Most memory that one guest may have, unless `[[vm]]` says otherwise. Default: what fits.
@@ -165,6 +168,7 @@ impl Default for BackupAgent {
             staging_max: ByteSize::from_gib(1),
             spill_dir: None,
             huge_pages: false,
+            realtime: true,
             vms_max: 16,
             vm_memory_max: None,
             vm_bandwidth_max: None,

@@ -20,6 +20,8 @@ const BULK_NICE: i32 = -5;
 const PROMPT_SLICE_NS: u64 = 100_000;
 /// Asks for the kernel's own slice.
 const ORDINARY_SLICE_NS: u64 = 0;
+/// Among real-time threads the last.
+const REALTIME_PRIORITY: u32 = 1;
 
 /// Raises the calling thread above ordinary ones. Returns whether the kernel allowed it (it needs `CAP_SYS_NICE` or
 /// a limit that permits it).
@@ -30,6 +32,23 @@ pub fn raise() -> bool {
     };
     set_slice(PROMPT_SLICE_NS);
     raised
+}
+
+/// Puts the calling thread before all ordinary ones, raised or not. What it makes is ordinary. Returns whether the kernel allowed it
+/// (it needs `CAP_SYS_NICE` or `RLIMIT_RTPRIO`, and a unit without `RestrictRealtime=`); otherwise nothing has changed.
+///
+/// The kernel leaves some twentieth of a core to others whatever such a thread does (`sched_rt_runtime_us`), which is as much as a
+/// raised one leaves them.
+pub fn raise_to_realtime() -> bool {
+    let attr = SchedAttr {
+        size: SCHED_ATTR_BYTES,
+        policy: number(libc::SCHED_RR),
+        flags: number(libc::SCHED_FLAG_RESET_ON_FORK).into(),
+        priority: REALTIME_PRIORITY,
+        ..SchedAttr::default()
+    };
+    // SAFETY: the kernel only reads the live struct, whose size is in it; 0 is the calling thread.
+    unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) == 0 }
 }
 
 /// Takes the calling thread back to ordinary priority, for threads that compute or start other programs.
@@ -75,6 +94,8 @@ impl Turns {
     }
 }
 
+const _: () = assert!(size_of::<SchedAttr>() == SCHED_ATTR_BYTES as usize);
+
 /// `struct sched_attr` of sched_setattr(2), as of its first version.
 #[repr(C)]
 #[derive(Default)]
@@ -89,13 +110,18 @@ struct SchedAttr {
     period_ns: u64,
 }
 
+const SCHED_ATTR_BYTES: u32 = 48;
+
+fn number(constant: i32) -> u32 {
+    u32::try_from(constant).expect("a small number")
+}
+
 /// Sets the slice of the calling thread, if it has an ordinary policy. Best effort: older kernels ignore it.
 fn set_slice(slice_ns: u64) {
     let mut attr = SchedAttr::default();
-    let size = u32::try_from(size_of::<SchedAttr>()).expect("48 bytes");
-    // SAFETY: the kernel writes at most `size` bytes into the live struct; 0 is the calling thread.
-    let read = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, size, 0) };
-    if read != 0 || attr.policy != u32::try_from(libc::SCHED_OTHER).expect("a small number") {
+    // SAFETY: the kernel writes at most so many bytes into the live struct, which has as many; 0 is the calling thread.
+    let read = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, SCHED_ATTR_BYTES, 0) };
+    if read != 0 || attr.policy != number(libc::SCHED_OTHER) {
         return;
     }
     attr.runtime_ns = slice_ns;
@@ -137,6 +163,24 @@ mod tests {
             assert_eq!(nice(true), raised);
             assert_eq!(nice(true), raised);
             assert!(nice(false) >= 0);
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn what_a_real_time_thread_starts_is_ordinary() {
+        std::thread::spawn(|| {
+            // SAFETY: it takes and returns plain numbers.
+            let policy = || unsafe { libc::sched_getscheduler(0) };
+            raise();
+            assert!(
+                raise_to_realtime(),
+                "root may, unless the whole machine forbids it"
+            );
+            assert_eq!(policy(), libc::SCHED_RR | libc::SCHED_RESET_ON_FORK);
+            let child = std::thread::spawn(move || (policy(), getpriority_process(None).unwrap()));
+            assert_eq!(child.join().unwrap(), (libc::SCHED_OTHER, 0));
         })
         .join()
         .unwrap();

@@ -26,7 +26,18 @@ pub struct HostFiles {
     commit: Place,
     staging: [Place; 2],
     ram: Vec<Place>,
+    in_memory: bool,
     _claim: Claim,
+}
+
+/// What statfs(2) says of the file systems in memory: tmpfs, which memory files lie on, too, and that of huge pages
+/// (`include/uapi/linux/magic.h`).
+const MEMORY_MAGICS: [u64; 2] = [0x0102_1994, 0x9584_58f6];
+
+/// Whether a file lies on one of them; not, when that can't be found out.
+fn lies_in_memory(file: &File) -> bool {
+    let kind = rustix::fs::fstatfs(file).map(|statfs| statfs.f_type.cast_unsigned());
+    kind.is_ok_and(|kind| MEMORY_MAGICS.contains(&kind))
 }
 
 impl HostFiles {
@@ -44,6 +55,7 @@ impl HostFiles {
             commit: None,
             staging: [None, None],
             ram: Vec::new(),
+            in_memory: false,
             _claim: claim,
         })
     }
@@ -59,6 +71,18 @@ impl HostFiles {
     /// Where a file can be opened by another process. A standby maps the one of [`FileName::Ram`].
     pub fn path(&self, name: FileName) -> PathBuf {
         self.shelf.path(&self.vm, name)
+    }
+
+    /// Whether the commit slots lie in memory, and so with them all files, and not on a disk that could be waited for.
+    pub fn in_memory(&self) -> bool {
+        self.in_memory
+    }
+
+    fn put(&mut self, name: FileName, file: Arc<File>) {
+        if name == FileName::Commit {
+            self.in_memory = lies_in_memory(&file);
+        }
+        *self.place(name) = Some(file);
     }
 
     fn file(&self, name: FileName) -> io::Result<&File> {
@@ -101,14 +125,14 @@ impl Files for HostFiles {
             return Ok(None);
         };
         let bytes = file.metadata()?.len();
-        *self.place(name) = Some(file);
+        self.put(name, file);
         Ok(Some(bytes))
     }
 
     fn create(&mut self, name: FileName, bytes: u64) -> io::Result<()> {
         let file = self.shelf.create(&self.vm, name)?;
         file.set_len(bytes)?;
-        *self.place(name) = Some(file);
+        self.put(name, file);
         Ok(())
     }
 
