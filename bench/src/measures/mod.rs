@@ -277,6 +277,11 @@ pub(crate) const ALL: &[Kind] = &[
         parse: parse::<peers::Migration>,
     },
     Kind {
+        name: "qemu.speed",
+        about: "time of a guest of QEMU on KVM for its work while checkpoints of it are taken, against undisturbed",
+        parse: parse::<peers::Speed>,
+    },
+    Kind {
         name: "codec.peers",
         about: "our encoding of pages, against LZ4, zstd and runs in the manner of XBZRLE on the same pages",
         parse: parse::<peers::CodecPeers>,

@@ -42,6 +42,7 @@ pub mod random;
 mod rescue_frame;
 mod resident;
 mod shared_words;
+mod spans;
 pub mod tap;
 mod userfault;
 mod view;

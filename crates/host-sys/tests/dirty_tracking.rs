@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use romulus_host_sys::{
-    CALL_STAGES, CallStage, Pagemap, PidFd, ProcessMemory, SysError, UserFault, call_in_process,
+    CALL_STAGES, CallStage, PageRegion, Pagemap, PidFd, ProcessMemory, SysError, UserFault, call_in_process,
     create_in_process,
 };
 
@@ -123,14 +123,27 @@ impl Traced {
         let mut pages = Vec::new();
         pagemap
             .harvest_written(self.buffer, self.end(), |region| {
-                pages.extend(
-                    (region.start..region.end)
-                        .step_by(PAGE)
-                        .map(|at| (at - self.buffer) / PAGE as u64),
-                );
+                pages.extend(self.pages_of(region));
             })
             .unwrap();
         pages
+    }
+
+    fn written_apart(&self, pagemap: &mut Pagemap) -> Vec<u64> {
+        let mut pages = Vec::new();
+        pagemap
+            .harvest_written_apart(self.buffer, self.end(), |region| {
+                pages.extend(self.pages_of(region));
+            })
+            .unwrap();
+        pages
+    }
+
+    fn pages_of(&self, region: &PageRegion) -> impl Iterator<Item = u64> {
+        let start = self.buffer;
+        (region.start..region.end)
+            .step_by(PAGE)
+            .map(move |at| (at - start) / PAGE as u64)
     }
 
     fn descriptors(&self) -> usize {
@@ -168,6 +181,30 @@ fn every_page_written_by_the_process_or_by_the_kernel_is_reported_once() {
         .read(traced.buffer + 77 * PAGE as u64, &mut bytes)
         .unwrap();
     assert_eq!(bytes, [1, 1, 1, 1, 1, 1, 1, 2]);
+}
+
+#[test]
+fn a_harvest_that_leaves_gaps_out_reports_every_page_once_as_well() {
+    let mut traced = Traced::start();
+    let (_fault, mut pagemap) = traced.tracked();
+    for regions_a_call in [1000, 7, 1] {
+        pagemap.limit_regions_a_call(regions_a_call);
+        let pages: Vec<u64> = (1..PAGES as u64)
+            .filter(|page| page % 40 < 9 && page % 2 == 1)
+            .collect();
+        for page in &pages {
+            traced.say(&format!("w {page}"));
+        }
+        traced.say("r 200");
+        let all: Vec<u64> = pages.iter().copied().chain([200]).collect();
+        let mut found = traced.written_apart(&mut pagemap);
+        found.sort_unstable();
+        let mut expected = all;
+        expected.sort_unstable();
+        assert_eq!(found, expected, "with {regions_a_call} regions a call");
+        assert_eq!(traced.written_apart(&mut pagemap), Vec::<u64>::new());
+        assert_eq!(traced.written(&mut pagemap), Vec::<u64>::new());
+    }
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! What is asked of the host whatever the hypervisor is.
 
 /// The model name of this host's processor, as `/proc/cpuinfo` has it; empty when it has none.
-pub(crate) fn processor() -> String {
+#[must_use]
+pub fn processor() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = text
         .lines()

@@ -13,7 +13,7 @@
 
 pub mod fake;
 pub mod fault;
-mod host;
+pub mod host;
 pub mod kvm;
 pub mod launcher;
 mod memory_check;

@@ -4,10 +4,13 @@ mod common;
 
 use std::time::Duration;
 
+use common::Guest;
 use common::attach::{Q35, Q35_SHARED, goes_on, options, start, status};
+use common::on_kvm::{on_kvm, rounds, wait_for_rounds};
 use romulus_hypervisor::qemu::qmp::{Monitor, Qmp};
 use romulus_hypervisor::qemu::source::QemuSource;
 use romulus_hypervisor::source::{BarrierError, Checkpoint, GuestSource};
+use romulus_testbed::firmware::Payload;
 use romulus_types::{PAGE_BYTES, PageIndex};
 use serde_json::json;
 
@@ -64,10 +67,19 @@ impl Image {
 /// (block, offset, guest physical address, bytes) to be compared.
 type Ranges<'a> = &'a [(&'a str, u64, u64, u64)];
 
-fn every_checkpoint_is_complete(arguments: &[&str], workloads: &str, ranges: Ranges<'_>) {
+fn every_checkpoint_of_linux_is_complete(arguments: &[&str], workloads: &str, ranges: Ranges<'_>) {
     let (guest, mut other) = start(arguments, workloads);
+    every_checkpoint_is_complete(&guest, &mut other, &|_| goes_on(&guest), ranges);
+}
+
+fn every_checkpoint_is_complete(
+    guest: &Guest,
+    other: &mut Qmp,
+    goes_on: &dyn Fn(&mut Qmp),
+    ranges: Ranges<'_>,
+) {
     let folder = tempfile::tempdir().unwrap();
-    let mut source = QemuSource::attach(options(&guest, folder.path())).unwrap();
+    let mut source = QemuSource::attach(options(guest, folder.path())).unwrap();
     source.bootstrap().unwrap();
     assert!(source.machine().check().is_ok());
     source.arm().unwrap();
@@ -95,9 +107,9 @@ fn every_checkpoint_is_complete(arguments: &[&str], workloads: &str, ranges: Ran
         }
         source.capture(&mut || Ok(()), true, &mut checkpoint).unwrap();
         image.apply(&checkpoint);
-        assert_eq!(status(&mut other), "paused");
+        assert_eq!(status(other), "paused");
         for (block, offset, gpa, bytes) in ranges {
-            image.compare(&source, &mut other, block, *offset, *gpa, *bytes);
+            image.compare(&source, other, block, *offset, *gpa, *bytes);
         }
         let now = Image::first_copy(&mut source);
         assert!(
@@ -105,7 +117,7 @@ fn every_checkpoint_is_complete(arguments: &[&str], workloads: &str, ranges: Ran
             "round {round}: blocks outside of the compared ranges differ"
         );
         source.resume().unwrap();
-        goes_on(&guest);
+        goes_on(other);
     }
     assert_eq!(source.poll_events(), [], "our own pauses are nobody's business");
     Box::new(source).detach().unwrap();
@@ -120,7 +132,7 @@ fn every_checkpoint_of_shared_memory_is_complete() {
         ("ram0", MIB, MIB, 127 * MIB),
         ("pc.bios", 0, 0xfffc_0000, 0x4_0000),
     ];
-    every_checkpoint_is_complete(Q35_SHARED, "counter:50,dirty:800:25", &ranges);
+    every_checkpoint_of_linux_is_complete(Q35_SHARED, "counter:50,dirty:800:25", &ranges);
 }
 
 #[test]
@@ -130,7 +142,7 @@ fn every_checkpoint_of_plain_memory_is_complete() {
         ("pc.ram", MIB, MIB, 127 * MIB),
         ("pc.bios", 0, 0xfffc_0000, 0x4_0000),
     ];
-    every_checkpoint_is_complete(Q35, "counter:50,dirty:800:25", &ranges);
+    every_checkpoint_of_linux_is_complete(Q35, "counter:50,dirty:800:25", &ranges);
 }
 
 #[test]
@@ -141,11 +153,35 @@ fn every_checkpoint_of_the_default_machine_is_complete() {
         ("pc.bios", 0, 0xfffc_0000, 0x4_0000),
         ("vga.vram", 0, 0xfd00_0000, 16 * MIB),
     ];
-    every_checkpoint_is_complete(
+    every_checkpoint_of_linux_is_complete(
         &["-accel", "tcg", "-m", "128"],
         "counter:50,dirty:300:25",
         &ranges,
     );
+}
+
+/// Pages far from each other, pages beside each other, more than a harvest protects one by one.
+#[test]
+fn every_checkpoint_of_a_guest_under_kvm_is_complete() {
+    let ranges = [
+        ("pc.ram", 0, 0, 640 << 10),
+        ("pc.ram", MIB, MIB, 127 * MIB),
+        ("pc.bios", 0, 0xffff_0000, 0x1_0000),
+    ];
+    for (pages, stride) in [(50, 400), (500, 1), (1500, 15)] {
+        let payload = Payload {
+            pages,
+            stride,
+            reads: 5000,
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let (guest, mut other) = on_kvm(payload, folder.path());
+        let counts_on = |other: &mut Qmp| {
+            let before = rounds(other);
+            wait_for_rounds(other, before + 2);
+        };
+        every_checkpoint_is_complete(&guest, &mut other, &counts_on, &ranges);
+    }
 }
 
 #[test]
@@ -162,7 +198,7 @@ fn every_checkpoint_of_a_guest_with_two_vcpus_and_twin_roms_is_complete() {
     ];
     let arguments = [Q35, &more, &["-device", "e1000,netdev=n1"]].concat();
     let ranges = [("pc.ram", MIB, MIB, 127 * MIB)];
-    every_checkpoint_is_complete(&arguments, "counter:50,dirty:500:25", &ranges);
+    every_checkpoint_of_linux_is_complete(&arguments, "counter:50,dirty:500:25", &ranges);
 }
 
 #[test]

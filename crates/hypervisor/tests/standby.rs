@@ -6,12 +6,14 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::saved::{Saved, WORK, save, went_on};
+use common::on_kvm::{on_kvm, rounds, wait_for_rounds, word};
+use common::saved::{Saved, WORK, save, save_now, went_on};
 use common::{Guest, linux};
 use romulus_hypervisor::qemu::qmp::{Monitor, Qmp};
 use romulus_hypervisor::qemu::standby::QemuStandby;
 use romulus_hypervisor::spec::{MachineSpec, QemuMachine};
 use romulus_hypervisor::standby::Standby;
+use romulus_testbed::firmware::{self, Payload};
 use serde_json::Value;
 
 fn file_hash(path: &Path) -> u128 {
@@ -20,6 +22,10 @@ fn file_hash(path: &Path) -> u128 {
 
 /// Trial, wait, activate; the guest goes on where it was.
 fn goes_on(saved: &Saved) {
+    goes_on_as(saved, &|_| went_on(saved));
+}
+
+fn goes_on_as(saved: &Saved, went_on: &dyn Fn(&mut Qmp)) {
     let before = file_hash(saved.main_ram());
     let mut standby = QemuStandby::prepare(&saved.spec, saved.options()).unwrap();
     for difference in standby.differences() {
@@ -44,7 +50,6 @@ fn goes_on(saved: &Saved) {
         standby.activate(&saved.committed(), &mut || Ok(())).unwrap()
     );
     assert!(standby.is_active() && !standby.is_waiting());
-    went_on(saved);
     // The monitor is free for whoever protects the guest next.
     let path = standby.control_path().unwrap();
     let mut qmp = Qmp::connect(path, Instant::now() + Duration::from_secs(5)).unwrap();
@@ -52,6 +57,7 @@ fn goes_on(saved: &Saved) {
         qmp.execute("query-status", Value::Null).unwrap()["status"],
         "running"
     );
+    went_on(&mut qmp);
     standby.kill();
     assert!(!standby.is_active());
 }
@@ -112,6 +118,32 @@ fn a_guest_on_two_vcpus_under_firmware_goes_on_in_a_standby() {
         "none",
     ];
     goes_on(&save(Guest::start(&arguments, &linux(WORK)), false));
+}
+
+/// What it wrote before and what it writes now fit: with the count n the first of its pages have n and the others n - 1.
+#[test]
+fn a_guest_under_kvm_goes_on_in_a_standby() {
+    let folder = tempfile::tempdir().unwrap();
+    let payload = Payload::writes(500);
+    let (guest, mut other) = on_kvm(payload, folder.path());
+    let before = rounds(&mut other);
+    let saved = save_now(guest, false);
+    assert_eq!(saved.spec.qemu().unwrap().accelerator, "kvm");
+    goes_on_as(&saved, &|monitor| {
+        let at_the_start = rounds(monitor);
+        assert!(at_the_start >= before, "{at_the_start} after {before}");
+        wait_for_rounds(monitor, at_the_start + 20);
+        monitor.execute("stop", Value::Null).unwrap();
+        let count = rounds(monitor);
+        let written: Vec<u64> = (0..u64::from(payload.pages))
+            .map(|page| word(monitor, firmware::WRITTEN_AT + page * 4096))
+            .collect();
+        assert!(written.is_sorted_by(|a, b| a >= b), "{written:?}");
+        assert!(
+            written.iter().all(|word| [count, count - 1].contains(word)),
+            "{count}: {written:?}"
+        );
+    });
 }
 
 #[test]

@@ -8,7 +8,7 @@
 //!            └─► vmm-attach: runs the vCPUs, stops, saves and restores them, serves sidecars
 //! ```
 //!
-//! The guest is `guest/`; what both agree on is `romulus_guest_core::abi`. There is no unsafe code: KVM, mappings and
+//! `firmware` is a guest for QEMU on KVM, where the kernel of Linux may not run. The VMM's own guest is `guest/`; what both agree on is `romulus_guest_core::abi`. There is no unsafe code: KVM, mappings and
 //! signals are behind kvm-ioctls, vm-memory and romulus-host-sys.
 #![forbid(unsafe_code)]
 
@@ -17,6 +17,7 @@ pub mod config;
 pub mod cpu;
 mod elf;
 pub mod error;
+pub mod firmware;
 pub mod host;
 pub mod loader;
 pub mod mac;

@@ -1,18 +1,19 @@
 //! `peer.colo`: the guest's pause at a checkpoint of ours, against QEMU's own COLO with a real secondary.
 //!
 //! COLO ("COarse-grain LOck-stepping") stops the guest, sends its dirty pages and its devices' state to the secondary, waits until that has
-//! loaded them, and lets both run. Its guest here is firmware under KVM (see `firmware.rs`): under TCG the checkpoints of
+//! loaded them, and lets both run. Its guest here is firmware under KVM (`romulus_testbed::firmware`): under TCG the checkpoints of
 //! QEMU 7.2's COLO deadlock. No network is compared, so that checkpoints come by the clock alone.
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use romulus_testbed::firmware::{self, Payload};
 use serde::Deserialize;
 use serde_json::json;
 
 use super::qemu::{Kind, LIMIT, Qemu};
-use super::{figure, firmware, folder, needs, ours};
+use super::{figure, folder, needs, ours};
 use crate::measures::{Measure, outside};
 use crate::run::{Finding, Run, Unable};
 
@@ -132,7 +133,7 @@ impl Colo {
 
     /// One guest that we checkpoint, then one that COLO does.
     fn once(&self, count: usize) -> Result<Both, Unable> {
-        let kind = Kind::Firmware { pages: self.pages };
+        let kind = Kind::Firmware(Payload::writes(self.pages));
         let interval = Duration::from_millis(self.interval_ms.into());
         let dir = folder()?;
         let mut guest = Qemu::start(kind, dir.path(), "ours", false)?;

@@ -4,23 +4,25 @@
 //!   colo.rs       QEMU's own COLO: a primary and a secondary QEMU, and the primary's pause at each checkpoint
 //!   migration.rs  QEMU's plain live migration, once, to another QEMU
 //!   ours.rs       our checkpoints of the same QEMU
+//!   speed.rs      how fast its guest runs meanwhile
 //!   codec.rs      other encodings of the same pages (xbzrle.rs: one of them)
-//!   qemu.rs       a QEMU and its monitor; firmware.rs: a guest that KVM runs at full speed wherever there is KVM
+//!   qemu.rs       a QEMU and its monitor
 //! ```
 //!
 //! Pauses are timed by QEMU itself, from its events `STOP` to `RESUME`, for the others and for us alike.
 
 mod codec;
 mod colo;
-mod firmware;
 mod migration;
 mod ours;
 mod qemu;
+mod speed;
 mod xbzrle;
 
 pub(crate) use codec::CodecPeers;
 pub(crate) use colo::Colo;
 pub(crate) use migration::Migration;
+pub(crate) use speed::Speed;
 
 use crate::run::Unable;
 use crate::stats::{Figure, Timings, Unit};

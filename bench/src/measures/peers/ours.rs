@@ -33,6 +33,8 @@ pub(super) struct Checkpoints {
     /// Until all memory was copied and encoded, and how large that is.
     pub(super) first_copy_ms: f64,
     pub(super) first_copy_bytes: u64,
+    /// What a guest of firmware took for a round while they were taken, in microseconds.
+    pub(super) round_us: f64,
 }
 
 /// Pages to encode.
@@ -102,7 +104,9 @@ pub(super) fn checkpoints(
     let (jobs, to_encode) = sync_channel(WAITING_MAX);
     let (used, free) = sync_channel(WAITING_MAX + 1);
     let encoding = encoder(pages, to_encode, used);
+    let (before, began) = (qemu.count()?, Instant::now());
     let taken = take(&mut source, interval, count, &jobs, &free);
+    let round_us = qemu.round_us(before, began)?;
     drop(jobs);
     let encoded = encoding.join();
     let detached = Box::new(source).detach();
@@ -119,6 +123,7 @@ pub(super) fn checkpoints(
         pages: float(dirty) / float(count as u64),
         first_copy_ms,
         first_copy_bytes,
+        round_us,
     })
 }
 

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use romulus_e2e::Paths;
 use romulus_hypervisor::qemu::qmp::{Monitor, Qmp, QmpError};
+use romulus_testbed::firmware::{self, Payload};
 use serde_json::{Value, json};
 
-use super::firmware;
 use crate::run::Unable;
+use crate::stats::float;
 
 const PROGRAM: &str = "qemu-system-x86_64";
 /// Nothing takes so long, unless something is broken.
@@ -21,8 +22,8 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Which guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Ring 3 under KVM, which writes to so many pages all the time.
-    Firmware { pages: u32 },
+    /// Ring 3 under KVM, which does this all the time.
+    Firmware(Payload),
     /// Debian's kernel under TCG, which writes to so many pages every 25 ms.
     Linux { pages: u32 },
 }
@@ -30,7 +31,7 @@ pub(super) enum Kind {
 impl Kind {
     pub(super) fn memory_mib(self) -> u64 {
         match self {
-            Self::Firmware { .. } => firmware::MEMORY_MIB,
+            Self::Firmware(_) => firmware::MEMORY_MIB,
             Self::Linux { .. } => 256,
         }
     }
@@ -59,9 +60,9 @@ impl Qemu {
             command.args(["-qmp", &format!("unix:{path},server=on,wait=off")]);
         }
         match kind {
-            Kind::Firmware { pages } => {
+            Kind::Firmware(payload) => {
                 let path = place("firmware");
-                std::fs::write(&path, firmware::image(pages))
+                std::fs::write(&path, firmware::image(payload))
                     .map_err(Unable::failed("writing the firmware"))?;
                 command
                     .args(["-M", "pc,accel=kvm", "-cpu", "qemu64", "-bios"])
@@ -123,7 +124,7 @@ impl Qemu {
         let deadline = Instant::now() + LIMIT;
         loop {
             let works = match kind {
-                Kind::Firmware { .. } => self.count()? > 8,
+                Kind::Firmware(_) => self.count()? > 8,
                 Kind::Linux { .. } => {
                     let text = std::fs::read(&self.console).unwrap_or_default();
                     String::from_utf8_lossy(&text).contains("counter 4")
@@ -143,15 +144,21 @@ impl Qemu {
         }
     }
 
-    /// How often the guest of firmware has written all its pages.
+    /// How many rounds the guest of firmware has done.
     pub(super) fn count(&mut self) -> Result<u64, Unable> {
         let answer = self.ask(
             "human-monitor-command",
-            json!({"command-line": "xp /1gx 0x300000"}),
+            json!({"command-line": format!("xp /1gx {:#x}", firmware::COUNT_AT)}),
         )?;
         let text = answer.as_str().unwrap_or_default();
         let digits = text.trim().rsplit("0x").next().unwrap_or_default();
         u64::from_str_radix(digits, 16).map_err(|_| Unable::Wrong(format!("QEMU's memory is {text:?}")))
+    }
+
+    /// What it took for a round since it had done so many, in microseconds.
+    pub(super) fn round_us(&mut self, before: u64, began: Instant) -> Result<f64, Unable> {
+        let rounds = self.count()?.saturating_sub(before);
+        Ok(began.elapsed().as_secs_f64() * 1e6 / float(rounds.max(1)))
     }
 
     /// Times from `STOP` to `RESUME` by QEMU's own clock, in microseconds, of what it did until now or does until there are so many.

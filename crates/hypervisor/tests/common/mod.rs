@@ -5,6 +5,8 @@ pub(crate) mod saved;
 
 pub(crate) mod attach;
 
+pub(crate) mod on_kvm;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -84,9 +86,15 @@ impl Guest {
 
     /// Connects to its QMP socket, once it is there.
     pub(crate) fn qmp(&mut self) -> Qmp {
+        let path = self.qmp_path();
+        self.connect(&path)
+    }
+
+    /// The same of another of its monitors.
+    pub(crate) fn connect(&mut self, socket: &Path) -> Qmp {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
-            match Qmp::connect(self.qmp_path(), Instant::now() + Duration::from_secs(10)) {
+            match Qmp::connect(socket, Instant::now() + Duration::from_secs(10)) {
                 Ok(qmp) => return qmp,
                 Err(error) => {
                     let ended = self.process.try_wait().unwrap();

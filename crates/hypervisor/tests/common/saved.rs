@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use romulus_hypervisor::host::processor;
 use romulus_hypervisor::qemu::bootstrap::{Bootstrap, Options, bootstrap};
 use romulus_hypervisor::qemu::cmdline;
 use romulus_hypervisor::qemu::qmp::{Monitor, Qmp};
@@ -53,6 +54,7 @@ impl Saved {
 }
 
 pub(crate) fn describe(guest: &Guest, qmp: &mut Qmp, learnt: &Bootstrap) -> MachineSpec {
+    let kvm = qmp.execute("query-kvm", Value::Null).unwrap()["enabled"] == true;
     let blocks = qmp.execute("query-block", Value::Null).unwrap();
     let disks = blocks.as_array().unwrap().iter().filter_map(|block| {
         let bytes = block["inserted"]["image"]["virtual-size"].as_u64()?;
@@ -64,7 +66,7 @@ pub(crate) fn describe(guest: &Guest, qmp: &mut Qmp, learnt: &Bootstrap) -> Mach
     let mut spec = MachineSpec {
         format: SPEC_FORMAT,
         version: qmp.version().to_string(),
-        host_cpu: String::new(),
+        host_cpu: processor(),
         vcpus: 1,
         layout: learnt.layout.clone(),
         main: learnt.main,
@@ -72,7 +74,7 @@ pub(crate) fn describe(guest: &Guest, qmp: &mut Qmp, learnt: &Bootstrap) -> Mach
         disks: disks.collect(),
         disposable: vec!["user".into()],
         hypervisor: Hypervisor::Qemu(QemuMachine {
-            accelerator: "tcg".into(),
+            accelerator: if kvm { "kvm" } else { "tcg" }.into(),
             cpu_model: String::new(),
             argv: guest.argv.clone(),
             cwd: "/".into(),
@@ -92,8 +94,13 @@ pub(crate) fn describe(guest: &Guest, qmp: &mut Qmp, learnt: &Bootstrap) -> Mach
 }
 
 /// Saves a running guest: `stop`, its memory by `pmemsave` or its blocks, its devices by `xen-save-devices-state`.
-pub(crate) fn save(mut guest: Guest, shared: bool) -> Saved {
+pub(crate) fn save(guest: Guest, shared: bool) -> Saved {
     guest.wait_for("counter 5");
+    save_now(guest, shared)
+}
+
+/// The same of a guest that says nothing.
+pub(crate) fn save_now(mut guest: Guest, shared: bool) -> Saved {
     let mut qmp = guest.qmp();
     let learnt = bootstrap(&mut qmp, &Options::new(shared), &mut || {}).unwrap();
     let spec = describe(&guest, &mut qmp, &learnt);

@@ -134,6 +134,7 @@ impl QemuSource {
                 &mut self.pauser,
                 self.pid,
                 &self.learnt,
+                is_on_kvm(&self.machine),
             )?);
         }
         Ok(())
@@ -223,9 +224,13 @@ fn learn_and_track(
 ) -> Result<Known, AttachError> {
     let learnt = learn(monitor, pauser, shared_ram)?;
     let machine = describe(monitor, pid, &learnt, &options.allow.disposable)?;
-    let tracker = track(monitor, pauser, pid, &learnt)?;
+    let tracker = track(monitor, pauser, pid, &learnt, is_on_kvm(&machine))?;
     let devices = list_devices(monitor)?;
     Ok((learnt, machine, tracker, devices))
+}
+
+fn is_on_kvm(machine: &MachineSpec) -> bool {
+    machine.qemu().is_some_and(|qemu| qemu.accelerator == "kvm")
 }
 
 fn learn(monitor: &mut Qmp, pauser: &mut Pauser, shared_ram: bool) -> Result<Bootstrap, AttachError> {
@@ -240,6 +245,7 @@ fn track(
     pauser: &mut Pauser,
     pid: u32,
     learnt: &Bootstrap,
+    kvm: bool,
 ) -> Result<Tracker, AttachError> {
     let wanted: Vec<Wanted<'_>> = learnt
         .layout
@@ -255,7 +261,7 @@ fn track(
     let places = place(monitor, pid, &wanted)?;
     // QEMU's main thread is stopped for the call.
     let fault = pauser.guarded(1, |_| create_in_process(pid, &mut pass_call_stage))?;
-    Tracker::register(pid, fault, usize::from(learnt.main.0), places)
+    Tracker::register(pid, fault, usize::from(learnt.main.0), kvm, places)
 }
 
 fn pass_call_stage(stage: CallStage) {

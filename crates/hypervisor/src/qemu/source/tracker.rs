@@ -7,7 +7,7 @@
 //! A harvest takes pages out of the kernel's record. They are in `runs` until the copy is known to be good; if it is not, they
 //! are *pending* and part of the next harvest. When the kernel fails in the middle of a block, the whole block is pending.
 
-use romulus_host_sys::{Pagemap, ProcessMemory, RemoteRange, SysError, UserFault};
+use romulus_host_sys::{PageRegion, Pagemap, ProcessMemory, RemoteRange, SysError, UserFault};
 use romulus_types::{PAGE_BYTES, PageIndex};
 
 use super::error::{AttachError, CaptureError};
@@ -60,6 +60,8 @@ pub(super) struct Tracker {
     blocks: Vec<Block>,
     twins: Vec<(String, u64, u64)>,
     main: usize,
+    /// KVM runs the guest.
+    kvm: bool,
     runs: Vec<Run>,
     pending: Vec<Run>,
 }
@@ -70,6 +72,7 @@ impl Tracker {
         pid: u32,
         fault: UserFault,
         main: usize,
+        kvm: bool,
         places: Vec<Placed>,
     ) -> Result<Self, AttachError> {
         let mut first_page = 0;
@@ -107,6 +110,7 @@ impl Tracker {
             blocks,
             twins,
             main,
+            kvm,
             runs: Vec::with_capacity(1 << 14),
             pending: Vec::new(),
         })
@@ -158,14 +162,19 @@ impl Tracker {
             }
             let (start, end) = (block.place.start, block.place.start + block.place.bytes);
             let runs = &mut self.runs;
-            let harvested = self.pagemap.harvest_written(start, end, |region| {
+            let found = |region: &PageRegion| {
                 let first = block.first_page + (region.start - start) / PAGE;
                 runs.push(Run {
                     block: position,
                     first,
                     count: region.bytes() / PAGE,
                 });
-            });
+            };
+            let harvested = if self.kvm {
+                self.pagemap.harvest_written_apart(start, end, found)
+            } else {
+                self.pagemap.harvest_written(start, end, found)
+            };
             if let Err(error) = harvested {
                 self.runs.retain(|run| run.block != position);
                 self.runs.push(block.whole(position));

@@ -36,8 +36,12 @@ impl Memory {
 }
 
 fn armed(places: Vec<Placed>) -> Tracker {
+    armed_for(false, places)
+}
+
+fn armed_for(kvm: bool, places: Vec<Placed>) -> Tracker {
     let fault = UserFault::enable(create_here().unwrap()).unwrap();
-    let tracker = Tracker::register(std::process::id(), fault, 0, places).unwrap();
+    let tracker = Tracker::register(std::process::id(), fault, 0, kvm, places).unwrap();
     for slice in tracker.slices(8 * PAGE) {
         tracker.protect(slice).unwrap();
     }
@@ -55,8 +59,14 @@ fn copied(tracker: &mut Tracker) -> Vec<(u64, u8)> {
 
 #[test]
 fn pages_are_numbered_across_blocks_and_copied_as_they_are() {
+    for kvm in [false, true] {
+        numbered_and_copied(kvm);
+    }
+}
+
+fn numbered_and_copied(kvm: bool) {
     let (mut first, mut second) = (Memory::new(20), Memory::new(10));
-    let mut tracker = armed(vec![first.placed("first"), second.placed("second")]);
+    let mut tracker = armed_for(kvm, vec![first.placed("first"), second.placed("second")]);
     assert_eq!(tracker.harvest().unwrap(), 0);
     first.write(19, 1);
     second.write(0, 2);
