@@ -74,24 +74,19 @@ fn start(
     romulus_telemetry::log::init(&settings.log)?;
     let inherited = inherited.context("what systemd handed over can't be taken")?;
     let places = place::places(&settings, &options.state_dir, inherited)?;
-    take_priority(settings.realtime);
+    if !priority::raise() {
+        warn_of_priority();
+    }
     let runtime = romulus_daemon::runtime()?;
     runtime.block_on(run(options, settings, places))
 }
 
 /// Output is held for as long as this thread waits for others.
-fn take_priority(realtime: bool) {
-    let raised = priority::raise();
-    if realtime && priority::raise_to_realtime() {
-        return;
-    }
-    if realtime || !raised {
-        warn!(
-            event = "priority",
-            raised,
-            "no real-time priority is to be had (CAP_SYS_NICE, RestrictRealtime=): acknowledgements wait while the host is busy"
-        );
-    }
+fn warn_of_priority() {
+    warn!(
+        event = "priority",
+        "no higher priority is to be had (CAP_SYS_NICE, RestrictRealtime=): acknowledgements wait while the host is busy"
+    );
 }
 
 async fn run(
@@ -140,6 +135,7 @@ async fn run(
         },
     });
     let watching = settings.metrics.clone();
+    let realtime = settings.realtime;
     let (hello_timeout, witness_wait) = (settings.hello_timeout, settings.witness_wait);
     let starts = Starts::new(settings.starts_max.into(), settings.failover.suspicion_timeout);
     let registry = Registry::new(Shared {
@@ -151,7 +147,11 @@ async fn run(
         starts,
         places,
     });
+    // With the images at hand there is little to compute on this thread.
     registry.recover()?;
+    if realtime && !priority::raise_to_realtime() {
+        warn_of_priority();
+    }
     let metrics_listen = Arc::new(OnceLock::new());
     let pulse = Pulse::of_service();
     let watched = metrics::router(&registry, &endpoint, &pulse, watching.stall_limit);

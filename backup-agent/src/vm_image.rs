@@ -356,10 +356,12 @@ impl VmImage {
         remove_file(&self.consumed_file())
     }
 
-    /// Whether it all lies in memory, so that no write waits for a disk.
+    /// Whether it all lies in memory, so that no write waits for a disk, and staging a small checkpoint has nothing large to give back.
     pub fn is_at_hand(&self) -> bool {
-        let image = self.image.as_ref();
-        image.is_some_and(|image| image.files().memory().in_memory() && image.files().spilled_bytes() == 0)
+        self.image.as_ref().is_some_and(|image| {
+            let files = image.files();
+            files.memory().in_memory() && files.is_ready(image.limits().staging_bytes_kept)
+        })
     }
 
     /// Bytes of its staging that lie in files, as they had no room in memory.

@@ -11,6 +11,8 @@ use crate::args::AdminOptions;
 
 /// Where daemons make their admin sockets.
 pub(crate) const RUN_DIR: &str = "/run/romulus";
+/// Where the witness's unit has it make its own: it runs as another user.
+const WITNESS_RUN_DIR: &str = "/run/romulus-witness";
 
 /// The daemon could not be reached.
 #[derive(Debug)]
@@ -55,11 +57,14 @@ pub(crate) async fn post(socket: &Path, path: &str) -> anyhow::Result<Value> {
 pub(crate) async fn ask_all(options: &AdminOptions, path: &str) -> anyhow::Result<Vec<Answered>> {
     let sockets = match &options.admin {
         Some(socket) => vec![socket.clone()],
-        None => sockets(Path::new(RUN_DIR)),
+        None => [RUN_DIR, WITNESS_RUN_DIR]
+            .into_iter()
+            .flat_map(|dir| sockets(Path::new(dir)))
+            .collect(),
     };
     if sockets.is_empty() {
         return Err(anyhow::anyhow!(
-            "no admin socket in {RUN_DIR}: start a daemon, or name a socket with --admin SOCKET"
+            "no admin socket in {RUN_DIR} or {WITNESS_RUN_DIR}: start a daemon, or name a socket with --admin SOCKET"
         ))
         .context(Unreachable(RUN_DIR.into()));
     }

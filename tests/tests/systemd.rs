@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use romulus_e2e::systemd::{AGENT, BINARIES, Container, REPLICATOR, WITNESS};
+use romulus_e2e::guest::QemuConfig;
+use romulus_e2e::systemd::{AGENT, AgentUnit, BINARIES, Container, REPLICATOR, WITNESS};
 use romulus_e2e::{Host, Lab, Paths, TEST_LAB, wait_for};
+use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -75,6 +77,9 @@ fn packages_install_start_reload_upgrade_and_purge() -> Result<()> {
     let status = backup.romulus_status()?;
     assert_eq!(status["role"], "backup");
 
+    the_command_has_what_a_shell_and_a_reader_want(&backup)?;
+    operators_of_a_group_may_ask(&backup, &witness)?;
+
     reloads_what_can_be_and_names_the_rest(&backup, AGENT, "/etc/romulus/backup-agent.d/90-later.toml")?;
     reloads_what_can_be_and_names_the_rest(&witness, WITNESS, "/etc/romulus/witness.d/90-later.toml")?;
 
@@ -101,6 +106,52 @@ fn packages_install_start_reload_upgrade_and_purge() -> Result<()> {
         ],
     )?;
     purge_leaves_only_certificates(&witness, &["romulus-witness", "romulus"])
+}
+
+fn the_command_has_what_a_shell_and_a_reader_want(container: &Container) -> Result<()> {
+    for file in [
+        "man/man1/romulus.1",
+        "man/man1/romulus-status.1",
+        "bash-completion/completions/romulus",
+        "zsh/vendor-completions/_romulus",
+        "fish/vendor_completions.d/romulus.fish",
+        "romulus/prometheus/romulus.rules.yml",
+        "romulus/grafana/romulus.json",
+    ] {
+        container.run(&["test", "-s", &format!("/usr/share/{file}")])?;
+    }
+    Ok(())
+}
+
+/// No user but root needs to be root for it: the agent's group is a setting's, the witness's is its unit's.
+fn operators_of_a_group_may_ask(backup: &Container, witness: &Container) -> Result<()> {
+    let group = "/etc/romulus/backup-agent.d/20-group.toml";
+    backup.write(group, "admin_group = \"operator\"\n")?;
+    backup.systemctl(&["restart", AGENT])?;
+    for (container, group, role) in [
+        (backup, "operator", "backup"),
+        (witness, "romulus-witness", "witness"),
+    ] {
+        let as_one = |group: &str| {
+            let regid = format!("--regid={group}");
+            container.output(&[
+                "setpriv",
+                "--reuid=nobody",
+                &regid,
+                "--clear-groups",
+                "romulus",
+                "status",
+                "--json",
+            ])
+        };
+        let answer: Value = serde_json::from_slice(&as_one(group)?.stdout)?;
+        assert_eq!(answer["daemons"][0]["status"]["role"], role, "{answer}");
+        // 4: the daemon does not answer.
+        assert_eq!(as_one("nogroup")?.status.code(), Some(4));
+    }
+    backup.run(&["rm", group])?;
+    backup.systemctl(&["restart", AGENT])?;
+    backup.wait_property(AGENT, "StatusText", "0 VMs protected", SOON)
 }
 
 fn reloads_what_can_be_and_names_the_rest(container: &Container, unit: &str, file: &str) -> Result<()> {
@@ -169,5 +220,32 @@ fn purge_leaves_only_certificates(container: &Container, packages: &[&str]) -> R
     assert_eq!(container.run(&["ls", "/etc/romulus"])?.trim(), "pki");
     let failed = container.systemctl(&["--failed", "--no-legend"])?;
     assert_eq!(failed.trim(), "");
+    Ok(())
+}
+
+/// All that attaching to a QEMU takes is allowed by the replicator's unit: ptrace, page tables, its memory, the gate.
+#[test]
+fn a_replicators_unit_protects_a_guest_of_qemu_and_leaves_it_as_it_was() -> Result<()> {
+    let lab = Lab::new(Paths::here(), TEST_LAB)?;
+    lab.init_pki()?;
+    let witness = Container::boot(&lab, Host::Witness)?;
+    witness.start_witness(&lab)?;
+    let _agent = AgentUnit::start(&lab, "", "")?;
+    let primary = Container::boot_for_guest(&lab)?;
+    primary.start_guest(&lab, QemuConfig::default().dirty_pages(100))?;
+    let guest = primary.property("guest", "MainPID")?;
+    let status = primary.protect_guest(&lab)?;
+    let (session, epoch) = (status["session"].clone(), status["committed"].as_u64());
+    wait_for("commits", SOON, || {
+        let status = primary.romulus_status().ok()?;
+        (status["committed"].as_u64() > epoch.map(|epoch| epoch + 40)).then_some(())
+    })
+    .with_context(|| primary.journal(REPLICATOR))?;
+    let status = primary.wait_state("protected", SOON)?;
+    assert_eq!(status["session"], session, "{status}");
+    primary.systemctl(&["stop", REPLICATOR])?;
+    assert_eq!(primary.property(REPLICATOR, "Result")?, "success");
+    assert_eq!(primary.property("guest", "MainPID")?, guest);
+    assert_eq!(primary.property("guest", "SubState")?, "running");
     Ok(())
 }

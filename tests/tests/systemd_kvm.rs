@@ -27,7 +27,7 @@ fn protected() -> Result<(Hosts, Value)> {
     let backup = Container::boot(&lab, Host::Backup)?;
     backup.start_agent(&lab)?;
     let primary = Container::boot_for_guest(&lab)?;
-    primary.start_guest(&lab, &TestbedConfig::default().dirty_pages(100))?;
+    primary.start_guest(&lab, TestbedConfig::default().dirty_pages(100))?;
     let status = primary.protect_guest(&lab)?;
     primary.run(&["romulus", "validate"])?;
     let hosts = Hosts {

@@ -1,7 +1,7 @@
 //! `cargo xtask deb`: the packages, made by dpkg-deb from the release binaries, the units and the examples of the settings.
 //!
 //! ```text
-//!   romulus                the operator's command, the folders of all, the documentation
+//!   romulus                the operator's command with man pages and completions, the folders of all, alerts, dashboard, documentation
 //!   romulus-backup-agent   /usr/sbin/backup-agent, its unit, its settings
 //!   romulus-replicator     /usr/sbin/replicator with the packet gate, a unit for each VM, its settings
 //!   romulus-witness        /usr/sbin/witness, its unit, its user, its settings
@@ -57,6 +57,18 @@ const PACKAGES: &[Package] = &[
             (
                 "packaging/systemd/romulus.tmpfiles",
                 "usr/lib/tmpfiles.d/romulus.conf",
+            ),
+            (
+                "packaging/prometheus/romulus.rules.yml",
+                "usr/share/romulus/prometheus/romulus.rules.yml",
+            ),
+            (
+                "packaging/prometheus/romulus.test.yml",
+                "usr/share/romulus/prometheus/romulus.test.yml",
+            ),
+            (
+                "packaging/grafana/romulus.json",
+                "usr/share/romulus/grafana/romulus.json",
             ),
             ("README.md", "usr/share/doc/romulus/README.md"),
             ("CHANGELOG.md", "usr/share/doc/romulus/changelog"),
@@ -131,6 +143,13 @@ const PACKAGES: &[Package] = &[
     },
 ];
 
+/// Shells, and where each looks for the completions of `romulus`.
+const COMPLETIONS: &[(&str, &str)] = &[
+    ("bash", "usr/share/bash-completion/completions/romulus"),
+    ("zsh", "usr/share/zsh/vendor-completions/_romulus"),
+    ("fish", "usr/share/fish/vendor_completions.d/romulus.fish"),
+];
+
 /// Maintainer scripts that a package may have, in `packaging/deb/PACKAGE.SCRIPT`.
 const SCRIPTS: &[&str] = &["postinst", "prerm", "postrm"];
 
@@ -189,10 +208,23 @@ fn fill(package: &Package, stage: &Path, paths: &Paths) -> Result<()> {
     let doc = stage.join("usr/share/doc").join(package.name);
     write(&doc.join("copyright"), &format!("{licence}{mit}"), 0o644)?;
     if package.name == "romulus" {
+        man_and_completions(&paths.binary("romulus")?, stage)?;
         for entry in fs::read_dir(root.join("docs/src")).context("cannot list docs/src")? {
             let page = entry?;
             copy(&page.path(), &doc.join("manual").join(page.file_name()), 0o644)?;
         }
+    }
+    Ok(())
+}
+
+/// What the operator's command makes from its own description.
+fn man_and_completions(romulus: &Path, stage: &Path) -> Result<()> {
+    let man = stage.join("usr/share/man/man1");
+    fs::create_dir_all(&man).with_context(|| format!("cannot create {}", man.display()))?;
+    sh::output(Command::new(romulus).arg("man").arg(&man))?;
+    for (shell, to) in COMPLETIONS {
+        let script = sh::output(Command::new(romulus).args(["completions", shell]))?;
+        write(&stage.join(to), &script, 0o644)?;
     }
     Ok(())
 }

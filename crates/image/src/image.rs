@@ -367,6 +367,11 @@ impl<F: Files> Image<F> {
         &self.files
     }
 
+    /// Its limits.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
     pub(crate) fn check_writable(&self) -> Result<(), ImageError> {
         if self.write_failed {
             Err(ImageError::MustReopen)

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
 
-use romulus_image::{HostFiles, Image, ImageError, ImageState, KeptShelf, Shelf};
+use romulus_image::{FileName, HostFiles, Image, ImageError, ImageState, KeptShelf, Shelf};
 use romulus_types::{BlockId, Epoch, VmId};
 use support::{FILES, TestKeeper, assert_same, committed, layout, limits, stage, vm};
 
@@ -49,6 +49,9 @@ fn a_keeper_is_waited_for_when_an_image_is_made_and_not_for_a_commit() {
     assert_eq!(keeper.names().len(), FILES);
     let made = keeper.settled();
     assert!(made > before);
+    // Somebody makes another image at the same time.
+    let other = VmId::new("other").unwrap();
+    shelf.create(&other, FileName::Commit).unwrap();
     let pages = BTreeMap::from([(3, 9)]);
     let (next, expected) = model.checkpoint(&pages, 500, false);
     stage(&mut image, &expected, &pages, &next.device_state).unwrap();

@@ -118,6 +118,7 @@ fn memory_keeps_to_its_share_and_gets_back_what_is_not_needed() {
         assert_same(&image, &model);
     }
     assert!(spilled > SHARE, "{spilled}");
+    assert!(!image.files().is_ready(1 << 20), "what is next may be spilled");
     drop(image);
     assert_eq!((share.used_bytes(), share.spilled_bytes()), (0, 0));
     let mut image = Image::open(files(&share), limits()).unwrap();
@@ -131,6 +132,8 @@ fn memory_keeps_to_its_share_and_gets_back_what_is_not_needed() {
         model = commit(&mut image, &model, &checkpoints()[0]).unwrap();
     }
     assert_eq!(wide.spilled_bytes(), 0);
+    assert!(image.files().is_ready(1 << 20));
+    assert!(!image.files().is_ready(100), "more than that is given back first");
     assert_same(&image, &model);
     image.remove().unwrap();
     assert_eq!(wide.used_bytes(), 0);

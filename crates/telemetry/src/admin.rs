@@ -58,7 +58,7 @@ impl Drop for Server {
 /// daemon's own without one. A socket that a dead daemon left is replaced. Must be called within a tokio runtime.
 ///
 /// # Errors
-/// Another daemon serves the socket, something else is in its place, it cannot be made, or there is no such group.
+/// Another daemon serves the socket, something else is in its place, it cannot be made, there is no such group, or it cannot be given to it.
 pub fn serve_admin(path: &Path, group: Option<&str>, router: Router) -> Result<Server, TelemetryError> {
     let failed = |source| TelemetryError::Socket {
         path: path.to_owned(),
@@ -71,8 +71,12 @@ pub fn serve_admin(path: &Path, group: Option<&str>, router: Router) -> Result<S
     let gid = group.map(group_id).transpose()?;
     remove_stale(path)?;
     let listener = UnixListener::bind(path).map_err(failed)?;
-    if gid.is_some() {
-        chown(path, None, gid).map_err(failed)?;
+    if let Some(group) = group {
+        chown(path, None, gid).map_err(|source| TelemetryError::NotGiven {
+            path: path.to_owned(),
+            group: group.to_owned(),
+            source,
+        })?;
     }
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(MODE)).map_err(failed)?;
     let inode = std::fs::symlink_metadata(path).map_err(failed)?.ino();

@@ -38,6 +38,21 @@ pub enum TelemetryError {
         #[source]
         source: std::io::Error,
     },
+    /// The socket could not be given to the group.
+    #[error(
+        "cannot give the admin socket {} to the group {group}: that takes CAP_CHOWN, or being in the group; the unit of the witness \
+         has neither, so leave admin_group out and add operators to the group romulus-witness",
+        path.display()
+    )]
+    NotGiven {
+        /// The socket.
+        path: PathBuf,
+        /// The group, as the settings name it.
+        group: String,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
     /// `admin_group` names nobody.
     #[error("admin_group {group:?} is no group of this host: make it with groupadd, or name another")]
     Group {

@@ -1,27 +1,18 @@
 //! The backup's agent in its unit, as the package has it, for labs whose other daemons run without systemd.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{AGENT, Container};
+use super::{AGENT, Container, qemu};
 use crate::lab::word;
 use crate::netns::BRIDGE;
 use crate::{Host, Lab, Vmm, wait_for};
 
 const UNIT: &str = include_str!("../../../packaging/systemd/romulus-backup-agent.service");
 const SOON: Duration = Duration::from_secs(120);
-/// What a QEMU of Debian's reads beside its libraries; not all of them are on every machine.
-const QEMU_FOLDERS: [&str; 4] = [
-    "/usr/share/qemu",
-    "/usr/share/seabios",
-    "/usr/lib/ipxe",
-    "/usr/lib/x86_64-linux-gnu/qemu",
-];
-const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 
 /// The agent under systemd on the lab's backup. Its admin socket, its log and the checkout are where the lab has them; all else is
 /// the unit's: its sandbox, its fd store, its folders.
@@ -41,26 +32,15 @@ impl AgentUnit {
     pub fn start(lab: &Lab, keys: &str, tables: &str) -> Result<AgentUnit> {
         let mut folders: Vec<&Path> = vec![&lab.run, &lab.logs, &lab.paths.release, &lab.paths.assets];
         if lab.vmm == Vmm::Qemu {
-            folders.extend(
-                QEMU_FOLDERS
-                    .iter()
-                    .map(Path::new)
-                    .filter(|folder| folder.exists()),
-            );
+            folders.extend(qemu::folders());
         }
-        let names: Vec<String> = folders.iter().map(|folder| word(folder)).collect();
-        let shared: Vec<(&Path, &str)> = folders
-            .iter()
-            .copied()
-            .zip(names.iter().map(String::as_str))
-            .collect();
-        let container = Container::boot_with(lab, Host::Backup, &shared)?;
+        let container = Container::boot_sharing(lab, Host::Backup, &folders)?;
         if lab.vmm == Vmm::Qemu {
-            copy_program(&container, Path::new(QEMU))?;
+            container.copy_qemu()?;
         }
         container.copy_in(&lab.paths.binary("backup-agent")?, "/usr/sbin/backup-agent")?;
         container.install_pki(lab)?;
-        container.run(&["mkdir", "-m", "711", "/run/romulus"])?;
+        container.run(&["mkdir", "-m", "755", "/run/romulus"])?;
         container.write("/etc/romulus/backup-agent.toml", settings(lab, keys, tables)?)?;
         let log = lab.logs.join("agent-unit.log");
         container.write(&format!("/etc/systemd/system/{AGENT}"), UNIT)?;
@@ -153,25 +133,4 @@ fn settings(lab: &Lab, keys: &str, tables: &str) -> Result<String> {
         text.push_str(&format!("[[vmm]]\nname = \"testbed\"\nstandby = {standby:?}\n"));
     }
     Ok(text)
-}
-
-/// Copies a program of this machine and the libraries that the container lacks: both are of the same release.
-fn copy_program(container: &Container, program: &Path) -> Result<()> {
-    container.copy_in(program, &word(program))?;
-    let listed = Command::new("ldd")
-        .arg(program)
-        .output()
-        .context("cannot run ldd")?;
-    ensure!(listed.status.success(), "ldd does not know {}", program.display());
-    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
-    // `libx.so.1 => /lib/x86_64-linux-gnu/libx.so.1 (0x…)`
-    let libraries = listed
-        .lines()
-        .filter_map(|line| line.split_once("=> ")?.1.split_whitespace().next());
-    for library in libraries.filter(|library| library.starts_with('/')) {
-        if !container.path(library).exists() {
-            container.copy_in(Path::new(library), library)?;
-        }
-    }
-    Ok(())
 }

@@ -1,17 +1,17 @@
 //! The packages of this checkout in containers, set up as an operator would.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use super::Container;
+use super::{Container, qemu};
 use crate::daemons::VM;
-use crate::guest::{TestbedConfig, attach};
+use crate::guest::{GuestConfig, attach, qmp};
 use crate::netns::{BRIDGE, TAP};
-use crate::{Host, Lab, wait_for};
+use crate::{Host, Lab, Vmm, wait_for};
 
 /// The agent's unit.
 pub const AGENT: &str = "romulus-backup-agent.service";
@@ -108,29 +108,28 @@ impl Container {
     /// As [`Container::boot`].
     pub fn boot_for_guest(lab: &Lab) -> Result<Container> {
         // The guest's command line names these.
-        let here = |path: &Path| path.to_string_lossy().into_owned();
-        let folders = [&lab.paths.release, &lab.run, &lab.logs];
-        let names = folders.map(|folder| here(folder));
-        let pairs: Vec<(&Path, &str)> = folders
-            .iter()
-            .zip(&names)
-            .map(|(path, name)| (path.as_path(), name.as_str()))
-            .collect();
-        Container::boot_with(lab, Host::Primary, &pairs)
+        let mut folders: Vec<&Path> = vec![&lab.paths.release, &lab.run, &lab.logs];
+        if lab.vmm == Vmm::Qemu {
+            folders.push(&lab.paths.assets);
+            folders.extend(qemu::folders());
+        }
+        let container = Container::boot_sharing(lab, Host::Primary, &folders)?;
+        if lab.vmm == Vmm::Qemu {
+            container.copy_qemu()?;
+        }
+        Ok(container)
     }
 
-    /// Starts the guest in the test VMM, as a unit, and installs the replicator with its host's settings; starts no replicator.
+    /// Starts the guest, as a unit, and installs the replicator with its host's settings; starts no replicator.
     ///
     /// # Errors
     /// When either can't be.
-    pub fn start_guest(&self, lab: &Lab, config: &TestbedConfig) -> Result<()> {
+    pub fn start_guest(&self, lab: &Lab, config: impl Into<GuestConfig>) -> Result<()> {
         let mut argv = vec!["systemd-run".to_owned(), "--unit=guest".to_owned()];
-        argv.extend(config.argv(lab)?);
+        argv.extend(config.into().argv(lab)?);
         self.run(&words(&argv))?;
-        let socket = attach(lab);
-        wait_for("the guest's attach socket", SOON, || {
-            socket.exists().then_some(())
-        })?;
+        let (_, socket, _) = reached(lab);
+        wait_for("the guest's socket", SOON, || socket.exists().then_some(()))?;
         self.install(lab, &["romulus-replicator"])?;
         self.install_pki(lab)?;
         let host = format!(
@@ -147,15 +146,15 @@ impl Container {
     /// # Errors
     /// When it does not come to be, with the replicator's journal.
     pub fn protect_guest(&self, lab: &Lab) -> Result<Value> {
-        let socket = attach(lab);
+        let (option, socket, console) = reached(lab);
         let socket = socket.to_string_lossy();
         let how = [
-            "--attach",
+            option,
             &socket,
             "--tap",
             TAP,
             "--disposable",
-            "serial",
+            console,
             "--register",
             "--timeout",
             "3m",
@@ -194,6 +193,14 @@ impl Container {
             status.ok().filter(|status| status["state"] == state)
         });
         waited.with_context(|| format!("last: {last}; the journal:\n{}", self.journal(REPLICATOR)))
+    }
+}
+
+/// How the lab's guest is reached: the option of `romulus protect`, the socket, and what its console is called.
+fn reached(lab: &Lab) -> (&'static str, PathBuf, &'static str) {
+    match lab.vmm {
+        Vmm::Qemu => ("--qmp", qmp(lab), "console"),
+        Vmm::Testbed => ("--attach", attach(lab), "serial"),
     }
 }
 

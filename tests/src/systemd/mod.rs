@@ -12,6 +12,7 @@
 mod agent_unit;
 mod container;
 mod installed;
+mod qemu;
 
 pub use agent_unit::AgentUnit;
 pub use container::{BINARIES, Container};

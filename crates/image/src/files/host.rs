@@ -27,6 +27,8 @@ pub struct HostFiles {
     staging: [Place; 2],
     ram: Vec<Place>,
     in_memory: bool,
+    /// Files of this image were made that the shelf's keeper may not have yet.
+    unsettled: bool,
     _claim: Claim,
 }
 
@@ -56,6 +58,7 @@ impl HostFiles {
             staging: [None, None],
             ram: Vec::new(),
             in_memory: false,
+            unsettled: false,
             _claim: claim,
         })
     }
@@ -130,6 +133,7 @@ impl Files for HostFiles {
     }
 
     fn create(&mut self, name: FileName, bytes: u64) -> io::Result<()> {
+        self.unsettled = true;
         let file = self.shelf.create(&self.vm, name)?;
         file.set_len(bytes)?;
         self.put(name, file);
@@ -166,7 +170,12 @@ impl Files for HostFiles {
 
     fn sync(&mut self, name: FileName) -> io::Result<()> {
         self.file(name)?.sync_data()?;
-        self.shelf.settle()
+        // Not for what is made of others meanwhile: a commit would wait for the keeper.
+        if self.unsettled {
+            self.shelf.settle()?;
+            self.unsettled = false;
+        }
+        Ok(())
     }
 
     fn next_data(&self, name: FileName, from: u64) -> io::Result<Option<Range<u64>>> {

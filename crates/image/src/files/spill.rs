@@ -146,6 +146,13 @@ impl<M, S> Spilling<M, S> {
         self.areas.iter().map(Division::spilled_bytes).sum()
     }
 
+    /// Whether a small checkpoint is staged without work that is large or waits for a disk: nothing is spilled or will be, and no area
+    /// has more than `bytes_kept`, which is given back before the area is used again.
+    pub fn is_ready(&self, bytes_kept: u64) -> bool {
+        let is_ready = |area: &Division| area.spill_end == 0 && area.memory_bytes <= bytes_kept;
+        !self.share.is_scarce() && self.areas.iter().all(is_ready)
+    }
+
     fn area(&self, area: Area) -> &Division {
         &self.areas[usize::from(area == Area::B)]
     }
