@@ -179,12 +179,7 @@ impl Run {
         self.say(what);
     }
 
-    /// A finding; those that came before a failure stay in the report.
-    pub(crate) fn found(&mut self, finding: Finding) {
-        self.found_at(Parameters::default(), finding);
-    }
-
-    /// A finding at these parameters, over which a report can draw it.
+    /// A finding at these parameters, over which a report can draw it; those that came before a failure stay in the report.
     pub(crate) fn found_at(&mut self, at: impl Into<Parameters>, finding: Finding) {
         self.finished(&table::progress(self.name, &finding));
         self.findings.push(Ok((finding, at.into())));

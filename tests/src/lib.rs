@@ -30,6 +30,7 @@ mod namespace;
 mod netns;
 mod paths;
 pub mod pinger;
+pub mod plans;
 pub mod probe;
 pub mod process;
 pub mod prometheus;

@@ -9,10 +9,11 @@ use crate::trial::Suite;
 use crate::{deb, demo, kvm, programs, setup, sh, systemd_tree};
 
 /// The files of end-to-end tests that need `/dev/kvm`.
-const OVER_KVM: [&str; 6] = [
+const OVER_KVM: [&str; 7] = [
     "kvm.rs",
     "many.rs",
     "metrics.rs",
+    "plans.rs",
     "restarts.rs",
     "storm.rs",
     "systemd_kvm.rs",

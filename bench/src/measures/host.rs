@@ -70,6 +70,14 @@ impl Common {
             .or_else(|| super::kvm::dirty_problem(&self.dirty))
     }
 
+    fn parameters(&self) -> [(&'static str, Parameter); 3] {
+        [
+            ("vms", self.vms.into()),
+            ("dirty", self.dirty.as_str().into()),
+            ("slice_ms", self.slice_ms.into()),
+        ]
+    }
+
     fn slice(&self, run: &Run) -> Duration {
         let ms = if run.rounds(100) < 100 {
             self.slice_ms / 10
@@ -178,13 +186,16 @@ impl Measure for Ack {
                 watched.worst_ack_us, watched.busy_percent, watched.late_percent
             )
         };
-        run.found(Finding {
-            case: self.0.vms.to_string(),
-            unit: "us",
-            value: each(&pairs, |(many, _)| many.ack_us)?,
-            reference: Some(("one VM".to_owned(), each(&pairs, |(_, one)| one.ack_us)?)),
-            note: Some(format!("p99 of all; {}", notes(&pairs, note))),
-        });
+        run.found_at(
+            self.0.parameters(),
+            Finding {
+                case: self.0.vms.to_string(),
+                unit: "us",
+                value: each(&pairs, |(many, _)| many.ack_us)?,
+                reference: Some(("one VM".to_owned(), each(&pairs, |(_, one)| one.ack_us)?)),
+                note: Some(format!("p99 of all; {}", notes(&pairs, note))),
+            },
+        );
         Ok(())
     }
 
@@ -202,16 +213,19 @@ impl Measure for Cpu {
     fn run(&self, run: &mut Run) -> Result<(), Unable> {
         let pairs = many_and_one(run, &self.0)?;
         let note = |watched: &Watched| format!("{:.0} pages a second", watched.pages_a_second);
-        run.found(Finding {
-            case: self.0.vms.to_string(),
-            unit: "us",
-            value: each(&pairs, |(many, _)| many.page_cpu_us)?,
-            reference: Some(("one VM".to_owned(), each(&pairs, |(_, one)| one.page_cpu_us)?)),
-            note: Some(format!(
-                "the agent's processor time for a committed page; {}",
-                notes(&pairs, note)
-            )),
-        });
+        run.found_at(
+            self.0.parameters(),
+            Finding {
+                case: self.0.vms.to_string(),
+                unit: "us",
+                value: each(&pairs, |(many, _)| many.page_cpu_us)?,
+                reference: Some(("one VM".to_owned(), each(&pairs, |(_, one)| one.page_cpu_us)?)),
+                note: Some(format!(
+                    "the agent's processor time for a committed page; {}",
+                    notes(&pairs, note)
+                )),
+            },
+        );
         Ok(())
     }
 
@@ -293,19 +307,22 @@ impl Measure for Memory {
                 watched.agent_mib, watched.image_mib, watched.staging_mib
             )
         };
-        run.found(Finding {
-            case: self.0.vms.to_string(),
-            unit: "MiB",
-            value: each(&pairs, |(many, _)| value(many))?,
-            reference: Some((
-                "touched pages of the images".to_owned(),
-                each(&pairs, |(many, _)| many.image_mib)?,
-            )),
-            note: Some(format!(
-                "without {AGENT_MIB} MiB and staging; {}",
-                notes(&pairs, note)
-            )),
-        });
+        run.found_at(
+            self.0.parameters(),
+            Finding {
+                case: self.0.vms.to_string(),
+                unit: "MiB",
+                value: each(&pairs, |(many, _)| value(many))?,
+                reference: Some((
+                    "touched pages of the images".to_owned(),
+                    each(&pairs, |(many, _)| many.image_mib)?,
+                )),
+                note: Some(format!(
+                    "without {AGENT_MIB} MiB and staging; {}",
+                    notes(&pairs, note)
+                )),
+            },
+        );
         Ok(())
     }
 
@@ -340,6 +357,15 @@ fn flood() -> String {
 }
 
 impl Flooded {
+    fn parameters(&self) -> [(&'static str, Parameter); 4] {
+        [
+            ("vms", self.vms.into()),
+            ("dirty", self.dirty.as_str().into()),
+            ("flood", self.flood.as_str().into()),
+            ("slice_ms", self.slice_ms.into()),
+        ]
+    }
+
     fn common(&self) -> Common {
         Common {
             vms: self.vms,
@@ -373,16 +399,19 @@ impl Measure for Flood {
     fn run(&self, run: &mut Run) -> Result<(), Unable> {
         let pairs = self.0.pairs(run)?;
         let note = |watched: &Watched| format!("{:.0} % of the machine busy", watched.busy_percent);
-        run.found(Finding {
-            case: "others".to_owned(),
-            unit: "us",
-            value: each(&pairs, |(with, _)| with.worst_ack_us)?,
-            reference: Some((
-                "without the flood".to_owned(),
-                each(&pairs, |(_, without)| without.worst_ack_us)?,
-            )),
-            note: Some(format!("p99 of the worst of the others; {}", notes(&pairs, note))),
-        });
+        run.found_at(
+            self.0.parameters(),
+            Finding {
+                case: "others".to_owned(),
+                unit: "us",
+                value: each(&pairs, |(with, _)| with.worst_ack_us)?,
+                reference: Some((
+                    "without the flood".to_owned(),
+                    each(&pairs, |(_, without)| without.worst_ack_us)?,
+                )),
+                note: Some(format!("p99 of the worst of the others; {}", notes(&pairs, note))),
+            },
+        );
         Ok(())
     }
 
@@ -399,16 +428,19 @@ pub(crate) struct Late(Flooded);
 impl Measure for Late {
     fn run(&self, run: &mut Run) -> Result<(), Unable> {
         let pairs = self.0.pairs(run)?;
-        run.found(Finding {
-            case: "others".to_owned(),
-            unit: "%",
-            value: each(&pairs, |(with, _)| with.late_percent)?,
-            reference: Some((
-                "without the flood".to_owned(),
-                each(&pairs, |(_, without)| without.late_percent)?,
-            )),
-            note: Some("epochs of the worst of the others that began late beside the flood".to_owned()),
-        });
+        run.found_at(
+            self.0.parameters(),
+            Finding {
+                case: "others".to_owned(),
+                unit: "%",
+                value: each(&pairs, |(with, _)| with.late_percent)?,
+                reference: Some((
+                    "without the flood".to_owned(),
+                    each(&pairs, |(_, without)| without.late_percent)?,
+                )),
+                note: Some("epochs of the worst of the others that began late beside the flood".to_owned()),
+            },
+        );
         Ok(())
     }
 
@@ -459,15 +491,18 @@ impl Measure for Takeover {
             last.push(answers.iter().copied().max().map_or(0.0, float));
             first.push(answers.iter().copied().min().map_or(0.0, float));
         }
-        run.found(Finding {
-            case: format!("{}", self.vms),
-            unit: "ms",
-            value: figure(&last)?,
-            reference: Some(("the first of them".to_owned(), figure(&first)?)),
-            note: Some(
-                "from the kill until the last of them serves; the suspicion timeout is 150 ms".to_owned(),
-            ),
-        });
+        run.found_at(
+            [("vms", self.vms.into()), ("dirty", self.dirty.as_str().into())],
+            Finding {
+                case: format!("{}", self.vms),
+                unit: "ms",
+                value: figure(&last)?,
+                reference: Some(("the first of them".to_owned(), figure(&first)?)),
+                note: Some(
+                    "from the kill until the last of them serves; the suspicion timeout is 150 ms".to_owned(),
+                ),
+            },
+        );
         Ok(())
     }
 

@@ -10,6 +10,7 @@ use serde::Deserialize;
 
 use super::host::{LAB, figure};
 use super::{Measure, outside};
+use crate::parameters::Parameter;
 use crate::run::{Finding, Run, Unable};
 
 /// Settings of both.
@@ -44,6 +45,14 @@ impl Common {
         outside("vms", self.vms.into(), 1, 64)
             .or_else(|| outside("memory_mib", self.memory_mib.into(), 64, 1024))
             .or_else(|| super::kvm::dirty_problem(&self.dirty))
+    }
+
+    fn parameters(&self) -> [(&'static str, Parameter); 3] {
+        [
+            ("vms", self.vms.into()),
+            ("memory_mib", self.memory_mib.into()),
+            ("dirty", self.dirty.as_str().into()),
+        ]
     }
 
     /// What followed each strike: as many restarts, and as many kills, as there are repetitions.
@@ -85,22 +94,25 @@ impl Measure for Restart {
     fn run(&self, run: &mut Run) -> Result<(), Unable> {
         for (case, outcomes) in CASES.into_iter().zip(self.0.outcomes(run)?) {
             let of = |value: fn(&Outcome) -> f64| figure(&outcomes.iter().map(value).collect::<Vec<_>>());
-            run.found(Finding {
-                case: case.to_owned(),
-                unit: "ms",
-                value: of(|outcome| outcome.protected_ms)?,
-                reference: Some((
-                    "until the agent is ready".to_owned(),
-                    of(|outcome| outcome.agent_ms)?,
-                )),
-                note: Some(notes(&outcomes, |outcome| {
-                    format!(
-                        "the first VM after {:.0} ms, longest pause since {:.2} ms",
-                        outcome.first_protected_ms,
-                        outcome.pause_ms()
-                    )
-                })),
-            });
+            run.found_at(
+                self.0.parameters(),
+                Finding {
+                    case: case.to_owned(),
+                    unit: "ms",
+                    value: of(|outcome| outcome.protected_ms)?,
+                    reference: Some((
+                        "until the agent is ready".to_owned(),
+                        of(|outcome| outcome.agent_ms)?,
+                    )),
+                    note: Some(notes(&outcomes, |outcome| {
+                        format!(
+                            "the first VM after {:.0} ms, longest pause since {:.2} ms",
+                            outcome.first_protected_ms,
+                            outcome.pause_ms()
+                        )
+                    })),
+                },
+            );
         }
         Ok(())
     }
@@ -122,15 +134,18 @@ impl Measure for Resent {
                 .iter()
                 .map(|outcome| outcome.sent_ratio() * 100.0)
                 .collect();
-            run.found(Finding {
-                case: case.to_owned(),
-                unit: "%",
-                value: figure(&percent)?,
-                reference: None,
-                note: Some(notes(&outcomes, |outcome| {
-                    format!("of one VM at most {:.2} %", outcome.worst_sent_ratio() * 100.0)
-                })),
-            });
+            run.found_at(
+                self.0.parameters(),
+                Finding {
+                    case: case.to_owned(),
+                    unit: "%",
+                    value: figure(&percent)?,
+                    reference: None,
+                    note: Some(notes(&outcomes, |outcome| {
+                        format!("of one VM at most {:.2} %", outcome.worst_sent_ratio() * 100.0)
+                    })),
+                },
+            );
         }
         Ok(())
     }
