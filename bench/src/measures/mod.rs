@@ -25,7 +25,7 @@ use crate::scale::{Scale, ScaleCheck};
 
 /// Something that can be measured, with its settings from a plan.
 pub(crate) trait Measure {
-    /// Measures, and reports each value with [`Run::found`].
+    /// Measures, and reports each value with [`Run::found_at`].
     ///
     /// # Errors
     /// [`Unable`] when this machine cannot do it or it goes wrong; what was found before stays.
