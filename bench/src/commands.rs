@@ -16,8 +16,9 @@ use crate::report::Report;
 use crate::run::{Effort, Settings};
 use crate::{measures, read, scale, table};
 
-/// What `bench check` compares with when nothing else is named.
+/// What `bench check` compares with when nothing else is named: the checkout's history, or the host's where there is no checkout.
 const HISTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/history/check.jsonl");
+const HISTORY_OF_HOST: &str = "/var/lib/romulus/bench-check.jsonl";
 /// The plan or the command line is wrong. The same number as clap's own.
 const EXIT_USAGE: u8 = 2;
 /// Everything was measured, and a bound does not hold.
@@ -88,7 +89,8 @@ pub(crate) struct ReportArgs {
 pub(crate) struct CheckArgs {
     /// Plans; without any `parts`, and `kvm` where there is a /dev/kvm
     plans: Vec<String>,
-    /// The file of earlier runs and of bounds; by default that of the source tree that this was built in
+    /// The file of earlier runs and of bounds; by default that of the source tree that this was built in, or where there is none
+    /// /var/lib/romulus/bench-check.jsonl
     #[arg(long, value_name = "FILE")]
     history: Option<PathBuf>,
     /// Add this run to the history; then a ratio that moved is no failure
@@ -217,7 +219,8 @@ fn measure(plan: &Plan, effort: Effort, mut outputs: Outputs<'_>) -> anyhow::Res
 pub(crate) fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let path = match &args.history {
         Some(path) => path.clone(),
-        None => PathBuf::from(HISTORY),
+        None if Path::new(HISTORY).exists() => PathBuf::from(HISTORY),
+        None => PathBuf::from(HISTORY_OF_HOST),
     };
     let mut names: Vec<&str> = args.plans.iter().map(String::as_str).collect();
     if names.is_empty() {

@@ -152,6 +152,9 @@ impl History {
         };
         let mut line = serde_json::to_string(&run).map_err(|error| failed(error.into()))?;
         line.push('\n');
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(failed)?;
+        }
         let mut file = OpenOptions::new()
             .create(true)
             .append(true)

@@ -4,6 +4,7 @@ mod codec;
 mod committed;
 mod digest;
 mod epoch;
+mod faults;
 mod gate;
 mod host;
 mod image;
@@ -265,6 +266,16 @@ pub(crate) const ALL: &[Kind] = &[
         name: "host.resent",
         about: "memory that is sent again after a restart of the agent and after its SIGKILL",
         parse: parse::<restart::Resent>,
+    },
+    Kind {
+        name: "host.pause",
+        about: "the longest pause of a guest once its VM is protected again after a restart of the agent and after its SIGKILL",
+        parse: parse::<restart::Pause>,
+    },
+    Kind {
+        name: "fleet.faults",
+        about: "invariants that faults break, injected into many VMs on one agent in the simulator",
+        parse: parse::<faults::Faults>,
     },
     Kind {
         name: "peer.colo",

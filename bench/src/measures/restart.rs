@@ -1,8 +1,10 @@
-//! `host.restart` and `host.resent`: the agent in its systemd unit, restarted and killed while many VMs are protected to it.
+//! `host.restart`, `host.resent` and `host.pause`: the agent in its systemd unit, restarted and killed while many VMs are protected to it.
 //!
 //! It runs in a container with a real systemd (`cargo xtask setup` makes its tree), with the unit that the package has; the guests are
 //! those of `host.*`. Each strike is also a check: a VM that is not protected again, a guest that stands still or a commit that is
 //! gone makes the measure fail.
+
+use std::sync::{Mutex, PoisonError};
 
 use romulus_e2e::Paths;
 use romulus_e2e::restarts::{Outcome, Restarts, RestartsConfig, Strike};
@@ -13,8 +15,8 @@ use super::{Measure, outside};
 use crate::parameters::Parameter;
 use crate::run::{Finding, Run, Unable};
 
-/// Settings of both.
-#[derive(Clone, Deserialize)]
+/// Settings of all of them.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 struct Common {
     /// VMs on the agent.
@@ -55,8 +57,19 @@ impl Common {
         ]
     }
 
-    /// What followed each strike: as many restarts, and as many kills, as there are repetitions.
+    /// What followed each strike. Measures that ask for the same one after the other share one run.
     fn outcomes(&self, run: &Run) -> Result<[Vec<Outcome>; 2], Unable> {
+        let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, outcomes)) = last.as_ref().filter(|(done, _)| done == self) {
+            return Ok(outcomes.clone());
+        }
+        let outcomes = self.strike(run)?;
+        *last = Some((self.clone(), outcomes.clone()));
+        Ok(outcomes)
+    }
+
+    /// Raises the lab and strikes: as many restarts, and as many kills, as there are repetitions.
+    fn strike(&self, run: &Run) -> Result<[Vec<Outcome>; 2], Unable> {
         let config = RestartsConfig {
             vms: self.vms,
             memory_mib: self.memory_mib,
@@ -77,6 +90,9 @@ impl Common {
         Ok(outcomes)
     }
 }
+
+/// What followed last, and under which settings.
+static LAST: Mutex<Option<(Common, [Vec<Outcome>; 2])>> = Mutex::new(None);
 
 const STRIKES: [Strike; 2] = [Strike::Restart, Strike::Kill];
 const CASES: [&str; 2] = ["restart", "kill"];
@@ -144,6 +160,34 @@ impl Measure for Resent {
                     note: Some(notes(&outcomes, |outcome| {
                         format!("of one VM at most {:.2} %", outcome.worst_sent_ratio() * 100.0)
                     })),
+                },
+            );
+        }
+        Ok(())
+    }
+
+    fn problem(&self) -> Option<String> {
+        self.0.problem()
+    }
+}
+
+/// `host.pause`.
+#[derive(Deserialize)]
+#[serde(transparent)]
+pub(crate) struct Pause(Common);
+
+impl Measure for Pause {
+    fn run(&self, run: &mut Run) -> Result<(), Unable> {
+        for (case, outcomes) in CASES.into_iter().zip(self.0.outcomes(run)?) {
+            let longest: Vec<f64> = outcomes.iter().map(Outcome::pause_ms).collect();
+            run.found_at(
+                self.0.parameters(),
+                Finding {
+                    case: case.to_owned(),
+                    unit: "ms",
+                    value: figure(&longest)?,
+                    reference: None,
+                    note: Some("the longest of all guests since they are protected again".to_owned()),
                 },
             );
         }
