@@ -78,6 +78,14 @@ pub const TIMER: &[u8] = &[
     0x8b, 0x04, 0x25, 0x00, 0xc0, 0x00, 0x00, 0x4c, 0x29, 0xd0, 0x48, 0x83, 0xf8, 0x01, 0x74, 0xc5, 0x66,
     0xba, 0x01, 0x05, 0xee, 0xeb, 0xf9,
 ];
+/// [`TIMER`] with shots of nine minutes: of 2^32 counts of 128 ns each (Intel SDM volume 3A, 12.5.4).
+pub fn long_timer() -> Vec<u8> {
+    let mut program = TIMER.to_vec();
+    program[11] = 0b1010;
+    program[39..43].copy_from_slice(&u32::MAX.to_le_bytes());
+    program
+}
+
 /// Does nothing: `jmp $`.
 pub const SPIN: &[u8] = &[0xeb, 0xfe];
 
