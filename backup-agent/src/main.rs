@@ -74,19 +74,25 @@ fn start(
     romulus_telemetry::log::init(&settings.log)?;
     let inherited = inherited.context("what systemd handed over can't be taken")?;
     let places = place::places(&settings, &options.state_dir, inherited)?;
-    if !priority::raise() {
-        warn_of_priority();
-    }
+    // Recovering computes much: not yet as a real-time thread.
+    priority::raise();
     let runtime = romulus_daemon::runtime()?;
     runtime.block_on(run(options, settings, places))
 }
 
 /// Output is held for as long as this thread waits for others.
-fn warn_of_priority() {
-    warn!(
-        event = "priority",
-        "no higher priority is to be had (CAP_SYS_NICE, RestrictRealtime=): acknowledgements wait while the host is busy"
-    );
+fn take_priority(realtime: bool) {
+    let raised = priority::raise();
+    if realtime && priority::raise_to_realtime() {
+        return;
+    }
+    if realtime || !raised {
+        warn!(
+            event = "priority",
+            raised,
+            "no real-time priority is to be had (CAP_SYS_NICE, RestrictRealtime=): acknowledgements wait while the host is busy"
+        );
+    }
 }
 
 async fn run(
@@ -147,11 +153,8 @@ async fn run(
         starts,
         places,
     });
-    // With the images at hand there is little to compute on this thread.
     registry.recover()?;
-    if realtime && !priority::raise_to_realtime() {
-        warn_of_priority();
-    }
+    take_priority(realtime);
     let metrics_listen = Arc::new(OnceLock::new());
     let pulse = Pulse::of_service();
     let watched = metrics::router(&registry, &endpoint, &pulse, watching.stall_limit);

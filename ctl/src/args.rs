@@ -60,7 +60,7 @@ pub(crate) struct AdminOptions {
     /// The VM; needed where several are here.
     #[arg(value_name = "VM")]
     pub(crate) name: Option<VmId>,
-    /// A daemon's admin socket; by default all in /run/romulus.
+    /// A daemon's admin socket; by default all in /run/romulus and /run/romulus-witness.
     #[arg(long, env = "ROMULUS_ADMIN", value_name = "SOCKET")]
     pub(crate) admin: Option<PathBuf>,
     /// The VM, as above.

@@ -231,7 +231,7 @@ fn a_replicators_unit_protects_a_guest_of_qemu_and_leaves_it_as_it_was() -> Resu
     let witness = Container::boot(&lab, Host::Witness)?;
     witness.start_witness(&lab)?;
     let _agent = AgentUnit::start(&lab, "", "")?;
-    let primary = Container::boot_for_guest(&lab)?;
+    let primary = Container::boot_for_vmm(&lab, Host::Primary)?;
     primary.start_guest(&lab, QemuConfig::default().dirty_pages(100))?;
     let guest = primary.property("guest", "MainPID")?;
     let status = primary.protect_guest(&lab)?;

@@ -26,7 +26,7 @@ fn protected() -> Result<(Hosts, Value)> {
     witness.start_witness(&lab)?;
     let backup = Container::boot(&lab, Host::Backup)?;
     backup.start_agent(&lab)?;
-    let primary = Container::boot_for_guest(&lab)?;
+    let primary = Container::boot_for_vmm(&lab, Host::Primary)?;
     primary.start_guest(&lab, TestbedConfig::default().dirty_pages(100))?;
     let status = primary.protect_guest(&lab)?;
     primary.run(&["romulus", "validate"])?;

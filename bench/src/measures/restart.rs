@@ -14,6 +14,7 @@ use super::host::{LAB, figure};
 use super::{Measure, outside};
 use crate::parameters::Parameter;
 use crate::run::{Finding, Run, Unable};
+use crate::stats::Figure;
 
 /// Settings of all of them.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
@@ -68,6 +69,18 @@ impl Common {
         Ok(outcomes)
     }
 
+    /// Reports a finding for each kind of strike, made of its case and of what followed.
+    fn tell(
+        &self,
+        run: &mut Run,
+        finding: impl Fn(String, &[Outcome]) -> Result<Finding, Unable>,
+    ) -> Result<(), Unable> {
+        for (case, outcomes) in CASES.into_iter().zip(self.outcomes(run)?) {
+            run.found_at(self.parameters(), finding(case.to_owned(), &outcomes)?);
+        }
+        Ok(())
+    }
+
     /// Raises the lab and strikes: as many restarts, and as many kills, as there are repetitions.
     fn strike(&self, run: &Run) -> Result<[Vec<Outcome>; 2], Unable> {
         let config = RestartsConfig {
@@ -97,6 +110,10 @@ static LAST: Mutex<Option<(Common, [Vec<Outcome>; 2])>> = Mutex::new(None);
 const STRIKES: [Strike; 2] = [Strike::Restart, Strike::Kill];
 const CASES: [&str; 2] = ["restart", "kill"];
 
+fn each(outcomes: &[Outcome], value: impl Fn(&Outcome) -> f64) -> Result<Figure, Unable> {
+    figure(&outcomes.iter().map(value).collect::<Vec<_>>())
+}
+
 fn notes(outcomes: &[Outcome], note: impl Fn(&Outcome) -> String) -> String {
     outcomes.iter().map(note).collect::<Vec<_>>().join("; ")
 }
@@ -108,29 +125,20 @@ pub(crate) struct Restart(Common);
 
 impl Measure for Restart {
     fn run(&self, run: &mut Run) -> Result<(), Unable> {
-        for (case, outcomes) in CASES.into_iter().zip(self.0.outcomes(run)?) {
-            let of = |value: fn(&Outcome) -> f64| figure(&outcomes.iter().map(value).collect::<Vec<_>>());
-            run.found_at(
-                self.0.parameters(),
-                Finding {
-                    case: case.to_owned(),
-                    unit: "ms",
-                    value: of(|outcome| outcome.protected_ms)?,
-                    reference: Some((
-                        "until the agent is ready".to_owned(),
-                        of(|outcome| outcome.agent_ms)?,
-                    )),
-                    note: Some(notes(&outcomes, |outcome| {
-                        format!(
-                            "the first VM after {:.0} ms, longest pause since {:.2} ms",
-                            outcome.first_protected_ms,
-                            outcome.pause_ms()
-                        )
-                    })),
-                },
-            );
-        }
-        Ok(())
+        self.0.tell(run, |case, outcomes| {
+            Ok(Finding {
+                case,
+                unit: "ms",
+                value: each(outcomes, |outcome| outcome.protected_ms)?,
+                reference: Some((
+                    "until the agent is ready".to_owned(),
+                    each(outcomes, |outcome| outcome.agent_ms)?,
+                )),
+                note: Some(notes(outcomes, |outcome| {
+                    format!("the first VM after {:.0} ms", outcome.first_protected_ms)
+                })),
+            })
+        })
     }
 
     fn problem(&self) -> Option<String> {
@@ -145,25 +153,17 @@ pub(crate) struct Resent(Common);
 
 impl Measure for Resent {
     fn run(&self, run: &mut Run) -> Result<(), Unable> {
-        for (case, outcomes) in CASES.into_iter().zip(self.0.outcomes(run)?) {
-            let percent: Vec<f64> = outcomes
-                .iter()
-                .map(|outcome| outcome.sent_ratio() * 100.0)
-                .collect();
-            run.found_at(
-                self.0.parameters(),
-                Finding {
-                    case: case.to_owned(),
-                    unit: "%",
-                    value: figure(&percent)?,
-                    reference: None,
-                    note: Some(notes(&outcomes, |outcome| {
-                        format!("of one VM at most {:.2} %", outcome.worst_sent_ratio() * 100.0)
-                    })),
-                },
-            );
-        }
-        Ok(())
+        self.0.tell(run, |case, outcomes| {
+            Ok(Finding {
+                case,
+                unit: "%",
+                value: each(outcomes, |outcome| outcome.sent_ratio() * 100.0)?,
+                reference: None,
+                note: Some(notes(outcomes, |outcome| {
+                    format!("of one VM at most {:.2} %", outcome.worst_sent_ratio() * 100.0)
+                })),
+            })
+        })
     }
 
     fn problem(&self) -> Option<String> {
@@ -178,20 +178,15 @@ pub(crate) struct Pause(Common);
 
 impl Measure for Pause {
     fn run(&self, run: &mut Run) -> Result<(), Unable> {
-        for (case, outcomes) in CASES.into_iter().zip(self.0.outcomes(run)?) {
-            let longest: Vec<f64> = outcomes.iter().map(Outcome::pause_ms).collect();
-            run.found_at(
-                self.0.parameters(),
-                Finding {
-                    case: case.to_owned(),
-                    unit: "ms",
-                    value: figure(&longest)?,
-                    reference: None,
-                    note: Some("the longest of all guests since they are protected again".to_owned()),
-                },
-            );
-        }
-        Ok(())
+        self.0.tell(run, |case, outcomes| {
+            Ok(Finding {
+                case,
+                unit: "ms",
+                value: each(outcomes, Outcome::pause_ms)?,
+                reference: None,
+                note: Some("the longest of all guests since they are protected again".to_owned()),
+            })
+        })
     }
 
     fn problem(&self) -> Option<String> {

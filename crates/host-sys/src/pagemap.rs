@@ -99,10 +99,6 @@ impl Pagemap {
         let mut position = start;
         while position < end {
             let (count, walk_end) = self.scan(position, end, SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC)?;
-            assert!(
-                walk_end > position && walk_end <= end,
-                "the kernel's scan moves forward"
-            );
             self.regions[..count].iter().for_each(&mut found);
             position = walk_end;
         }
@@ -125,10 +121,6 @@ impl Pagemap {
         let mut position = start;
         while position < end {
             let (count, walk_end) = self.scan(position, end, SCAN_CHECK_WPASYNC)?;
-            assert!(
-                walk_end > position && walk_end <= end,
-                "the kernel's scan moves forward"
-            );
             position = walk_end;
             let mut spans = std::mem::take(&mut self.spans);
             let mut parts = spans.around(&self.regions[..count]).iter();
@@ -148,16 +140,13 @@ impl Pagemap {
         let mut bytes = 0;
         while position < end {
             let (count, walk_end) = self.scan(position, end, SCAN_CHECK_WPASYNC)?;
-            assert!(
-                walk_end > position && walk_end <= end,
-                "the kernel's scan moves forward"
-            );
             bytes += self.regions[..count].iter().map(PageRegion::bytes).sum::<u64>();
             position = walk_end;
         }
         Ok(bytes / 4096)
     }
 
+    /// One call: how many regions it found, and how far it came.
     fn scan(&mut self, start: u64, end: u64, flags: u64) -> Result<(usize, u64), SysError> {
         let mut request = ScanRequest {
             size: size_of::<ScanRequest>() as u64,
@@ -174,6 +163,11 @@ impl Pagemap {
         // length given, and outlives the call. The kernel writes plain numbers into it.
         let count = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut request) };
         let count = usize::try_from(count).map_err(|_| SysError::last("ioctl(PAGEMAP_SCAN)"))?;
-        Ok((count, request.walk_end))
+        let walk_end = request.walk_end;
+        assert!(
+            walk_end > start && walk_end <= end,
+            "the kernel's scan moves forward"
+        );
+        Ok((count, walk_end))
     }
 }

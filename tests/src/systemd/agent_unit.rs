@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{AGENT, Container, qemu};
+use super::{AGENT, Container};
 use crate::lab::word;
 use crate::netns::BRIDGE;
 use crate::{Host, Lab, Vmm, wait_for};
@@ -30,14 +30,7 @@ impl AgentUnit {
     /// # Errors
     /// When it does not come up.
     pub fn start(lab: &Lab, keys: &str, tables: &str) -> Result<AgentUnit> {
-        let mut folders: Vec<&Path> = vec![&lab.run, &lab.logs, &lab.paths.release, &lab.paths.assets];
-        if lab.vmm == Vmm::Qemu {
-            folders.extend(qemu::folders());
-        }
-        let container = Container::boot_sharing(lab, Host::Backup, &folders)?;
-        if lab.vmm == Vmm::Qemu {
-            container.copy_qemu()?;
-        }
+        let container = Container::boot_for_vmm(lab, Host::Backup)?;
         container.copy_in(&lab.paths.binary("backup-agent")?, "/usr/sbin/backup-agent")?;
         container.install_pki(lab)?;
         container.run(&["mkdir", "-m", "755", "/run/romulus"])?;

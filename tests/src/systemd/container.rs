@@ -83,17 +83,6 @@ impl Container {
         Ok(container)
     }
 
-    /// The same, with folders at the same places.
-    pub(super) fn boot_sharing(lab: &Lab, host: Host, folders: &[&Path]) -> Result<Container> {
-        let names: Vec<String> = folders.iter().map(|folder| word(folder)).collect();
-        let shared: Vec<(&Path, &str)> = folders
-            .iter()
-            .copied()
-            .zip(names.iter().map(String::as_str))
-            .collect();
-        Container::boot_with(lab, host, &shared)
-    }
-
     fn wait_booted(&self) -> Result<()> {
         let mut last = String::new();
         let up = wait_for("systemd", BOOT_AT_MOST, || {

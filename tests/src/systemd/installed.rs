@@ -1,13 +1,13 @@
 //! The packages of this checkout in containers, set up as an operator would.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use super::{Container, qemu};
+use super::Container;
 use crate::daemons::VM;
 use crate::guest::{GuestConfig, attach, qmp};
 use crate::netns::{BRIDGE, TAP};
@@ -100,24 +100,6 @@ impl Container {
         self.write("/etc/romulus/backup-agent.d/10-lab.toml", settings)?;
         self.systemctl(&["enable", "--now", AGENT])?;
         self.wait_property(AGENT, "ActiveState", "active", SOON)
-    }
-
-    /// Boots a host on which [`Container::start_guest`] can start the lab's guest.
-    ///
-    /// # Errors
-    /// As [`Container::boot`].
-    pub fn boot_for_guest(lab: &Lab) -> Result<Container> {
-        // The guest's command line names these.
-        let mut folders: Vec<&Path> = vec![&lab.paths.release, &lab.run, &lab.logs];
-        if lab.vmm == Vmm::Qemu {
-            folders.push(&lab.paths.assets);
-            folders.extend(qemu::folders());
-        }
-        let container = Container::boot_sharing(lab, Host::Primary, &folders)?;
-        if lab.vmm == Vmm::Qemu {
-            container.copy_qemu()?;
-        }
-        Ok(container)
     }
 
     /// Starts the guest, as a unit, and installs the replicator with its host's settings; starts no replicator.

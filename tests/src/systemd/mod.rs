@@ -12,7 +12,7 @@
 mod agent_unit;
 mod container;
 mod installed;
-mod qemu;
+mod vmm;
 
 pub use agent_unit::AgentUnit;
 pub use container::{BINARIES, Container};
