@@ -44,6 +44,7 @@ pub mod sniffer;
 pub mod soak;
 pub mod stage;
 mod stamp;
+pub mod strangers;
 pub mod systemd;
 pub mod timeline;
 

@@ -19,9 +19,9 @@ use crate::sniffer::Sniffer;
 use crate::timeline::Timeline;
 use crate::{Host, Lab, Paths, Process, Stamp, Vmm, wait_for};
 
-/// A guest boots in three seconds; a busy machine takes its time.
 /// Events of every epoch: too many to be shown.
 const EVERY_EPOCH: &[&str] = &["barrier", "commit"];
+/// A guest boots in three seconds; a busy machine takes its time.
 const BOOT_AT_MOST: Duration = Duration::from_secs(90);
 const PROTECT_AT_MOST: Duration = Duration::from_secs(120);
 const AUDIT_SETTLES: Duration = Duration::from_millis(300);

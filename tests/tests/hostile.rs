@@ -16,8 +16,6 @@ mod cases;
 mod place;
 #[path = "hostile/primary.rs"]
 mod primary;
-#[path = "hostile/stranger.rs"]
-mod stranger;
 
 #[path = "hostile/allowed.rs"]
 mod allowed;

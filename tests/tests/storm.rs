@@ -1,22 +1,17 @@
 //! Strangers that beset the agent and the witness from another host, while a guest is protected by both.
 
-use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use romulus_e2e::daemons::{AgentConfig, ProtectConfig};
 use romulus_e2e::guest::TestbedConfig;
 use romulus_e2e::stage::{Stage, StageConfig};
+use romulus_e2e::strangers::Storm;
 use romulus_e2e::{Host, Paths, Process, TEST_LAB, wait_for};
 use serde_json::Value;
 
-#[allow(dead_code, reason = "the attacks on the daemons alone use the rest")]
-#[path = "hostile/stranger.rs"]
-mod stranger;
-
-const CONNECTIONS: usize = 10_000;
-/// Of these, to each of both daemons.
-const BATCH: usize = 250;
+/// To both daemons together.
+const CONNECTIONS: u32 = 10_000;
 /// What strangers may cost a daemon, as docs/src/limits.md has it for the default of `network.handshakes_max`.
 const STRANGERS_BYTES_MAX: u64 = 16 << 20;
 /// No takeover because this machine has no time for a daemon.
@@ -40,23 +35,13 @@ fn daemons(stage: &Stage) -> Result<[&Process; 2]> {
 }
 
 fn storm(stage: &Stage) -> Result<usize> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
     let mut begun = 0;
-    for (host, port, service) in [
-        (Host::Backup, 7700, &b"romulus-pair/1"[..]),
-        (Host::Witness, 7701, &b"romulus-witness/1"[..]),
+    for (daemon, service) in [
+        ((Host::Backup, 7700), b"romulus-pair/1".as_slice()),
+        ((Host::Witness, 7701), b"romulus-witness/1".as_slice()),
     ] {
-        let ca = stage.lab.run_path("pki").join(host.name()).join("ca-cert.pem");
-        let server: SocketAddr = format!("{}:{port}", host.ip()).parse()?;
-        for batch in 0..CONNECTIONS / 2 / BATCH {
-            let packets = runtime.block_on(stranger::storm_packets(&ca, service, batch, BATCH));
-            let strangers = stage.lab.on(Host::Client, || {
-                stranger::half_open(Ipv4Addr::UNSPECIFIED, server, &packets)
-            })?;
-            begun += strangers.len();
-        }
+        let storm = Storm::gather(&stage.lab, daemon, service, CONNECTIONS / 2)?;
+        begun += storm.blow(&stage.lab, Duration::ZERO)?;
     }
     Ok(begun)
 }
@@ -91,7 +76,7 @@ fn ten_thousand_strangers_end_no_protection_and_cost_the_daemons_no_memory() -> 
     let memory = daemons(&stage)?.map(|daemon| peak_bytes(daemon).unwrap_or(u64::MAX));
 
     let begun = storm(&stage)?;
-    ensure!(begun == CONNECTIONS, "{begun}");
+    ensure!(begun == CONNECTIONS as usize, "{begun}");
 
     // It commits on, in the very session that it had.
     let at = committed(&stage.lab.status(Host::Primary)?);

@@ -7,6 +7,7 @@
 //! limit: the notes say how busy it was.
 
 use std::sync::{Mutex, PoisonError};
+use std::thread::sleep;
 use std::time::Duration;
 
 use romulus_e2e::Paths;
@@ -19,9 +20,11 @@ use crate::run::{Finding, Run, Unable};
 use crate::stats::{Figure, float};
 
 mod flood;
+mod strangers;
 pub(super) mod watch;
 
 pub(crate) use flood::{Flood, Late};
+pub(crate) use strangers::{Beset, Strangers};
 
 use watch::Watched;
 
@@ -122,7 +125,10 @@ impl Common {
     fn watched(&self, run: &Run, vms: u16, flood: Option<&str>) -> Result<Watched, Unable> {
         let crowd = self.crowd(run, vms, flood)?;
         run.say(format!("watching {vms} VMs"));
-        Watched::watch(&crowd, &names(vms), self.slice(run))
+        Watched::watch(&crowd, &names(vms), || {
+            sleep(self.slice(run));
+            Ok(())
+        })
     }
 }
 

@@ -248,6 +248,16 @@ pub(crate) const ALL: &[Kind] = &[
         parse: parse::<host::Late>,
     },
     Kind {
+        name: "host.strangers",
+        about: "what the agent's memory grows by when strangers begin thousands of connections",
+        parse: parse::<host::Strangers>,
+    },
+    Kind {
+        name: "host.beset",
+        about: "epochs of protected VMs that begin late while strangers beset their agent, against before",
+        parse: parse::<host::Beset>,
+    },
+    Kind {
         name: "host.takeover",
         about: "until all VMs of a dead host serve again, against the first of them",
         parse: parse::<host::Takeover>,

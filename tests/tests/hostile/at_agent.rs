@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use romulus_e2e::strangers::{connect_without_certificate, first_packets, half_open, send_noise};
 use romulus_image::{Image, ImageState, Limits};
 use romulus_transport::{CertificateProblem, CloseCode, Identity, Service, TransportError, pki};
 use romulus_types::{Epoch, Session, Term, VmId};
@@ -11,7 +12,6 @@ use serde_json::Value;
 use crate::cases::{BAD_CHECKPOINTS, BAD_FRAMES, BadSession, VM, bad_hellos, bad_machines, unknown_frame};
 use crate::place::{Daemon, Place, SOON, client, peer};
 use crate::primary::{INSTANCE, Primary, Refusal, closed, hello, true_hello};
-use crate::stranger::{connect_without_certificate, first_packets, half_open, send_noise};
 
 const AGENT: &str = "backup-agent";
 const PAIR: &[u8] = b"romulus-pair/1";
@@ -109,11 +109,11 @@ async fn strangers_and_noise_reach_nothing_and_are_counted() {
             .unwrap()
     };
 
-    let packets = first_packets(&ca, PAIR, 101).await;
-    send_noise(at, &packets[100]);
+    let packets = first_packets(&ca, PAIR, 101).await.unwrap();
+    send_noise(at, &packets[100]).unwrap();
     siege.still_serves("noise and damaged packets").await;
 
-    let held = half_open(std::net::Ipv4Addr::LOCALHOST, at, &packets[..100]);
+    let held = half_open(std::net::Ipv4Addr::LOCALHOST, at, &packets[..100]).unwrap();
     siege.still_serves("100 half-open handshakes").await;
     let endpoint = client(&siege.place.identity("other"), Service::Pair);
     let connected = endpoint.connect(&peer(at)).await;
@@ -123,7 +123,7 @@ async fn strangers_and_noise_reach_nothing_and_are_counted() {
     drop(held);
 
     let before = failed(&siege);
-    let refused = connect_without_certificate(&ca, PAIR, at).await;
+    let refused = connect_without_certificate(&ca, PAIR, at).await.unwrap();
     assert!(refused.to_string().contains("certificate"), "{refused}");
     wait_for("no certificate is counted", || failed(&siege) > before).await;
     siege.still_serves("no certificate").await;

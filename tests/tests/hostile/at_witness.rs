@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use romulus_e2e::strangers::{connect_without_certificate, first_packets, half_open, noise, send_noise};
 use romulus_protocol::{Answer, Ask, Mode, Record, WitnessRequest};
 use romulus_transport::{CloseCode, Endpoint, Service, TransportError, WitnessClient};
 use romulus_types::{Epoch, HostId, Nonce, Session, Term, VmId, WitnessInstance};
@@ -11,7 +12,6 @@ use romulus_wire::{FrameType, encode_frame, encode_message};
 
 use crate::place::{Daemon, Place, client, peer};
 use crate::primary::{Refusal, closed};
-use crate::stranger::{connect_without_certificate, first_packets, half_open, noise, send_noise};
 
 const WITNESS: &[u8] = b"romulus-witness/1";
 
@@ -105,18 +105,18 @@ async fn the_witness_answers_a_good_host_whatever_strangers_do() {
     let mut siege = Siege::begin().await;
     let at = siege.place.witness_at;
     let ca = siege.place.dir.path().join("pki/primary/ca-cert.pem");
-    let packets = first_packets(&ca, WITNESS, 201).await;
-    send_noise(at, &packets[200]);
+    let packets = first_packets(&ca, WITNESS, 201).await.unwrap();
+    send_noise(at, &packets[200]).unwrap();
     siege.still_answers("noise and damaged packets").await;
 
-    let held = half_open(std::net::Ipv4Addr::LOCALHOST, at, &packets[..200]);
+    let held = half_open(std::net::Ipv4Addr::LOCALHOST, at, &packets[..200]).unwrap();
     assert_eq!(held.len(), 200);
     siege.still_answers("200 half-open handshakes").await;
     let fresh = asker(&siege.place, "backup");
     let reply = fresh.ask(request("web", "backup", 5, Ask::Read)).await;
     assert!(reply.is_ok(), "a host that connects only now: {reply:?}");
 
-    let refused = connect_without_certificate(&ca, WITNESS, at).await;
+    let refused = connect_without_certificate(&ca, WITNESS, at).await.unwrap();
     assert!(refused.to_string().contains("certificate"), "{refused}");
     siege.still_answers("no certificate").await;
     let refused = client(&siege.place.identity("other"), Service::Pair)

@@ -1,6 +1,7 @@
 //! What liars send. Pure bytes; `at_agent` sends them.
 
 use bytes::Bytes;
+use romulus_e2e::strangers::noise;
 use romulus_page_codec::Kind;
 use romulus_types::{Digest, Epoch, PAGE_BYTES, RamBlock, RamLayout, Session};
 use romulus_wire::{
@@ -9,7 +10,6 @@ use romulus_wire::{
 
 use crate::place::STAGING_MIB;
 use crate::primary::{PAGES, Primary, hello, hello_frame, machine, own, pages_frame};
-use crate::stranger::noise;
 
 /// The VM that liars speak of.
 pub const VM: &str = "db";

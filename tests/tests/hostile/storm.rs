@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use romulus_e2e::strangers::{Hanging, half_open, storm_packets};
 use romulus_transport::{CloseCode, Service};
 use romulus_types::{Epoch, Session};
 use tokio::net::UdpSocket;
@@ -11,7 +12,6 @@ use tokio::sync::Mutex;
 
 use crate::place::{Place, SOON, client, peer};
 use crate::primary::{Primary, true_hello};
-use crate::stranger::{Hanging, half_open, storm_packets};
 
 const AGENT: &str = "backup-agent";
 const PAIR: &[u8] = b"romulus-pair/1";
@@ -40,8 +40,10 @@ async fn ten_thousand_half_open_and_garbage_connections_disturb_no_session_and_c
     let ca = place.dir.path().join("pki/primary/ca-cert.pem");
     let (mut begun, mut growth) = (0, 0);
     for batch in 0..CONNECTIONS / BATCH {
-        let packets = storm_packets(&ca, PAIR, batch, BATCH).await;
-        begun += half_open(Ipv4Addr::LOCALHOST, place.agent_at, &packets).len();
+        let packets = storm_packets(&ca, PAIR, batch as u64, BATCH).await.unwrap();
+        begun += half_open(Ipv4Addr::LOCALHOST, place.agent_at, &packets)
+            .unwrap()
+            .len();
         if batch % 8 == 7 {
             growth = agent.assert_grown_less_than(STRANGERS_BYTES_MAX, "a storm of connections");
             steady.commit().await;
@@ -96,7 +98,7 @@ async fn who_proves_an_address_and_then_says_no_more_takes_half_of_the_places_an
             held.len() < 100 * OF_ADDRESS_MAX,
             "one address takes as many places as it likes"
         );
-        held.push(Hanging::begin(&ca, PAIR, from, place.agent_at).await);
+        held.push(Hanging::begin(&ca, PAIR, from, place.agent_at).await.unwrap());
     }
     assert!(held.len() > OF_ADDRESS_MAX, "{} took all", held.len());
     // Another address has places left.

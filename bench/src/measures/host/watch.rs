@@ -3,8 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::thread::sleep;
-use std::time::Duration;
+use std::time::Instant;
 
 use romulus_e2e::crowd::Crowd;
 use serde_json::Value;
@@ -32,8 +31,10 @@ pub(super) struct Watched {
     pub(super) pages_an_epoch: f64,
     /// Pages that were committed a second, of all VMs.
     pub(super) pages_a_second: f64,
-    /// The agent's own memory, that of its images' memory files, and that of their staging, in MiB.
+    /// The agent's own memory, the most that it ever had with all that it maps, that of its images' memory files, and that of their
+    /// staging, in MiB.
     pub(super) agent_mib: f64,
+    pub(super) peak_mib: f64,
     pub(super) image_mib: f64,
     pub(super) staging_mib: f64,
     /// The largest part of a VM's epochs that began late, in per cent.
@@ -52,11 +53,13 @@ struct Counts {
     machine_ticks: (u64, u64),
     /// Epochs of each VM, and how many of them began late.
     epochs: Vec<(f64, f64)>,
+    /// The session of each VM, which is another one when it was not protected in between.
+    sessions: Vec<Value>,
 }
 
 impl Counts {
     fn now(crowd: &Crowd, names: &[String], pid: i32) -> Result<Self, Unable> {
-        let (mut pages, mut epochs) = (0, Vec::new());
+        let (mut pages, mut epochs, mut sessions) = (0, Vec::new(), Vec::new());
         for name in names {
             let at_agent = crowd.at_agent(name).map_err(Unable::failed("asking the agent"))?;
             pages += number(&at_agent["committed_pages"])?;
@@ -69,6 +72,7 @@ impl Counts {
             let all = float(number(&status["epochs"])?);
             let on_time = status["epoch_on_time_ratio"].as_f64().unwrap_or(0.0);
             epochs.push((all, all * (1.0 - on_time)));
+            sessions.push(status["session"].clone());
         }
         Ok(Self {
             pages,
@@ -76,20 +80,30 @@ impl Counts {
             connections_ticks: main_ticks(pid)?,
             machine_ticks: machine_ticks()?,
             epochs,
+            sessions,
         })
     }
 }
 
 impl Watched {
-    /// Watches an agent with these VMs for so long.
-    pub(super) fn watch(crowd: &Crowd, names: &[String], slice: Duration) -> Result<Self, Unable> {
+    /// Watches an agent with these VMs while something goes on.
+    pub(super) fn watch(
+        crowd: &Crowd,
+        names: &[String],
+        meanwhile: impl FnOnce() -> Result<(), Unable>,
+    ) -> Result<Self, Unable> {
         let failed = || Unable::failed("asking the agent");
         let pid = crowd.agent.pid().map_err(failed())?.as_raw_nonzero().get();
         let before = Counts::now(crowd, names, pid)?;
-        sleep(slice);
+        let begun = Instant::now();
+        meanwhile()?;
+        let seconds = begun.elapsed().as_secs_f64();
         // First, and of all VMs at once: asking takes the agent's time, too.
         let acks = crowd.agent_status().map_err(failed())?;
         let after = Counts::now(crowd, names, pid)?;
+        if before.sessions != after.sessions {
+            return Err(Unable::Wrong("a VM was not protected all the time".to_owned()));
+        }
         let (ack_us, worst_ack_us) = ack_us(&acks, names)?;
         let pages = float(after.pages.saturating_sub(before.pages));
         let us = |after: u64, before: u64| float(after.saturating_sub(before)) * 1e6 / TICKS_A_SECOND;
@@ -109,8 +123,9 @@ impl Watched {
             epoch_cpu_us: cpu_us / epochs,
             epoch_connections_us: connections_us / epochs,
             pages_an_epoch: pages / epochs,
-            pages_a_second: pages / slice.as_secs_f64(),
-            agent_mib: anonymous_mib(pid)?,
+            pages_a_second: pages / seconds,
+            agent_mib: status_mib(pid, "RssAnon:")?,
+            peak_mib: status_mib(pid, "VmHWM:")?,
             image_mib,
             staging_mib,
             late_percent: late_percent(&before.epochs, &after.epochs),
@@ -177,10 +192,10 @@ fn machine_ticks() -> Result<(u64, u64), Unable> {
     Ok((all - idle, all))
 }
 
-/// Memory that is the process's own, in MiB.
-fn anonymous_mib(pid: i32) -> Result<f64, Unable> {
+/// What the kernel says of a process's memory under this name, in MiB.
+fn status_mib(pid: i32, name: &str) -> Result<f64, Unable> {
     let status = read(&format!("/proc/{pid}/status"))?;
-    let field = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let field = status.lines().find_map(|line| line.strip_prefix(name));
     let kib = field.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
     let kib = kib.ok_or_else(|| Unable::Wrong("the kernel does not tell the agent's memory".to_owned()))?;
     Ok(float(kib) / 1024.0)
@@ -220,7 +235,7 @@ mod tests {
     #[test]
     fn the_kernel_says_what_this_process_and_the_machine_have_used() {
         let pid = i32::try_from(std::process::id()).unwrap();
-        assert!(anonymous_mib(pid).unwrap() > 0.0);
+        assert!(status_mib(pid, "VmHWM:").unwrap() >= status_mib(pid, "RssAnon:").unwrap());
         cpu_ticks(pid).unwrap();
         main_ticks(pid).unwrap();
         let (busy, all) = machine_ticks().unwrap();
