@@ -219,22 +219,24 @@ fn what_this_host_lacks_is_named_before_anything_starts() {
             .to_string()
             .contains("frobnicate")
     );
-    let mut newer = saved.spec.clone();
-    newer.version = "9.1.0".into();
-    let error = QemuStandby::prepare(&newer, saved.options())
-        .unwrap()
-        .start_waiting(&saved.ram)
-        .unwrap_err();
-    assert!(error.to_string().contains("same series"), "{error}");
-    let mut bad = saved.spec.clone();
-    own(&mut bad)
-        .argv
-        .extend(["-cpu".to_owned(), "no-such-cpu".to_owned()]);
-    let error = QemuStandby::prepare(&bad, saved.options())
-        .unwrap()
-        .start_waiting(&saved.ram)
-        .unwrap_err();
-    assert!(error.to_string().contains("no-such-cpu"), "{error}");
+    let start = |change: &dyn Fn(&mut MachineSpec)| {
+        let mut spec = saved.spec.clone();
+        change(&mut spec);
+        let mut standby = QemuStandby::prepare(&spec, saved.options()).unwrap();
+        standby.start_waiting(&saved.ram).unwrap_err().to_string()
+    };
+    let error = start(&|spec| spec.version = "9.1.0".into());
+    assert!(error.contains("same series"), "{error}");
+    let with_cpu = |spec: &mut MachineSpec, model: &str| {
+        let words = ["-cpu".to_owned(), model.to_owned()];
+        own(spec).argv.extend(words);
+    };
+    let error = start(&|spec| with_cpu(spec, "no-such-cpu"));
+    assert!(error.contains("no-such-cpu"), "{error}");
+    // What a processor lacks is taken from the model as this is.
+    let error = start(&|spec| with_cpu(spec, "qemu64,-cx16"));
+    assert!(error.contains("other features on this host"), "{error}");
+    assert!(error.contains("(CPUID.01H:ECX 0x"), "{error}");
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use romulus_hypervisor::qemu::cpu::CpuFeatures;
 use romulus_hypervisor::qemu::stream::{StreamBlock, Template};
 use romulus_hypervisor::spec::{Hypervisor, MachineSpec, QemuMachine, SPEC_FORMAT};
 use romulus_page_codec::{ImageDigest, Kind, Page, page_digest};
@@ -47,6 +48,7 @@ pub fn machine() -> MachineSpec {
         hypervisor: Hypervisor::Qemu(QemuMachine {
             accelerator: "tcg".into(),
             cpu_model: "qemu64-x86_64-cpu".into(),
+            cpu_features: CpuFeatures::new(),
             argv: argv.map(str::to_owned).to_vec(),
             cwd: "/".into(),
             files: vec![],

@@ -2,6 +2,7 @@
 
 pub mod bootstrap;
 pub mod cmdline;
+pub mod cpu;
 mod files;
 pub mod qmp;
 pub mod source;

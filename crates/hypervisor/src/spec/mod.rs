@@ -18,7 +18,7 @@ pub use qemu::{ARGUMENTS_MAX, FileUse, QemuMachine};
 /// Largest encoded spec, in bytes.
 pub const SPEC_BYTES_MAX: usize = 4 << 20;
 /// The version of the encoding; another one is refused.
-pub const SPEC_FORMAT: u32 = 2;
+pub const SPEC_FORMAT: u32 = 3;
 /// Most NICs, files and disks, each.
 pub const ITEMS_MAX: usize = 256;
 
@@ -219,6 +219,7 @@ pub(crate) mod tests {
             hypervisor: Hypervisor::Qemu(QemuMachine {
                 accelerator: "tcg".into(),
                 cpu_model: "qemu64-x86_64-cpu".into(),
+                cpu_features: [("CPUID.01H:EDX".into(), 0x781_abfd)].into(),
                 argv: argv.iter().map(|a| (*a).to_owned()).collect(),
                 cwd: "/srv".into(),
                 files: vec![],
@@ -285,6 +286,10 @@ pub(crate) mod tests {
             changed(plain(), &|spec| spec.main = BlockId(2)),
             changed(plain(), &|spec| drop(own(spec).template.blocks.pop())),
             changed(plain(), &|spec| own(spec).argv.clear()),
+            changed(plain(), &|spec| {
+                let words = (0..=ITEMS_MAX).map(|number| (number.to_string(), 0));
+                own(spec).cpu_features = words.collect();
+            }),
             changed(kvm(), &|spec| own_kvm(spec).vmm.clear()),
             changed(kvm(), &|spec| own_kvm(spec).gpas.truncate(1)),
             changed(kvm(), &|spec| own_kvm(spec).gpas[1] = 2 << 30),

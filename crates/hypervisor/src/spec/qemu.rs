@@ -6,6 +6,7 @@ use romulus_types::{Digest, RamBlock};
 use serde::{Deserialize, Serialize};
 
 use super::{ITEMS_MAX, SpecError, refuse_if};
+use crate::qemu::cpu::CpuFeatures;
 use crate::qemu::stream::{MACHINE_NAME_BYTES_MAX, Template};
 
 /// Most arguments of a command line.
@@ -29,6 +30,8 @@ pub struct QemuMachine {
     pub accelerator: String,
     /// The type of its vCPUs, such as `qemu64-x86_64-cpu`.
     pub cpu_model: String,
+    /// What these have, after everything that the primary's host lacks has been taken away.
+    pub cpu_features: CpuFeatures,
     /// The command line of the primary's process, the program's name first.
     pub argv: Vec<String>,
     /// The working directory of that process, to which relative paths refer.
@@ -55,6 +58,10 @@ impl QemuMachine {
         refuse_if(self.argv.len() > ARGUMENTS_MAX, "too many arguments")?;
         refuse_if(self.argv.is_empty(), "it has no command line")?;
         refuse_if(self.files.len() > ITEMS_MAX, "too many files")?;
+        refuse_if(
+            self.cpu_features.len() > ITEMS_MAX,
+            "too many words of CPU features",
+        )?;
         refuse_if(
             self.argv.iter().any(|a| a.contains('\0')),
             "an argument holds a zero byte",

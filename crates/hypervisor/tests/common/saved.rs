@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use romulus_hypervisor::host::processor;
 use romulus_hypervisor::qemu::bootstrap::{Bootstrap, Options, bootstrap};
 use romulus_hypervisor::qemu::cmdline;
+use romulus_hypervisor::qemu::cpu::vcpus;
 use romulus_hypervisor::qemu::qmp::{Monitor, Qmp};
 use romulus_hypervisor::qemu::standby::StandbyOptions;
 use romulus_hypervisor::spec::{Disk, FileUse, Hypervisor, MachineSpec, QemuMachine, SPEC_FORMAT};
@@ -63,11 +64,12 @@ pub(crate) fn describe(guest: &Guest, qmp: &mut Qmp, learnt: &Bootstrap) -> Mach
             bytes,
         })
     });
+    let vcpus = vcpus(qmp).unwrap();
     let mut spec = MachineSpec {
         format: SPEC_FORMAT,
         version: qmp.version().to_string(),
         host_cpu: processor(),
-        vcpus: 1,
+        vcpus: vcpus.count,
         layout: learnt.layout.clone(),
         main: learnt.main,
         nics: vec![],
@@ -75,7 +77,8 @@ pub(crate) fn describe(guest: &Guest, qmp: &mut Qmp, learnt: &Bootstrap) -> Mach
         disposable: vec!["user".into()],
         hypervisor: Hypervisor::Qemu(QemuMachine {
             accelerator: if kvm { "kvm" } else { "tcg" }.into(),
-            cpu_model: String::new(),
+            cpu_model: vcpus.model,
+            cpu_features: vcpus.features,
             argv: guest.argv.clone(),
             cwd: "/".into(),
             files: vec![],

@@ -11,6 +11,7 @@ use super::refusal::nics;
 use crate::host::processor;
 use crate::qemu::bootstrap::Bootstrap;
 use crate::qemu::cmdline::files_needed;
+use crate::qemu::cpu::vcpus;
 use crate::qemu::files::{DIGEST_BYTES_MAX, digest_of, open_regular};
 use crate::qemu::qmp::Monitor;
 use crate::spec::{Disk, FileUse, Hypervisor, MachineSpec, Nic, QemuMachine, SPEC_FORMAT};
@@ -25,19 +26,13 @@ pub(super) fn describe(
     learnt: &Bootstrap,
     disposable: &BTreeSet<String>,
 ) -> Result<MachineSpec, AttachError> {
-    let cpus = monitor.execute("query-cpus-fast", Value::Null)?;
-    let cpus = cpus.as_array().map_or(&[][..], Vec::as_slice);
+    let vcpus = vcpus(monitor)?;
     let kvm = monitor.execute("query-kvm", Value::Null)?;
     let accelerator = if kvm.get("enabled").and_then(Value::as_bool) == Some(true) {
         "kvm"
     } else {
         "tcg"
     };
-    let cpu_model = cpus
-        .first()
-        .and_then(|cpu| cpu.get("qom-type"))
-        .and_then(Value::as_str)
-        .unwrap_or("");
     let network = monitor.hmp("info network")?;
     let blocks = monitor.execute("query-block", Value::Null)?;
     let (argv, cwd) = process(pid)?;
@@ -45,7 +40,7 @@ pub(super) fn describe(
         format: SPEC_FORMAT,
         version: monitor.version().to_string(),
         host_cpu: processor(),
-        vcpus: u32::try_from(cpus.len()).unwrap_or(u32::MAX),
+        vcpus: vcpus.count,
         layout: learnt.layout.clone(),
         main: learnt.main,
         nics: nics(&network)
@@ -58,7 +53,8 @@ pub(super) fn describe(
         disposable: disposable.iter().cloned().collect(),
         hypervisor: Hypervisor::Qemu(QemuMachine {
             accelerator: accelerator.to_owned(),
-            cpu_model: cpu_model.to_owned(),
+            cpu_model: vcpus.model,
+            cpu_features: vcpus.features,
             argv,
             cwd,
             files: Vec::new(),

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::qemu::cpu::{CpuFeatures, difference};
 use crate::qemu::files::{DIGEST_BYTES_MAX, digest_of, open_regular};
 use crate::qemu::qmp::QemuVersion;
 use crate::spec::{FileUse, MachineSpec, QemuMachine};
@@ -67,15 +68,19 @@ pub(super) fn version(spec: &MachineSpec, here: &QemuVersion) -> Result<(), Stan
     )))
 }
 
-/// A CPU model that this processor cannot be would change under the guest.
-pub(super) fn cpu_features(spec: &MachineSpec, host_cpu: &str, stderr: &str) -> Result<(), StandbyError> {
-    let lacks = stderr.contains("doesn't support requested feature");
-    let accelerated = spec.qemu().is_some_and(|qemu| qemu.accelerator == "kvm");
-    if !accelerated || spec.host_cpu == host_cpu || !lacks {
+/// A processor that has other features would change under the guest.
+pub(super) fn cpu_features(
+    spec: &MachineSpec,
+    host_cpu: &str,
+    here: &CpuFeatures,
+) -> Result<(), StandbyError> {
+    let Some(difference) = spec.qemu().and_then(|own| difference(&own.cpu_features, here)) else {
         return Ok(());
-    }
+    };
     Err(StandbyError::plain(format!(
-        "this host's processor ({host_cpu}) lacks features of the guest's CPU model: choose one that both hosts have ({stderr})"
+        "the guest's CPU model has other features on this host ({host_cpu}) than on the primary's ({}): choose a model of which both \
+         have everything ({difference})",
+        spec.host_cpu
     )))
 }
 

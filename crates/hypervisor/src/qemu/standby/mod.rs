@@ -25,6 +25,7 @@ use crate::host::processor;
 use crate::launcher::Launcher;
 use crate::process::Process;
 use crate::qemu::cmdline::{Derived, Plan, derive, taps_needed};
+use crate::qemu::cpu::vcpus;
 use crate::qemu::qmp::{Monitor, Qmp, QmpError};
 use crate::spec::{MachineSpec, QemuMachine};
 use crate::standby::{ActivationReport, Committed, Standby, StandbyError, TrialReport};
@@ -241,8 +242,10 @@ impl QemuStandby {
         let mut qmp = monitor::connect(&mut process, &folder.join("qmp"), self.options.start_timeout)?;
         fault::point("standby.started");
         check::version(&self.spec, qmp.version())?;
-        check::cpu_features(&self.spec, &self.host_cpu, &process.stderr())?;
-        let state = load::run_state(&mut qmp).map_err(|error| process.error("it does not answer", error))?;
+        let silent = |error| process.error("it does not answer", error);
+        let vcpus = vcpus(&mut qmp).map_err(&silent)?;
+        check::cpu_features(&self.spec, &self.host_cpu, &vcpus.features)?;
+        let state = load::run_state(&mut qmp).map_err(&silent)?;
         if state != "inmigrate" {
             return Err(StandbyError::plain(format!(
                 "the standby is {state:?} instead of waiting for a checkpoint"
