@@ -32,6 +32,11 @@ pub fn router(
         for (cause, count) in shown.refused_count().each() {
             samples.number(&catalogue::REFUSED_CONNECTIONS, &[cause.name()], count);
         }
+        samples.number(
+            &catalogue::CERTIFICATE_EXPIRY_TIME_SECONDS,
+            &[],
+            endpoint.certificate_expiry_s(),
+        );
         let connections = endpoint.accept_counts();
         samples.number(&catalogue::CONNECTIONS, &[], connections.open);
         for (result, count) in connections.by_result() {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use axum::Router;
 use romulus_host_sys::process_clock::Clock;
 use romulus_telemetry::{Check, Metrics, Pulse, catalogue, watched_router};
-use romulus_transport::WitnessClient;
+use romulus_transport::{Endpoint, WitnessClient};
 
 use crate::gates::GateLimits;
 use crate::status::Status;
@@ -22,6 +22,8 @@ pub struct Watched {
     pub clock: Clock,
     /// What the gates may hold.
     pub limits: GateLimits,
+    /// What connects to the backup.
+    pub endpoint: Arc<Endpoint>,
     /// The connection to the witness.
     pub witness: WitnessClient,
     /// The driver's loop.
@@ -38,6 +40,7 @@ pub fn router(watched: Watched) -> Router {
         status,
         clock,
         limits,
+        endpoint,
         witness,
         driver,
         capture,
@@ -48,6 +51,11 @@ pub fn router(watched: Watched) -> Router {
     let metrics = Metrics::new(catalogue::REPLICATOR, "replicator", version, move |samples| {
         status.sample(samples, clock.now(), &limits);
         samples.flag(&catalogue::WITNESS_CONNECTED, &[], witness.is_connected());
+        samples.number(
+            &catalogue::CERTIFICATE_EXPIRY_TIME_SECONDS,
+            &[],
+            endpoint.certificate_expiry_s(),
+        );
     });
     let alive: Check = Arc::new(move || {
         driver.check("the driver's loop", stall_limit)?;

@@ -233,7 +233,13 @@ async fn drive(
         again.settings()
     });
     reload_at_hangup(reload)?;
-    let link = Link::new(link_config, endpoint, encoder, events, Arc::clone(&status));
+    let link = Link::new(
+        link_config,
+        Arc::clone(&endpoint),
+        encoder,
+        events,
+        Arc::clone(&status),
+    );
     let state_file = options.state_dir.join(format!("{}.json", options.vm));
     let (record_file, remembered) = remembered(&options.state_dir, &state_file)?;
     let config = protocol(options, settings, host, backup);
@@ -243,6 +249,7 @@ async fn drive(
         status: Arc::clone(&status),
         clock,
         limits,
+        endpoint,
         witness,
         driver: driver_pulse.clone(),
         capture: capture_pulse,

@@ -78,6 +78,11 @@ pub(crate) fn watched_router(watched: Watched) -> Router {
         for (cause, count) in counts.bad() {
             samples.number(&catalogue::WITNESS_BAD_REQUESTS, &[cause], count);
         }
+        samples.number(
+            &catalogue::CERTIFICATE_EXPIRY_TIME_SECONDS,
+            &[],
+            endpoint.certificate_expiry_s(),
+        );
         let connections = endpoint.accept_counts();
         samples.number(&catalogue::CONNECTIONS, &[], connections.open);
         for (result, count) in connections.by_result() {

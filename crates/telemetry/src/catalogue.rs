@@ -104,6 +104,7 @@ metrics! {
     START_TIME_SECONDS = gauge("start_time_seconds", &[], "When the daemon was started, in Unix time");
     RESIDENT_MEMORY_BYTES = gauge("resident_memory_bytes", &[], "Memory of the daemon's process that is resident, shared memory included");
     CPU_SECONDS = define("cpu_seconds", Kind::Counter, &[], "Processor time of the daemon's process, user and system", 1);
+    CERTIFICATE_EXPIRY_TIME_SECONDS = gauge("certificate_expiry_time_seconds", &[], "When the certificates in use for new connections expire, in Unix time: the first of the host's, or the last authority");
 
     // Of a VM, at the replicator and at the agent.
     ROLE = gauge("role", &["vm", "host", "role"], "Always 1; what this host is to the VM: primary, backup, or active after a takeover");
@@ -180,6 +181,7 @@ pub static REPLICATOR: &[&Definition] = &[
     &START_TIME_SECONDS,
     &RESIDENT_MEMORY_BYTES,
     &CPU_SECONDS,
+    &CERTIFICATE_EXPIRY_TIME_SECONDS,
     &ROLE,
     &PROTECTED,
     &NOT_PROTECTED,
@@ -227,6 +229,7 @@ pub static BACKUP_AGENT: &[&Definition] = &[
     &START_TIME_SECONDS,
     &RESIDENT_MEMORY_BYTES,
     &CPU_SECONDS,
+    &CERTIFICATE_EXPIRY_TIME_SECONDS,
     &VMS,
     &VMS_LIMIT,
     &IMAGE_LIMIT_BYTES,
@@ -265,6 +268,7 @@ pub static WITNESS: &[&Definition] = &[
     &START_TIME_SECONDS,
     &RESIDENT_MEMORY_BYTES,
     &CPU_SECONDS,
+    &CERTIFICATE_EXPIRY_TIME_SECONDS,
     &VMS,
     &VMS_LIMIT,
     &CONNECTIONS,

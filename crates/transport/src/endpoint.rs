@@ -121,6 +121,12 @@ impl Endpoint {
         Ok(())
     }
 
+    /// When the certificates in use for new connections expire, in seconds since 1970, as [`Identity::expiry_s`] has it.
+    pub fn certificate_expiry_s(&self) -> u64 {
+        let identity = self.identity.read().unwrap_or_else(PoisonError::into_inner);
+        identity.expiry_s()
+    }
+
     /// Connects to a peer whose certificate must carry [`PeerAddress::certificate_name`], and waits until
     /// the peer has accepted ours. Tries the addresses of a name in turn, each for `handshake_timeout`.
     ///

@@ -76,6 +76,7 @@ impl Clone for Credentials {
 pub struct Identity {
     dir: PathBuf,
     host: HostId,
+    expiry_s: u64,
     pub(crate) server: Credentials,
     pub(crate) client: Credentials,
     pub(crate) server_verifier: Arc<WebPkiServerVerifier>,
@@ -123,9 +124,14 @@ impl Identity {
                 client,
             });
         }
+        let expiry_s = expiry_s(
+            &certificates(&dir.join(CA_CERT))?,
+            &[&server.chain, &client.chain],
+        );
         Ok(Self {
             dir: dir.to_owned(),
             host,
+            expiry_s,
             server,
             client,
             server_verifier,
@@ -138,10 +144,26 @@ impl Identity {
         &self.host
     }
 
+    /// When this host's certificates are worth nothing any more, in seconds since 1970: when the first of them expires, or the last
+    /// authority.
+    pub fn expiry_s(&self) -> u64 {
+        self.expiry_s
+    }
+
     /// The directory that this was loaded from.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
+}
+
+/// When the first of the chains' certificates expires, or the last of the authorities' (an old one may stand beside its successor).
+/// One that cannot be read has been refused before.
+fn expiry_s(authorities: &[CertificateDer<'_>], chains: &[&[CertificateDer<'_>]]) -> u64 {
+    let end_s = |certificate| certificate::read(certificate).map_or(0, |facts| facts.not_after_s);
+    let authority_s = authorities.iter().map(end_s).max();
+    let own_s = chains.iter().copied().flatten().map(end_s);
+    let first_s = own_s.chain(authority_s).min().unwrap_or(0);
+    u64::try_from(first_s).unwrap_or(0)
 }
 
 type Verifiers = (Arc<WebPkiServerVerifier>, Arc<dyn ClientCertVerifier>);

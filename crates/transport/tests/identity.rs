@@ -152,6 +152,41 @@ async fn a_certificate_that_expired_while_a_daemon_ran_is_refused_on_either_side
 }
 
 #[tokio::test]
+async fn the_end_of_what_expires_first_is_known_and_changes_with_a_reload() {
+    let pki = pki_for(&[]);
+    let until = |days: u32| Validity::days(days).unwrap();
+    issue(pki.path(), "brief", until(10));
+    issue(pki.path(), "long", until(100));
+    let days_left = |expiry_s: u64| {
+        let left = (SystemTime::UNIX_EPOCH + Duration::from_secs(expiry_s)).duration_since(SystemTime::now());
+        left.unwrap().as_secs_f64() / DAY.as_secs_f64()
+    };
+    let near = |expiry_s: u64, days: f64| (days_left(expiry_s) - days).abs() < 0.1;
+    let brief = identity(&pki, "brief");
+    let long = identity(&pki, "long");
+    assert!(near(brief.expiry_s(), 10.0), "{}", days_left(brief.expiry_s()));
+    assert!(
+        near(long.expiry_s(), 30.0),
+        "the authority's: {}",
+        days_left(long.expiry_s())
+    );
+    // With a later authority beside it, the first one's end is no longer the end.
+    let newer = tempfile::tempdir().unwrap();
+    pki::init(newer.path(), "newer CA", until(300)).unwrap();
+    let file = pki.path().join("long/ca-cert.pem");
+    let both =
+        [&file, &newer.path().join("ca/ca-cert.pem")].map(|file| std::fs::read_to_string(file).unwrap());
+    std::fs::write(&file, both.concat()).unwrap();
+    let long = identity(&pki, "long");
+    assert!(near(long.expiry_s(), 100.0), "{}", days_left(long.expiry_s()));
+
+    let (server, _) = server(&brief, &Network::default());
+    assert_eq!(server.certificate_expiry_s(), brief.expiry_s());
+    server.reload(&long).unwrap();
+    assert_eq!(server.certificate_expiry_s(), long.expiry_s());
+}
+
+#[tokio::test]
 async fn a_server_with_another_name_is_refused_and_the_right_name_is_accepted() {
     let pki = pki_for(&["primary", "backup", "witness"]);
     let network = Network::default();
