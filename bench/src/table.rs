@@ -87,7 +87,12 @@ pub(crate) fn progress(measure: &str, finding: &Finding) -> String {
         .reference
         .as_ref()
         .map_or_else(String::new, |(name, figure)| {
-            format!(", {:.2} x {name}", finding.value.p50 / figure.p50)
+            let ratio = finding.value.p50 / figure.p50;
+            match ratio.is_finite() {
+                true => format!(", {ratio:.2} x {name}"),
+                // Of what is nothing there is no multiple.
+                false => format!(", {name} {}", short(figure.p50)),
+            }
         });
     format!(
         "  {measure}{slash}{}: {value} {}{beside}",

@@ -4,8 +4,8 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
-use romulus_e2e::daemons::{AgentConfig, ProtectConfig, VM};
-use romulus_e2e::guest::{TestbedConfig, attach};
+use romulus_e2e::daemons::{AgentConfig, ProtectConfig};
+use romulus_e2e::guest::TestbedConfig;
 use romulus_e2e::scenario::{ScenarioConfig, survive};
 use romulus_e2e::stage::{Stage, StageConfig};
 use romulus_e2e::{Host, Paths, Stamp, TEST_LAB, wait_for};
@@ -205,59 +205,6 @@ fn epochs_of_a_kvm_guest_are_steered_to_a_goal_while_it_is_protected() -> Result
     assert!((5.0..=100.0).contains(&length_ms), "{status}");
     wait_state(&stage, "protected")?;
     all_is_well(&mut stage)
-}
-
-/// How `bench advise` is called for the lab's guest.
-fn advise(stage: &Stage, more: &[&str]) -> Result<Vec<String>> {
-    let bench = stage.lab.paths.binary("bench")?.display().to_string();
-    let socket = attach(&stage.lab).display().to_string();
-    let fixed = [&bench, "advise", "--vm", VM, "--attach", &socket];
-    Ok(fixed.iter().chain(more).map(|word| (*word).to_owned()).collect())
-}
-
-#[test]
-fn a_kvm_guest_that_bench_advise_looks_at_runs_on_unprotected_and_the_answer_names_every_length() -> Result<()>
-{
-    let config = StageConfig {
-        without_daemons: true,
-        ..stage_config(1, "")
-    };
-    let mut stage = Stage::raise(&Paths::here(), TEST_LAB, &config)?;
-    // Interrupted in the middle of it…
-    let endless = advise(&stage, &["--epoch", "20ms", "--time", "1h"])?;
-    let mut interrupted = stage.lab.spawn(Host::Primary, "advise", &endless)?;
-    wait_for("the look at the guest", SOON, || {
-        interrupted.tail().contains("epochs of 20ms").then_some(())
-    })?;
-    interrupted.signal(Signal::INT)?;
-    let ended = interrupted.wait(SOON)?;
-    assert_eq!(ended.code(), Some(1), "{}", interrupted.tail());
-    assert!(
-        interrupted.tail().contains("the guest was let go"),
-        "{}",
-        interrupted.tail()
-    );
-    stage.wait_ack_after(Stamp::now(), SOON)?;
-    // …it leaves the guest to the next one, which looks to the end. Whether a goal is in reach is the machine's business.
-    let json = stage.lab.run_path("advise.json");
-    let file = json.display().to_string();
-    let whole = advise(&stage, &["--epoch", "10ms,50ms", "--time", "1s", "--json", &file])?;
-    let table = stage.lab.output_or(Host::Primary, &whole, &[3])?;
-    for word in ["pause p50", "added latency", "guest slower", "tap0"] {
-        assert!(table.contains(word), "{word}: {table}");
-    }
-    let answer: Value = serde_json::from_slice(&std::fs::read(&json)?)?;
-    assert_eq!(answer["schema"], 1);
-    let lengths = |key: &str| answer[key].as_array().map_or(0, Vec::len);
-    assert_eq!(
-        (lengths("observed"), lengths("predicted"), lengths("recommended")),
-        (2, 12, 2),
-        "{answer}"
-    );
-    stage.wait_ack_after(Stamp::now(), SOON)?;
-    assert!(stage.guest.runs(&stage.lab)?, "the guest is left paused");
-    stage.ensure_guest_is_whole()?;
-    stage.ensure_nothing_lost()
 }
 
 #[test]

@@ -61,13 +61,13 @@ pub(crate) struct Scale {
     pub(crate) costs: Vec<PathBuf>,
     /// How pages change.
     content: Content,
-    /// Each a row for each link.
+    /// Each a row for each link and each number of backup hosts.
     vms: Vec<u64>,
     link_gbit: Vec<f64>,
+    backups: Vec<u64>,
     /// Hosts that the VMs are spread over, and their cores.
     vms_a_host: u64,
     host_cores: u64,
-    backups: u64,
     agent_cores: u64,
     /// Threads of an agent that serve connections: ours has one.
     connection_threads: u64,
@@ -95,7 +95,7 @@ impl Default for Scale {
             link_gbit: vec![10.0, 100.0],
             vms_a_host: 16,
             host_cores: 16,
-            backups: 1,
+            backups: vec![1],
             agent_cores: 32,
             connection_threads: 1,
             agent_memory_gib: 1024,
@@ -114,8 +114,8 @@ impl Default for Scale {
 }
 
 impl Scale {
-    /// The fleet with so many VMs and such links.
-    fn shape(&self, run: &Run, vms: u64, link_gbit: f64, repetition: u64) -> Shape {
+    /// So many VMs of it.
+    fn shape(&self, run: &Run, vms: u64, hosts: Backups, repetition: u64) -> Shape {
         let epoch_ns = self.epoch_ms * 1_000_000;
         let watched_ns = if shortest(run) {
             epoch_ns * 10
@@ -127,10 +127,10 @@ impl Scale {
             vms,
             vms_a_host: self.vms_a_host,
             host_cores: self.host_cores,
-            backups: self.backups,
+            backups: hosts.count,
             agent_cores: self.agent_cores,
             connection_threads: self.connection_threads,
-            link_gbit,
+            link_gbit: hosts.link_gbit,
             round_trip_ns: self.round_trip_us * 1000,
             epoch_ns,
             in_flight_max: self.in_flight_max,
@@ -147,16 +147,42 @@ impl Scale {
     }
 
     /// VMs whose images and staging the backups' memory has room for.
-    fn vms_in_memory(&self) -> u64 {
+    fn vms_in_memory(&self, backups: u64) -> u64 {
         let each = (self.agent_memory_gib * 1024).saturating_sub(self.staging_max_mib + HOST_MIB);
-        each / self.memory_mib * self.backups
+        each / self.memory_mib * backups
     }
 
     /// VMs whose bytes the links of the backups carry, if nothing else were in the way.
     fn vms_on_links(&self, shape: &Shape, costs: &Costs) -> f64 {
         let parts = shape::parts(1, self.dirty_pages, costs, self.state_bytes);
         let ns: u64 = parts.iter().map(|part| shape.wire_ns(part.bytes)).sum();
-        float(shape.epoch_ns * self.backups) / float(ns.max(1))
+        float(shape.epoch_ns * shape.backups) / float(ns.max(1))
+    }
+}
+
+/// The backup hosts of a fleet.
+#[derive(Clone, Copy)]
+struct Backups {
+    count: u64,
+    /// Of each.
+    link_gbit: f64,
+}
+
+impl Backups {
+    fn parameters(self) -> [(&'static str, Parameter); 2] {
+        [
+            ("backups", Parameter::Whole(self.count)),
+            ("link_gbit", Parameter::Number(self.link_gbit)),
+        ]
+    }
+
+    /// A part of a row's name.
+    fn case(self) -> String {
+        let link = format!("{}-gbit", self.link_gbit);
+        match self.count {
+            1 => link,
+            count => format!("{link}/{count}-backups"),
+        }
     }
 }
 
@@ -189,23 +215,23 @@ impl Measure for Scale {
         rows.complete(run, self.content)?;
         let costs = rows.costs(self.content, run)?;
         self.tell_costs(run, &costs, &rows)?;
-        for link_gbit in &self.link_gbit {
-            let one = self.outcomes(run, &costs, 1, *link_gbit);
+        for hosts in self.backups() {
+            let one = self.outcomes(run, &costs, 1, hosts);
             let few = |vms: &&u64| !shortest(run) || **vms <= SHORTEST_VMS_MAX;
             let vms: Vec<u64> = self.vms.iter().filter(few).copied().collect();
             for vms in &vms {
-                run.say(format!("{vms} VMs at {link_gbit} Gbit/s"));
-                let outcomes = self.outcomes(run, &costs, *vms, *link_gbit);
-                self.tell(run, (*vms, *link_gbit), &outcomes, &one)?;
+                run.say(format!("{vms} VMs, {}", hosts.case()));
+                let outcomes = self.outcomes(run, &costs, *vms, hosts);
+                self.tell(run, (*vms, hosts), &outcomes, &one)?;
             }
-            self.saturation(run, &costs, *link_gbit)?;
+            self.saturation(run, &costs, hosts)?;
         }
         Ok(())
     }
 
     fn problem(&self) -> Option<String> {
         let mut vms = self.vms.iter();
-        let mut links = self.link_gbit.iter();
+        let (mut links, mut backups) = (self.link_gbit.iter(), self.backups.iter());
         let wrong_link = |gbit: &f64| {
             let wrong = !(0.01..=10_000.0).contains(gbit);
             wrong.then(|| format!("link_gbit = {gbit}: it must be 0.01 to 10000"))
@@ -213,7 +239,6 @@ impl Measure for Scale {
         let limits = [
             ("vms_a_host", self.vms_a_host, 1, VMS_MAX),
             ("host_cores", self.host_cores, 1, 4096),
-            ("backups", self.backups, 1, VMS_MAX),
             ("agent_cores", self.agent_cores, 1, 4096),
             ("connection_threads", self.connection_threads, 1, 4096),
             ("agent_memory_gib", self.agent_memory_gib, 1, 1 << 20),
@@ -237,22 +262,36 @@ impl Measure for Scale {
         limits
             .find_map(|(key, value, least, most)| outside(key, value, least, most))
             .or_else(|| vms.find_map(|vms| outside("vms", *vms, 1, VMS_MAX)))
+            .or_else(|| backups.find_map(|count| outside("backups", *count, 1, VMS_MAX)))
             .or_else(|| links.find_map(wrong_link))
     }
 }
 
 impl Scale {
+    /// Every number of backup hosts with every link.
+    fn backups(&self) -> Vec<Backups> {
+        let with = |count: &u64| {
+            let count = *count;
+            let links = self.link_gbit.iter();
+            links.map(move |link_gbit| Backups {
+                count,
+                link_gbit: *link_gbit,
+            })
+        };
+        self.backups.iter().flat_map(with).collect()
+    }
+
     /// One for each repetition, each with its own seed.
-    fn outcomes(&self, run: &Run, costs: &Costs, vms: u64, link_gbit: f64) -> Vec<Outcome> {
+    fn outcomes(&self, run: &Run, costs: &Costs, vms: u64, hosts: Backups) -> Vec<Outcome> {
         (0..u64::from(run.repetitions()))
-            .map(|repetition| simulate(&self.shape(run, vms, link_gbit, repetition), costs))
+            .map(|repetition| simulate(&self.shape(run, vms, hosts, repetition), costs))
             .collect()
     }
 
     fn tell(
         &self,
         run: &mut Run,
-        (vms, link_gbit): (u64, f64),
+        (vms, hosts): (u64, Backups),
         outcomes: &[Outcome],
         one: &[Outcome],
     ) -> Result<(), Unable> {
@@ -263,7 +302,7 @@ impl Scale {
             "{}; {:.0} pages a second, {staged_mib:.0} MiB staged{}",
             first.limit(),
             float(first.pages) / seconds,
-            if staged_mib > float(self.staging_max_mib * self.backups) {
+            if staged_mib > float(self.staging_max_mib * hosts.count) {
                 ": it spills to a disk"
             } else {
                 ""
@@ -279,12 +318,14 @@ impl Scale {
             ("lag p99", "ms", &|outcome| outcome.lag_ms(0.99)),
         ];
         for (what, unit, of) in figures {
+            let [backups, link] = hosts.parameters();
             let at = [
                 ("what", what.into()),
-                ("link_gbit", Parameter::Number(link_gbit)),
+                backups,
+                link,
                 ("vms", Parameter::Whole(vms)),
             ];
-            let case = format!("{}/{link_gbit}-gbit/{vms}", what.replace(' ', "-"));
+            let case = format!("{}/{}/{vms}", what.replace(' ', "-"), hosts.case());
             let value = each(outcomes, of).ok_or_else(nothing)?;
             let finding = Finding {
                 case,
@@ -298,10 +339,10 @@ impl Scale {
         Ok(())
     }
 
-    fn saturation(&self, run: &mut Run, costs: &Costs, link_gbit: f64) -> Result<(), Unable> {
-        run.say(format!("the most VMs at {link_gbit} Gbit/s"));
-        let shape = self.shape(run, 1, link_gbit, 0);
-        let in_memory = self.vms_in_memory();
+    fn saturation(&self, run: &mut Run, costs: &Costs, hosts: Backups) -> Result<(), Unable> {
+        run.say(format!("the most VMs, {}", hosts.case()));
+        let shape = self.shape(run, 1, hosts, 0);
+        let in_memory = self.vms_in_memory(hosts.count);
         let Most { vms, limit } = most(if shortest(run) { SHORTEST_VMS_MAX } else { VMS_MAX }, |vms| {
             simulate(&Shape { vms, ..shape.clone() }, costs)
         });
@@ -314,13 +355,11 @@ impl Scale {
             (vms, format!("{limit}; memory has room for {in_memory}"))
         };
         let figure = |number: f64| Figure::of(&[number]).ok_or_else(nothing);
+        let [backups, link] = hosts.parameters();
         run.found_at(
-            [
-                ("what", "most".into()),
-                ("link_gbit", Parameter::Number(link_gbit)),
-            ],
+            [("what", "most".into()), backups, link],
             Finding {
-                case: format!("most/{link_gbit}-gbit"),
+                case: format!("most/{}", hosts.case()),
                 unit: "VMs",
                 value: figure(float(vms))?,
                 reference: Some((

@@ -39,14 +39,14 @@ pub(crate) fn table(report: &Report) -> Option<String> {
     }
     let _ = writeln!(
         text,
-        "{:>7} {:>5} {:>9} {:>10} {:>10}  in the way",
-        "Gbit/s", "VMs", "on time", "lag p50", "lag p99"
+        "{:>7} {:>7} {:>5} {:>9} {:>10} {:>10}  in the way",
+        "backups", "Gbit/s", "VMs", "on time", "lag p50", "lag p99"
     );
     for row in rows.iter().filter(|row| what(row) == "late") {
         let lag = |name: &str| {
             let same = |other: &&&Row| {
                 what(other) == name
-                    && ["link_gbit", "vms"]
+                    && ["backups", "link_gbit", "vms"]
                         .iter()
                         .all(|key| number(other, key) == number(row, key))
             };
@@ -55,7 +55,8 @@ pub(crate) fn table(report: &Report) -> Option<String> {
         };
         let _ = writeln!(
             text,
-            "{:>7} {:>5} {:>8.1}% {:>10} {:>10}  {}",
+            "{:>7} {:>7} {:>5} {:>8.1}% {:>10} {:>10}  {}",
+            number(row, "backups").unwrap_or(1.0),
             number(row, "link_gbit").unwrap_or_default(),
             number(row, "vms").unwrap_or_default(),
             100.0 - row.value.unwrap_or(100.0),
@@ -67,7 +68,8 @@ pub(crate) fn table(report: &Report) -> Option<String> {
     for row in rows.iter().filter(|row| what(row) == "most") {
         let _ = writeln!(
             text,
-            "at {} Gbit/s at most {} VMs (the link alone: {}): {}",
+            "backups {} at {} Gbit/s: at most {} VMs (the links alone: {}): {}",
+            number(row, "backups").unwrap_or(1.0),
             number(row, "link_gbit").unwrap_or_default(),
             row.value.unwrap_or_default(),
             row.reference.unwrap_or_default(),
