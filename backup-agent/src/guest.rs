@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use net_buffer::{Announcer, Announcing, LearntAddress, Mac, join_bridge};
 use romulus_config::StandbyKind;
 use romulus_hypervisor::fault;
@@ -12,7 +12,7 @@ use romulus_hypervisor::standby::{Committed, Standby, StandbyError};
 use romulus_types::{BlockId, VmId};
 use romulus_wire::unpack_guest_state;
 use serde_json::{Value, json};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::standbys::Standbys;
 use crate::vm_image::VmImage;
@@ -40,6 +40,8 @@ pub struct Guest {
     config: GuestConfig,
     standby: Option<Box<dyn Standby>>,
     announcing: Vec<Announcing>,
+    /// Why it can't be told whether a guest runs from the image, if it can't.
+    doubt: Option<String>,
 }
 
 /// The last commit's files and state, taken apart.
@@ -112,6 +114,7 @@ impl Guest {
             config,
             standby: None,
             announcing: Vec::new(),
+            doubt: None,
         }
     }
 
@@ -137,7 +140,24 @@ impl Guest {
     /// # Errors
     /// When it can't be told whether a guest runs.
     pub fn adopt(&mut self, image: &VmImage) -> anyhow::Result<bool> {
-        Ok(self.standby(image)?.is_active())
+        let found = self.standby(image).map(|standby| standby.is_active());
+        self.doubt = found.as_ref().err().map(|error| format!("{error:#}"));
+        found
+    }
+
+    /// Whether it is known that a guest runs from the image, or that none does.
+    ///
+    /// # Errors
+    /// When it is not, with the cause and what to do.
+    pub fn ensure_known(&self) -> anyhow::Result<()> {
+        match &self.doubt {
+            None => Ok(()),
+            Some(cause) => bail!(
+                "whether a guest runs here since an earlier takeover is not known ({cause}): look for its VMM (in a scope \
+                 romulus-standby-{vm}-*, if it has one); if the VM runs elsewhere, end what is found, and then: romulus forget {vm} --force",
+                vm = self.config.vm.as_str()
+            ),
+        }
     }
 
     /// Shows that a standby with this configuration loads the last commit.
@@ -261,7 +281,11 @@ impl Guest {
 
     /// Makes way for a session that was accepted, which may have another machine: what waits is ended. So is a guest that
     /// was taken over earlier: the record names another host since, where the VM runs now.
-    pub fn make_way(&mut self) {
+    ///
+    /// # Errors
+    /// When it is not known whether there is one.
+    pub fn make_way(&mut self) -> anyhow::Result<()> {
+        self.ensure_known()?;
         self.announcing.clear();
         if let Some(mut standby) = self.standby.take() {
             if standby.is_active() {
@@ -275,6 +299,7 @@ impl Guest {
                 standby.dismiss();
             }
         }
+        Ok(())
     }
 
     /// Ends what waits: the agent is told to end, and the next one starts standbys of its own. A guest that runs goes on.
@@ -286,6 +311,13 @@ impl Guest {
 
     /// Ends the guest for good: another host speaks for it.
     pub fn stop(&mut self) {
+        if let Err(error) = self.ensure_known() {
+            error!(
+                event = "guest_not_ended",
+                vm = self.config.vm.as_str(),
+                error = format!("{error:#}")
+            );
+        }
         self.announcing.clear();
         if let Some(mut standby) = self.standby.take() {
             standby.kill();
@@ -298,6 +330,7 @@ impl Guest {
     /// When the folder can't be removed.
     pub fn forget(&mut self) -> anyhow::Result<()> {
         self.announcing.clear();
+        self.doubt = None;
         if let Some(mut standby) = self.standby.take() {
             standby.dismiss();
         }
@@ -318,3 +351,7 @@ impl Guest {
         format!("rom{:06x}", hash >> 40)
     }
 }
+
+#[cfg(test)]
+#[path = "guest_tests.rs"]
+mod tests;

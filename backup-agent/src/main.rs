@@ -87,10 +87,11 @@ fn take_priority(realtime: bool) {
         return;
     }
     if realtime || !raised {
+        let kind = if realtime { "real-time" } else { "higher" };
         warn!(
             event = "priority",
             raised,
-            "no real-time priority is to be had (CAP_SYS_NICE, RestrictRealtime=): acknowledgements wait while the host is busy"
+            "no {kind} priority is to be had (CAP_SYS_NICE, RestrictRealtime=): acknowledgements wait while the host is busy"
         );
     }
 }

@@ -106,8 +106,8 @@ impl Store {
                 held,
             } => {
                 self.receiver = None;
-                self.guest.make_way();
-                match self.begin(session, machine, &held) {
+                let begun = self.guest.make_way();
+                match begun.and_then(|()| self.begin(session, machine, &held)) {
                     Ok(()) => {
                         fault::point("agent.image_made");
                         self.receiver = Some(Receiver::new(session, term));
@@ -149,14 +149,17 @@ impl Store {
                 self.guest.dismiss_waiting();
                 let _ = done.send(());
             }
-            StoreJob::Forget(done) => {
-                let forgotten = self.forget().map_err(|error| format!("{error:#}"));
+            StoreJob::Forget { force, done } => {
+                let forgotten = self.forget(force).map_err(|error| format!("{error:#}"));
                 let _ = done.send(forgotten);
             }
         }
     }
 
-    fn forget(&mut self) -> anyhow::Result<()> {
+    fn forget(&mut self, force: bool) -> anyhow::Result<()> {
+        if !force {
+            self.guest.ensure_known()?;
+        }
         anyhow::ensure!(
             !self.guest.is_active(),
             "the guest runs here: it was taken over, and nothing else is known to run it"

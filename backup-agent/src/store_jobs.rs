@@ -70,7 +70,12 @@ pub enum StoreJob {
     /// End the standby that waits: the agent is told to end.
     DismissStandby(oneshot::Sender<()>),
     /// Remove the image, the waiting standby, and whatever else there is of this VM.
-    Forget(oneshot::Sender<Result<(), String>>),
+    Forget {
+        /// Also when it is not known whether a guest runs from the image.
+        force: bool,
+        /// What came of it.
+        done: oneshot::Sender<Result<(), String>>,
+    },
 }
 
 /// The channel to a store's thread.

@@ -174,7 +174,9 @@ impl VmDriver {
         }
         let gone = || "the store thread of this VM is gone: restart the agent".to_owned();
         let (done, wait) = oneshot::channel();
-        self.store.send(StoreJob::Forget(done)).map_err(|_| gone())?;
+        self.store
+            .send(StoreJob::Forget { force, done })
+            .map_err(|_| gone())?;
         wait.await.map_err(|_| gone())??;
         match std::fs::remove_file(self.remembered.path()) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(format!(

@@ -120,11 +120,18 @@ impl VmImage {
         self.dir.join(format!("{}{CONSUMED}", self.vm))
     }
 
+    /// The machine, unless there is no description of it, or one that can't be used, which is said.
     fn read_machine(&self) -> Option<Arc<MachineSpec>> {
-        let bytes = durable::read_small(&self.machine_file(), MACHINE_BYTES_MAX)
-            .ok()
-            .flatten()?;
-        MachineSpec::from_json(&bytes).ok().map(Arc::new)
+        let file = self.machine_file();
+        let read = durable::read_small(&file, MACHINE_BYTES_MAX).map_err(anyhow::Error::from);
+        let machine =
+            read.and_then(|bytes| Ok(bytes.map(|bytes| MachineSpec::from_json(&bytes)).transpose()?));
+        let machine = machine.unwrap_or_else(|error| {
+            let (vm, file, error) = (self.vm.as_str(), file.display(), format!("{error:#}"));
+            warn!(event = "machine_unreadable", vm, %file, error);
+            None
+        });
+        machine.map(Arc::new)
     }
 
     /// What the protocol is told at the start.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use quinn::crypto::rustls::QuicClientConfig;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
@@ -214,6 +214,27 @@ pub fn half_open(from: Ipv4Addr, server: SocketAddr, packets: &[Vec<u8>]) -> Res
     packets.iter().map(begin).collect()
 }
 
+/// What became of a storm.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Blown {
+    /// Connections that were begun.
+    pub begun: usize,
+    /// Those of them that the daemon answered: it tells each handshake that it can read to prove its address. Half of them can't be
+    /// read, and of bursts the kernel may drop some.
+    pub answered: usize,
+}
+
+impl Blown {
+    /// It reached the daemon.
+    ///
+    /// # Errors
+    /// When the daemon answered less than half of what can be read.
+    pub fn ensure_arrived(&self) -> Result<()> {
+        ensure!(self.answered >= self.begun / 4, "it did not arrive: {self:?}");
+        Ok(())
+    }
+}
+
 /// Connections that come to nothing, made before they are begun: making them takes much longer.
 #[derive(Debug)]
 pub struct Storm {
@@ -241,19 +262,23 @@ impl Storm {
         })
     }
 
-    /// Begins them all from the lab's client, with a pause after each batch; says how many there were.
+    /// Begins them all from the lab's client, with a pause after each batch.
     ///
     /// # Errors
     /// When the client has no sockets.
-    pub fn blow(&self, lab: &Lab, pause: Duration) -> Result<usize> {
-        let mut begun = 0;
+    pub fn blow(&self, lab: &Lab, pause: Duration) -> Result<Blown> {
+        let mut blown = Blown::default();
         for packets in &self.batches {
             let begin = || half_open(Ipv4Addr::UNSPECIFIED, self.server, packets);
             let open = lab.on(Host::Client, begin)??;
             std::thread::sleep(pause);
-            begun += open.len();
+            blown.begun += open.len();
+            for socket in open {
+                socket.set_nonblocking(true)?;
+                blown.answered += usize::from(socket.recv(&mut [0; 1]).is_ok());
+            }
         }
-        Ok(begun)
+        Ok(blown)
     }
 
     /// How many batches there are.

@@ -237,6 +237,8 @@ fn what_this_host_lacks_is_named_before_anything_starts() {
     let error = start(&|spec| with_cpu(spec, "qemu64,-cx16"));
     assert!(error.contains("other features on this host"), "{error}");
     assert!(error.contains("(CPUID.01H:ECX 0x"), "{error}");
+    let error = start(&|spec| with_cpu(spec, "qemu64,+pcid"));
+    assert!(error.contains("(lacking here: pcid)"), "{error}");
 }
 
 #[test]

@@ -104,7 +104,7 @@ metrics! {
     START_TIME_SECONDS = gauge("start_time_seconds", &[], "When the daemon was started, in Unix time");
     RESIDENT_MEMORY_BYTES = gauge("resident_memory_bytes", &[], "Memory of the daemon's process that is resident, shared memory included");
     CPU_SECONDS = define("cpu_seconds", Kind::Counter, &[], "Processor time of the daemon's process, user and system", 1);
-    CERTIFICATE_EXPIRY_TIME_SECONDS = gauge("certificate_expiry_time_seconds", &[], "When the certificates in use for new connections expire, in Unix time: the first of the host's, or the last authority");
+    CERTIFICATE_EXPIRY_TIME_SECONDS = gauge("certificate_expiry_time_seconds", &[], "When the certificates in use for new connections expire, in Unix time: the first of the host's own");
 
     // Of a VM, at the replicator and at the agent.
     ROLE = gauge("role", &["vm", "host", "role"], "Always 1; what this host is to the VM: primary, backup, or active after a takeover");

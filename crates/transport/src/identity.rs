@@ -124,10 +124,7 @@ impl Identity {
                 client,
             });
         }
-        let expiry_s = expiry_s(
-            &certificates(&dir.join(CA_CERT))?,
-            &[&server.chain, &client.chain],
-        );
+        let expiry_s = expiry_s(server.chain.iter().chain(&client.chain));
         Ok(Self {
             dir: dir.to_owned(),
             host,
@@ -144,8 +141,8 @@ impl Identity {
         &self.host
     }
 
-    /// When this host's certificates are worth nothing any more, in seconds since 1970: when the first of them expires, or the last
-    /// authority.
+    /// When the first of this host's certificates expires, in seconds since 1970. An authority's own end does not matter: handshakes do not
+    /// look at it.
     pub fn expiry_s(&self) -> u64 {
         self.expiry_s
     }
@@ -156,13 +153,10 @@ impl Identity {
     }
 }
 
-/// When the first of the chains' certificates expires, or the last of the authorities' (an old one may stand beside its successor).
-/// One that cannot be read has been refused before.
-fn expiry_s(authorities: &[CertificateDer<'_>], chains: &[&[CertificateDer<'_>]]) -> u64 {
+/// When the first of them expires. One that cannot be read has been refused before.
+fn expiry_s<'a>(certificates: impl Iterator<Item = &'a CertificateDer<'static>>) -> u64 {
     let end_s = |certificate| certificate::read(certificate).map_or(0, |facts| facts.not_after_s);
-    let authority_s = authorities.iter().map(end_s).max();
-    let own_s = chains.iter().copied().flatten().map(end_s);
-    let first_s = own_s.chain(authority_s).min().unwrap_or(0);
+    let first_s = certificates.map(end_s).min().unwrap_or(0);
     u64::try_from(first_s).unwrap_or(0)
 }
 

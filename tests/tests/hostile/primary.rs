@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use romulus_hypervisor::qemu::cpu::CpuFeatures;
 use romulus_hypervisor::qemu::stream::{StreamBlock, Template};
 use romulus_hypervisor::spec::{Hypervisor, MachineSpec, QemuMachine, SPEC_FORMAT};
 use romulus_page_codec::{ImageDigest, Kind, Page, page_digest};
@@ -48,7 +47,7 @@ pub fn machine() -> MachineSpec {
         hypervisor: Hypervisor::Qemu(QemuMachine {
             accelerator: "tcg".into(),
             cpu_model: "qemu64-x86_64-cpu".into(),
-            cpu_features: CpuFeatures::new(),
+            cpu_features: None,
             argv: argv.map(str::to_owned).to_vec(),
             cwd: "/".into(),
             files: vec![],

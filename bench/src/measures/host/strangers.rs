@@ -3,11 +3,10 @@
 use std::thread::sleep;
 
 use romulus_e2e::Host;
-use romulus_e2e::crowd::Crowd;
-use romulus_e2e::strangers::Storm;
+use romulus_e2e::strangers::{Blown, Storm};
 use serde::Deserialize;
 
-use super::watch::{Watched, number};
+use super::watch::Watched;
 use super::{Common, Pairs, dirty, each, names, notes, pairs, slice_ms};
 use crate::measures::{Measure, outside};
 use crate::parameters::Parameter;
@@ -81,18 +80,13 @@ impl Besieged {
             Ok(())
         })?;
         run.say(format!("watching while {connections} strangers come"));
-        let retried_before = retried(&crowd)?;
+        let mut blown = Blown::default();
         let while_they_came = Watched::watch(&crowd, &names, || {
             let pause = slice / u32::try_from(storm.batches()).unwrap_or(u32::MAX);
-            storm.blow(&crowd.lab, pause).map(drop).map_err(failed())
+            blown = storm.blow(&crowd.lab, pause).map_err(failed())?;
+            Ok(())
         })?;
-        // Each handshake that can be read is told to prove its address; of bursts, the kernel may drop some.
-        let seen = retried(&crowd)?.saturating_sub(retried_before);
-        if seen < u64::from(connections) / 4 {
-            return Err(Unable::Wrong(format!(
-                "the agent saw {seen} handshakes of {connections} connections"
-            )));
-        }
+        blown.ensure_arrived().map_err(failed())?;
         Ok((while_they_came, before))
     }
 
@@ -100,11 +94,6 @@ impl Besieged {
         let problem = self.common().problem();
         problem.or_else(|| outside("connections", self.connections.into(), 250, 1_000_000))
     }
-}
-
-fn retried(crowd: &Crowd) -> Result<u64, Unable> {
-    let status = crowd.agent_status().map_err(Unable::failed("asking the agent"))?;
-    number(&status["handshakes"]["retried"])
 }
 
 /// `host.strangers`.
@@ -115,18 +104,17 @@ pub(crate) struct Strangers(Besieged);
 impl Measure for Strangers {
     fn run(&self, run: &mut Run) -> Result<(), Unable> {
         let pairs = self.0.pairs(run)?;
-        let note = |watched: &Watched| format!("{:.1} MiB at most", watched.peak_mib);
         run.found_at(
             self.0.parameters(),
             Finding {
                 case: "agent".to_owned(),
                 unit: "MiB",
-                value: each(&pairs, |(with, before)| with.peak_mib - before.peak_mib)?,
-                reference: None,
-                note: Some(format!(
-                    "above the most that it had before; {}",
-                    notes(&pairs, note)
+                value: each(&pairs, |(with, _)| with.growth_mib)?,
+                reference: Some((
+                    "in the same time before".to_owned(),
+                    each(&pairs, |(_, before)| before.growth_mib)?,
                 )),
+                note: Some("the most that its resident memory grew by while they came".to_owned()),
             },
         );
         Ok(())

@@ -31,10 +31,10 @@ pub(super) struct Watched {
     pub(super) pages_an_epoch: f64,
     /// Pages that were committed a second, of all VMs.
     pub(super) pages_a_second: f64,
-    /// The agent's own memory, the most that it ever had with all that it maps, that of its images' memory files, and that of their
-    /// staging, in MiB.
+    /// The most that the agent's memory, with all that it maps, grew by meanwhile, in MiB.
+    pub(super) growth_mib: f64,
+    /// The agent's own memory, that of its images' memory files, and that of their staging, in MiB.
     pub(super) agent_mib: f64,
-    pub(super) peak_mib: f64,
     pub(super) image_mib: f64,
     pub(super) staging_mib: f64,
     /// The largest part of a VM's epochs that began late, in per cent.
@@ -95,6 +95,7 @@ impl Watched {
         let failed = || Unable::failed("asking the agent");
         let pid = crowd.agent.pid().map_err(failed())?.as_raw_nonzero().get();
         let before = Counts::now(crowd, names, pid)?;
+        let resident_mib = forget_peak(pid)?;
         let begun = Instant::now();
         meanwhile()?;
         let seconds = begun.elapsed().as_secs_f64();
@@ -124,8 +125,8 @@ impl Watched {
             epoch_connections_us: connections_us / epochs,
             pages_an_epoch: pages / epochs,
             pages_a_second: pages / seconds,
+            growth_mib: (status_mib(pid, "VmHWM:")? - resident_mib).max(0.0),
             agent_mib: status_mib(pid, "RssAnon:")?,
-            peak_mib: status_mib(pid, "VmHWM:")?,
             image_mib,
             staging_mib,
             late_percent: late_percent(&before.epochs, &after.epochs),
@@ -192,6 +193,14 @@ fn machine_ticks() -> Result<(u64, u64), Unable> {
     Ok((all - idle, all))
 }
 
+/// Has the kernel count the most memory that a process has from now on; gives what it has, in MiB.
+fn forget_peak(pid: i32) -> Result<f64, Unable> {
+    // 5: the peak becomes what is resident (proc_pid_clear_refs(5)).
+    let written = fs::write(format!("/proc/{pid}/clear_refs"), "5");
+    written.map_err(Unable::failed("resetting the agent's peak of memory"))?;
+    status_mib(pid, "VmRSS:")
+}
+
 /// What the kernel says of a process's memory under this name, in MiB.
 fn status_mib(pid: i32, name: &str) -> Result<f64, Unable> {
     let status = read(&format!("/proc/{pid}/status"))?;
@@ -235,7 +244,14 @@ mod tests {
     #[test]
     fn the_kernel_says_what_this_process_and_the_machine_have_used() {
         let pid = i32::try_from(std::process::id()).unwrap();
-        assert!(status_mib(pid, "VmHWM:").unwrap() >= status_mib(pid, "RssAnon:").unwrap());
+        let resident_mib = forget_peak(pid).unwrap();
+        let filled = vec![1_u8; 64 << 20];
+        assert!(
+            status_mib(pid, "VmHWM:").unwrap() > resident_mib + 60.0,
+            "{}",
+            filled[1]
+        );
+        assert!(status_mib(pid, "RssAnon:").unwrap() > 60.0);
         cpu_ticks(pid).unwrap();
         main_ticks(pid).unwrap();
         let (busy, all) = machine_ticks().unwrap();

@@ -18,7 +18,7 @@ pub use qemu::{ARGUMENTS_MAX, FileUse, QemuMachine};
 /// Largest encoded spec, in bytes.
 pub const SPEC_BYTES_MAX: usize = 4 << 20;
 /// The version of the encoding; another one is refused.
-pub const SPEC_FORMAT: u32 = 3;
+pub const SPEC_FORMAT: u32 = 2;
 /// Most NICs, files and disks, each.
 pub const ITEMS_MAX: usize = 256;
 
@@ -191,6 +191,7 @@ pub(crate) mod tests {
     use romulus_vmm_attach::proto::Tracking;
 
     use super::*;
+    use crate::qemu::cpu::CpuFeatures;
     use crate::qemu::stream::{StreamBlock, Template};
 
     pub(crate) fn spec(argv: &[&str], blocks: &[(&str, u64)]) -> MachineSpec {
@@ -219,7 +220,10 @@ pub(crate) mod tests {
             hypervisor: Hypervisor::Qemu(QemuMachine {
                 accelerator: "tcg".into(),
                 cpu_model: "qemu64-x86_64-cpu".into(),
-                cpu_features: [("CPUID.01H:EDX".into(), 0x781_abfd)].into(),
+                cpu_features: Some(CpuFeatures {
+                    words: [("CPUID.01H:EDX".into(), 0x781_abfd)].into(),
+                    lacking: ["pni".into()].into(),
+                }),
                 argv: argv.iter().map(|a| (*a).to_owned()).collect(),
                 cwd: "/srv".into(),
                 files: vec![],
@@ -275,6 +279,19 @@ pub(crate) mod tests {
         }
     }
 
+    /// An agent that is upgraded reads what the earlier one kept, and hears primaries that are not upgraded yet.
+    #[test]
+    fn a_spec_of_a_release_that_knew_no_cpu_features_is_read() {
+        let mut older: serde_json::Value = serde_json::from_slice(&plain().to_json()).unwrap();
+        let mut parts = older["hypervisor"].as_object_mut().unwrap().values_mut();
+        let of_qemu = parts.next().unwrap().as_object_mut().unwrap();
+        assert!(of_qemu.remove("cpu_features").is_some());
+        let read = MachineSpec::from_json(&serde_json::to_vec(&older).unwrap()).unwrap();
+        let mut without = plain();
+        own(&mut without).cpu_features = None;
+        assert_eq!(read, without);
+    }
+
     #[test]
     fn a_spec_that_contradicts_itself_is_refused() {
         let changed = |spec: MachineSpec, change: &dyn Fn(&mut MachineSpec)| {
@@ -287,8 +304,10 @@ pub(crate) mod tests {
             changed(plain(), &|spec| drop(own(spec).template.blocks.pop())),
             changed(plain(), &|spec| own(spec).argv.clear()),
             changed(plain(), &|spec| {
-                let words = (0..=ITEMS_MAX).map(|number| (number.to_string(), 0));
-                own(spec).cpu_features = words.collect();
+                own(spec).cpu_features = Some(CpuFeatures {
+                    lacking: ["x".repeat(1000)].into(),
+                    ..CpuFeatures::default()
+                });
             }),
             changed(kvm(), &|spec| own_kvm(spec).vmm.clear()),
             changed(kvm(), &|spec| own_kvm(spec).gpas.truncate(1)),

@@ -30,8 +30,9 @@ pub struct QemuMachine {
     pub accelerator: String,
     /// The type of its vCPUs, such as `qemu64-x86_64-cpu`.
     pub cpu_model: String,
-    /// What these have, after everything that the primary's host lacks has been taken away.
-    pub cpu_features: CpuFeatures,
+    /// What these have; `None` from a primary that does not say.
+    #[serde(default)]
+    pub cpu_features: Option<CpuFeatures>,
     /// The command line of the primary's process, the program's name first.
     pub argv: Vec<String>,
     /// The working directory of that process, to which relative paths refer.
@@ -59,8 +60,10 @@ impl QemuMachine {
         refuse_if(self.argv.is_empty(), "it has no command line")?;
         refuse_if(self.files.len() > ITEMS_MAX, "too many files")?;
         refuse_if(
-            self.cpu_features.len() > ITEMS_MAX,
-            "too many words of CPU features",
+            self.cpu_features
+                .as_ref()
+                .is_some_and(|features| !features.is_sane()),
+            "too many or too long CPU features",
         )?;
         refuse_if(
             self.argv.iter().any(|a| a.contains('\0')),

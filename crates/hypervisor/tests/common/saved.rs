@@ -78,7 +78,7 @@ pub(crate) fn describe(guest: &Guest, qmp: &mut Qmp, learnt: &Bootstrap) -> Mach
         hypervisor: Hypervisor::Qemu(QemuMachine {
             accelerator: if kvm { "kvm" } else { "tcg" }.into(),
             cpu_model: vcpus.model,
-            cpu_features: vcpus.features,
+            cpu_features: Some(vcpus.features),
             argv: guest.argv.clone(),
             cwd: "/".into(),
             files: vec![],

@@ -88,7 +88,7 @@ pub(super) const RULES: &[Rule] = &[
         &["cpu"],
         true,
         Fate::Cpu,
-        "kept; under KVM, host and max need the same processor model on both hosts. The waiting standby's features (CPUID) must be the primary's",
+        "kept; under KVM, host and max need the same processor model on both hosts. The waiting standby's CPU features must be the primary's",
     ),
     rule(&["accel"], true, Fate::Keep, MACHINE),
     rule(&["enable-kvm"], false, Fate::Keep, MACHINE),

@@ -54,7 +54,7 @@ pub(super) fn describe(
         hypervisor: Hypervisor::Qemu(QemuMachine {
             accelerator: accelerator.to_owned(),
             cpu_model: vcpus.model,
-            cpu_features: vcpus.features,
+            cpu_features: Some(vcpus.features),
             argv,
             cwd,
             files: Vec::new(),

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::qemu::cpu::{CpuFeatures, difference};
+use crate::qemu::cpu::CpuFeatures;
 use crate::qemu::files::{DIGEST_BYTES_MAX, digest_of, open_regular};
 use crate::qemu::qmp::QemuVersion;
 use crate::spec::{FileUse, MachineSpec, QemuMachine};
@@ -74,12 +74,13 @@ pub(super) fn cpu_features(
     host_cpu: &str,
     here: &CpuFeatures,
 ) -> Result<(), StandbyError> {
-    let Some(difference) = spec.qemu().and_then(|own| difference(&own.cpu_features, here)) else {
+    let there = spec.qemu().and_then(|own| own.cpu_features.as_ref());
+    let Some(difference) = there.and_then(|there| there.difference(here)) else {
         return Ok(());
     };
     Err(StandbyError::plain(format!(
-        "the guest's CPU model has other features on this host ({host_cpu}) than on the primary's ({}): choose a model of which both \
-         have everything ({difference})",
+        "the guest's CPU model has other features on this host ({host_cpu}) than on the primary's ({}): choose a model of which \
+         both processors have everything, and run the same kernel and QEMU on both ({difference})",
         spec.host_cpu
     )))
 }
