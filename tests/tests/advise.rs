@@ -68,7 +68,10 @@ fn is_as_before(mut stage: Stage) -> Result<()> {
     })?;
     stage.protect(&ProtectConfig::default())?;
     stage.wait_ack_after(Stamp::now(), SOON)?;
-    stage.ensure_guest_is_whole()?;
+    if stage.lab.vmm == Vmm::Testbed {
+        // The guest of this repository checks itself.
+        stage.ensure_guest_is_whole()?;
+    }
     stage.ensure_nothing_lost()
 }
 

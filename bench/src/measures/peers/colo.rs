@@ -172,9 +172,8 @@ impl Colo {
             let what = format!("COLO made {} checkpoints, not {count}", pauses_us.len());
             return Err(Unable::Wrong(what));
         }
-        if primary.count()? == counted {
-            return Err(Unable::Wrong("COLO's primary guest stands still".to_owned()));
-        }
+        // Among few checkpoints on a busy machine there may be no time for a whole round.
+        primary.wait_for_more_than(counted)?;
         Ok((pauses_us, (after - before) / crate::stats::float(count as u64)))
     }
 }

@@ -121,16 +121,24 @@ impl Qemu {
 
     /// Waits until the guest works.
     pub(super) fn wait_for_work(&mut self, kind: Kind) -> Result<(), Unable> {
+        match kind {
+            Kind::Firmware(_) => self.wait_for_more_than(8),
+            Kind::Linux { .. } => self.wait_until(|qemu| {
+                let text = std::fs::read(&qemu.console).unwrap_or_default();
+                Ok(String::from_utf8_lossy(&text).contains("counter 4"))
+            }),
+        }
+    }
+
+    /// Until the guest of firmware has done more rounds than that.
+    pub(super) fn wait_for_more_than(&mut self, rounds: u64) -> Result<(), Unable> {
+        self.wait_until(|qemu| Ok(qemu.count()? > rounds))
+    }
+
+    fn wait_until(&mut self, mut works: impl FnMut(&mut Self) -> Result<bool, Unable>) -> Result<(), Unable> {
         let deadline = Instant::now() + LIMIT;
         loop {
-            let works = match kind {
-                Kind::Firmware(_) => self.count()? > 8,
-                Kind::Linux { .. } => {
-                    let text = std::fs::read(&self.console).unwrap_or_default();
-                    String::from_utf8_lossy(&text).contains("counter 4")
-                }
-            };
-            if works {
+            if works(self)? {
                 return Ok(());
             }
             let ended = self.process.try_wait().ok().flatten();
