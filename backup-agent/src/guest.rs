@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use net_buffer::{Announcer, Announcing, LearntAddress, Mac, join_bridge};
 use romulus_config::StandbyKind;
 use romulus_hypervisor::fault;
 use romulus_hypervisor::launcher::Launcher;
 use romulus_hypervisor::spec::Nic;
 use romulus_hypervisor::standby::{Committed, Standby, StandbyError};
+use romulus_protocol::ImageStatus;
 use romulus_types::{BlockId, VmId};
 use romulus_wire::unpack_guest_state;
 use serde_json::{Value, json};
@@ -123,7 +124,12 @@ impl Guest {
             let machine = image.machine()?;
             let (run_dir, taps) = (&self.config.run_dir, self.tap_prefix());
             let launcher = self.config.launcher.clone();
-            let standby = self.config.standbys.prepare(machine, run_dir, &taps, launcher)?;
+            let standby = {
+                let consumed = image.status() == ImageStatus::Consumed;
+                self.config
+                    .standbys
+                    .prepare(machine, run_dir, &taps, launcher, consumed)?
+            };
             for difference in standby.differences() {
                 info!(
                     vm = self.config.vm.as_str(),
@@ -324,11 +330,21 @@ impl Guest {
         }
     }
 
-    /// Ends what waits, and removes the folder of its hypervisor.
+    /// Ends what waits, what an earlier agent left waiting as well, and removes the folder of its hypervisor.
     ///
     /// # Errors
-    /// When the folder can't be removed.
-    pub fn forget(&mut self) -> anyhow::Result<()> {
+    /// When a guest runs, or the folder can't be removed.
+    pub fn forget(&mut self, image: &VmImage) -> anyhow::Result<()> {
+        if self.config.run_dir.exists()
+            && let Err(error) = self.standby(image)
+        {
+            let (vm, error) = (self.config.vm.as_str(), format!("{error:#}"));
+            info!(vm, error, "whatever is left of a standby cannot be looked for");
+        }
+        ensure!(
+            !self.is_active(),
+            "the guest runs here: it was taken over, and nothing else is known to run it"
+        );
         self.announcing.clear();
         self.doubt = None;
         if let Some(mut standby) = self.standby.take() {

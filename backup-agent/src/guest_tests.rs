@@ -37,6 +37,6 @@ fn a_guest_that_may_run_is_not_overwritten_until_it_is_given_up() {
     let refused = guest.make_way().expect_err("its guest may run").to_string();
     assert!(refused.contains("romulus forget web --force"), "{refused}");
     assert!(guest.ensure_known().is_err());
-    guest.forget().expect("it was told to");
+    guest.forget(&image).expect("it was told to");
     assert!(guest.make_way().is_ok());
 }

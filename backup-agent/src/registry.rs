@@ -255,6 +255,7 @@ impl Registry {
             starts: shared.starts.clone(),
             heard: std::time::Instant::now(),
             image_bytes: Arc::clone(&image_bytes),
+            accepted_bytes: known,
             status: Arc::clone(&status),
             clock: shared.clock,
             acked: Cell::new(Epoch::NONE),

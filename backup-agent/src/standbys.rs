@@ -19,7 +19,7 @@ pub struct Standbys {
 
 impl Standbys {
     /// Checks that this host can be a standby for the machine, and prepares one in `run_dir`, with taps whose names begin
-    /// with `tap_prefix` and machines that `launcher` starts.
+    /// with `tap_prefix` and machines that `launcher` starts. From a `consumed` image a guest was started, which may be running.
     ///
     /// # Errors
     /// What is missing or different here, and what to do.
@@ -29,11 +29,13 @@ impl Standbys {
         run_dir: &Path,
         tap_prefix: &str,
         launcher: Launcher,
+        consumed: bool,
     ) -> anyhow::Result<Box<dyn Standby>> {
         match &machine.hypervisor {
             Hypervisor::Qemu(_) => {
                 let mut options = QemuOptions::new(run_dir, tap_prefix);
                 options.launcher = launcher;
+                options.consumed = consumed;
                 let standby = QemuStandby::prepare(machine, options).context("the standby's command line")?;
                 Ok(Box::new(standby))
             }

@@ -160,12 +160,8 @@ impl Store {
         if !force {
             self.guest.ensure_known()?;
         }
-        anyhow::ensure!(
-            !self.guest.is_active(),
-            "the guest runs here: it was taken over, and nothing else is known to run it"
-        );
+        self.guest.forget(&self.image)?;
         self.receiver = None;
-        self.guest.forget()?;
         self.image.forget()
     }
 

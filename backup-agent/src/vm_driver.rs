@@ -59,8 +59,10 @@ pub struct VmDriver {
     pub starts: Starts,
     /// When its primary was last heard.
     pub heard: Instant,
-    /// Bytes of the machine's memory, as admission counts them.
+    /// Bytes of the machine's memory, as admission counts them: of what is here, and of what those who ask have been promised.
     pub image_bytes: Arc<AtomicU64>,
+    /// Of what is here.
+    pub accepted_bytes: u64,
     /// Figures.
     pub status: Arc<VmStatus>,
     /// The process's clock.
@@ -209,6 +211,7 @@ impl VmDriver {
             BackupCommand::Accept(session) => self.accept(session)?,
             BackupCommand::Refuse(session, reason) => {
                 if let Some(refused) = self.take_asking(session) {
+                    self.claim();
                     refused.refuse(words(reason), true);
                 }
             }
@@ -268,6 +271,13 @@ impl VmDriver {
         Some(self.asking.remove(position))
     }
 
+    /// Claims no more room than what is here takes, or the largest machine of those who ask.
+    fn claim(&self) {
+        let asked = self.asking.iter().map(|asking| asking.machine().layout.bytes());
+        let bytes = asked.fold(self.accepted_bytes, u64::max);
+        self.image_bytes.store(bytes, Ordering::Relaxed);
+    }
+
     fn accept(&mut self, session: Session) -> anyhow::Result<()> {
         let accepted = self
             .take_asking(session)
@@ -275,8 +285,8 @@ impl VmDriver {
         self.status.session_begins();
         self.heard = Instant::now();
         self.starts.followed(self.status.vm_id(), accepted.primary());
-        self.image_bytes
-            .store(accepted.machine().layout.bytes(), Ordering::Relaxed);
+        self.accepted_bytes = accepted.machine().layout.bytes();
+        self.claim();
         let current = self.session.insert(accepted);
         self.store.send(StoreJob::Begin {
             session,

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use romulus_host_sys::durable;
 use romulus_hypervisor::fault;
 use romulus_hypervisor::spec::MachineSpec;
@@ -30,6 +30,8 @@ pub struct Committed {
 
 /// What the name of the mark of a consumed image ends with.
 const CONSUMED: &str = ".consumed";
+/// What the name of a machine's description ends with.
+const MACHINE: &str = ".machine.json";
 
 /// One VM's image, and the notes beside it: the machine that it is of, and whether a guest was started from it. They are files in a
 /// folder wherever the image lies, so that a guest is found again even when its image is gone.
@@ -49,6 +51,12 @@ impl VmImage {
     /// # Errors
     /// When the folder can't be used.
     pub fn open(places: &Places, dir: &Path, vm: &VmId, limits: Limits) -> anyhow::Result<Self> {
+        if let Some(ending) = [CONSUMED, MACHINE]
+            .iter()
+            .find(|ending| vm.as_str().ends_with(**ending))
+        {
+            bail!("a VM that is backed up must not have a name that ends with {ending}");
+        }
         let mut this = Self {
             places: places.clone(),
             dir: dir.into(),
@@ -113,7 +121,7 @@ impl VmImage {
     }
 
     fn machine_file(&self) -> PathBuf {
-        self.dir.join(format!("{}.machine.json", self.vm))
+        self.dir.join(format!("{}{MACHINE}", self.vm))
     }
 
     fn consumed_file(&self) -> PathBuf {
@@ -285,7 +293,8 @@ impl VmImage {
     /// # Errors
     /// When that can't be written; the guest must not be started then.
     pub fn mark_consumed(&self) -> anyhow::Result<()> {
-        durable::replace(&self.consumed_file(), b"consumed\n").context("could not mark the image as consumed")
+        // Empty: a file without blocks can be made in a file system that is full, which must not prevent a takeover.
+        durable::replace(&self.consumed_file(), b"").context("could not mark the image as consumed")
     }
 
     /// No guest has read it after all: it is the checkpoint that it was. A mark that comes back after a crash of the host

@@ -257,6 +257,19 @@ fn an_agent_that_starts_again_ends_what_waits_and_adopts_what_runs() {
     let active = second.pid().unwrap();
     assert_ne!(active, pid);
     drop(second);
+    // A replicator that protects the guest from here holds its monitor, at more restarts than QEMU's queue of clients is long; and by now
+    // this host lacks a file.
+    let socket = saved.dir.path().join("run/machine/qmp");
+    let replicator = Qmp::connect(&socket, Instant::now() + Duration::from_secs(10)).unwrap();
+    let mut consumed = saved.options();
+    consumed.consumed = true;
+    let mut lacking = saved.spec.clone();
+    own(&mut lacking).files[0].bytes += 1;
+    for _ in 0..4 {
+        let mut found = QemuStandby::prepare(&lacking, consumed.clone()).unwrap();
+        assert!(found.is_active() && found.pid() == Some(active));
+    }
+    drop(replicator);
     let mut third = QemuStandby::prepare(&saved.spec, saved.options()).unwrap();
     assert!(third.is_active() && third.pid() == Some(active));
     assert!(third.start_waiting(&saved.ram).is_err());

@@ -197,7 +197,7 @@ fn image_folder(dir: &Path) -> Finding {
     let kind = mounts.lines().filter_map(over).max_by_key(|(length, _)| *length);
     let (_, kind) = kind.unwrap_or_default();
     let found = format!("{} lies on {kind}", dir.display());
-    if kind == "tmpfs" || kind == "hugetlbfs" {
+    if kind == "tmpfs" {
         return Finding::good("images", found);
     }
     let remedy = "images are written many times a second: set image_dir to a folder on a tmpfs, or they wear a disk and commits wait for it";

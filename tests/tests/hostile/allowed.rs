@@ -9,7 +9,7 @@ use romulus_types::{Epoch, HostId, Nonce, Session, VmId};
 use serde_json::Value;
 
 use crate::place::{Place, client, peer};
-use crate::primary::{Primary, true_hello};
+use crate::primary::{Primary, hello, machine_of, true_hello};
 
 const AGENT: &str = "backup-agent";
 
@@ -48,6 +48,54 @@ async fn a_host_has_those_vms_backed_up_that_the_settings_allow_it_and_no_other(
     assert_eq!(vms, ["web-1"], "nothing is made for a VM that is refused");
     agent.assert_well("hosts that are not allowed");
     assert_eq!(good.commit().await, Epoch(2));
+}
+
+#[tokio::test]
+async fn a_hello_that_is_refused_keeps_no_room_from_other_vms() {
+    let place = Place::new();
+    let _witness = place.start_witness().await;
+    let mut agent = place.start_agent_with("image_bytes_max = \"200 MiB\"").await;
+    let endpoint = client(&place.identity("primary"), Service::Pair);
+    let asked = true_hello(&place, "web", "primary", Session(1)).await;
+    let mut good = Primary::open(&place, &endpoint, &asked).await.unwrap();
+    good.commit().await;
+
+    // All the room that is left, for a VM that another host speaks for.
+    let mut greedy = hello("web", "other", Session(2));
+    greedy.machine = machine_of(190 << 20).to_json();
+    let others = client(&place.identity("other"), Service::Pair);
+    let refusal = Primary::open(&place, &others, &greedy)
+        .await
+        .err()
+        .expect("refused");
+    assert_eq!(refusal.code, CloseCode::REFUSED, "{refusal:?}");
+    assert!(
+        !refusal.reason.contains("room"),
+        "it had to get past that: {refusal:?}"
+    );
+
+    let asked = true_hello(&place, "db", "primary", Session(3)).await;
+    let mut second = Primary::open(&place, &endpoint, &asked).await.unwrap();
+    assert_eq!(second.commit().await, Epoch(1));
+    assert_eq!(good.commit().await, Epoch(2));
+    agent.assert_well("a hello that was refused");
+}
+
+#[tokio::test]
+async fn a_vm_whose_image_would_lie_where_notes_on_others_do_is_refused() {
+    let place = Place::new();
+    let _witness = place.start_witness().await;
+    let mut agent = place.start_agent().await;
+    let endpoint = client(&place.identity("primary"), Service::Pair);
+    for (number, vm) in [(1, "web.consumed"), (2, "web.machine.json")] {
+        let asked = true_hello(&place, vm, "primary", Session(number)).await;
+        let refusal = Primary::open(&place, &endpoint, &asked)
+            .await
+            .err()
+            .expect("refused");
+        assert!(refusal.reason.contains("must not have a name"), "{refusal:?}");
+    }
+    agent.assert_well("names that are taken");
 }
 
 #[tokio::test]

@@ -28,12 +28,18 @@ const RAM_BYTES: u64 = 64 << 20;
 
 /// A machine that QEMU has everywhere.
 pub fn machine() -> MachineSpec {
+    machine_of(RAM_BYTES)
+}
+
+/// The same with so many bytes of memory, in whole MiB.
+pub fn machine_of(ram_bytes: u64) -> MachineSpec {
     let name = "pc.ram".to_owned();
     let layout = vec![RamBlock {
         name: name.clone(),
-        bytes: RAM_BYTES,
+        bytes: ram_bytes,
     }];
-    let argv = ["qemu-system-x86_64", "-nodefaults", "-M", "q35", "-m", "64"];
+    let mib = (ram_bytes >> 20).to_string();
+    let argv = ["qemu-system-x86_64", "-nodefaults", "-M", "q35", "-m", &mib];
     MachineSpec {
         format: SPEC_FORMAT,
         version: "7.2.22".into(),
@@ -57,7 +63,7 @@ pub fn machine() -> MachineSpec {
                 ram_section: 2,
                 blocks: vec![StreamBlock {
                     name,
-                    bytes: RAM_BYTES,
+                    bytes: ram_bytes,
                     gpa: None,
                 }],
                 vmdesc: "{}".into(),

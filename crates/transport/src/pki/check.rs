@@ -65,8 +65,12 @@ pub fn check(dir: &Path) -> Result<Report, PkiError> {
             })?
             .permissions()
             .mode();
-        if mode & 0o077 != 0 {
-            warnings.push(format!("{} may be read by others: chmod 600 it", file.display()));
+        // A daemon that is not root's reads it as a member of its group.
+        if mode & 0o037 != 0 {
+            warnings.push(format!(
+                "{} may be read by others, or written to by its group: chmod 600 it, or 640 where a daemon has a user of its own",
+                file.display()
+            ));
         }
     }
     Ok(Report {

@@ -15,7 +15,7 @@ mod props;
 mod rules;
 mod storage;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::spec::{MachineSpec, QemuMachine};
 
@@ -278,6 +278,12 @@ struct Derivation<'a> {
     drives: storage::Drives,
 }
 
+/// The value of `-qmp` for a monitor at this socket.
+pub(super) fn monitor_value(socket: &Path) -> String {
+    let socket = socket.display().to_string().replace(',', ",,");
+    format!("unix:{socket},server=on,wait=off")
+}
+
 impl<'a> Derivation<'a> {
     fn new(
         spec: &'a MachineSpec,
@@ -410,11 +416,10 @@ impl<'a> Derivation<'a> {
             format!("guest={}", self.plan.name),
         ];
         argv.append(&mut self.out);
-        let qmp = self.plan.qmp.display().to_string().replace(',', ",,");
         for (option, value) in [
             ("-display", "none"),
             ("-monitor", "none"),
-            ("-qmp", &format!("unix:{qmp},server=on,wait=off")),
+            ("-qmp", &monitor_value(&self.plan.qmp)),
             ("-incoming", "defer"),
         ] {
             argv.extend([option.to_owned(), value.to_owned()]);

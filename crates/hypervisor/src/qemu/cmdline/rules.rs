@@ -251,7 +251,7 @@ pub(super) const RULES: &[Rule] = &[
         &["runas", "chroot"],
         true,
         Fate::Drop,
-        "the standby's user is a setting of the backup",
+        "the standby runs as the agent's user",
     ),
     rule(
         &["mem-path"],

@@ -22,7 +22,7 @@ pub enum AttachError {
     Refused(Vec<Refusal>),
     /// Which process QEMU is could not be found out.
     #[error(
-        "process {pid}, which listens on the QMP socket, is no QEMU ({name}); name QEMU's process with --pid"
+        "process {pid}, which listens on the QMP socket, is no QEMU ({name}): name the socket that QEMU itself listens on"
     )]
     NotQemu {
         /// The process.

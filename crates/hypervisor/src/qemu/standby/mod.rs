@@ -12,6 +12,7 @@
 //! monitor's socket, by which the next agent, or a replicator that protects the guest again, finds it.
 
 mod check;
+mod leftover;
 mod load;
 mod monitor;
 mod verify;
@@ -26,9 +27,11 @@ use crate::launcher::Launcher;
 use crate::process::Process;
 use crate::qemu::cmdline::{Derived, Plan, derive, taps_needed};
 use crate::qemu::cpu::vcpus;
-use crate::qemu::qmp::{Monitor, Qmp, QmpError};
+use crate::qemu::qmp::{Monitor, Qmp};
 use crate::spec::{MachineSpec, QemuMachine};
 use crate::standby::{ActivationReport, Committed, Standby, StandbyError, TrialReport};
+
+use leftover::Found;
 
 /// Where and how a standby runs.
 #[derive(Clone, Debug)]
@@ -43,6 +46,8 @@ pub struct StandbyOptions {
     pub log_serial: bool,
     /// What starts it.
     pub launcher: Launcher,
+    /// A guest was started from the image, and may be running in the folder.
+    pub consumed: bool,
     /// How long QEMU may take to start.
     pub start_timeout: Duration,
     /// How long it may take to load a checkpoint.
@@ -58,6 +63,7 @@ impl StandbyOptions {
             name: "standby".into(),
             log_serial: false,
             launcher: Launcher::Session,
+            consumed: false,
             start_timeout: Duration::from_secs(15),
             load_timeout: Duration::from_secs(15),
         }
@@ -144,11 +150,15 @@ impl QemuStandby {
             reads_in_order: false,
             state: State::Idle,
         };
+        // First: whatever this host lacks by now, a guest that runs is here.
+        standby.take_leftover()?;
+        if standby.is_active() {
+            return Ok(standby);
+        }
         // The RAM's place is known later; everything else can be refused now.
         let derived = derive(spec, &standby.plan(Purpose::Wait, Path::new("(the image)"))).map_err(rules)?;
         check::files(own, &derived.files)?;
         standby.changes = derived.changes;
-        standby.take_leftover()?;
         Ok(standby)
     }
 
@@ -186,35 +196,28 @@ impl QemuStandby {
     /// Ends a machine that waits in our folder, left by an earlier agent; adopts a guest that runs.
     fn take_leftover(&mut self) -> Result<(), StandbyError> {
         for purpose in [Purpose::Trial, Purpose::Wait] {
-            let socket = self.folder(purpose).join("qmp");
-            if !socket.exists() {
-                continue;
-            }
-            let mut qmp = match Qmp::connect(&socket, Instant::now() + Duration::from_secs(2)) {
-                Ok(qmp) => qmp,
-                // Nobody listens: the machine is gone.
-                Err(QmpError::Connect { .. } | QmpError::Closed) => continue,
-                Err(error) => {
-                    let what = format!(
-                        "a machine has its monitor at {} and does not answer",
-                        socket.display()
-                    );
-                    return Err(StandbyError::new(what, error));
-                }
-            };
+            let folder = self.folder(purpose);
             let unknown =
                 |error| StandbyError::new("a machine in the standby's folder cannot be asked", error);
-            let state = load::run_state(&mut qmp).map_err(unknown)?;
-            let folder = self.folder(purpose);
-            let never_ran = state == "inmigrate" || (state != "running" && verify::is_pending(&folder));
-            if purpose == Purpose::Wait && !never_ran {
+            let (pid, runs) = match leftover::find(&folder.join("qmp"))? {
+                Found::Nothing => continue,
+                Found::Monitor(mut qmp) => {
+                    let state = load::run_state(&mut qmp).map_err(unknown)?;
+                    let never_ran =
+                        state == "inmigrate" || (state != "running" && verify::is_pending(&folder));
+                    (qmp.peer_pid().map_err(unknown)?, !never_ran)
+                }
+                // Only a guest that runs is of use to another client: a replicator that protects it from here.
+                Found::Taken(pid) => (pid, self.options.consumed),
+            };
+            let mut process = Process::adopt("QEMU", pid, &folder)?;
+            if purpose == Purpose::Wait && runs {
                 verify::settle(&folder);
-                self.state =
-                    State::Active(Process::adopt("QEMU", qmp.peer_pid().map_err(unknown)?, &folder)?);
-                continue;
+                self.state = State::Active(process);
+            } else {
+                // At once, and waited for: one that was about to load must not come to run while we look at its memory.
+                process.kill();
             }
-            // At once, and waited for: one that was about to load must not come to run while we look at its memory.
-            Process::adopt("QEMU", qmp.peer_pid().map_err(unknown)?, &folder)?.kill();
         }
         Ok(())
     }
