@@ -73,7 +73,7 @@ impl Admission {
         let run_dir = self.image_dir.join(".admission");
         let standby = self
             .standbys
-            .prepare(machine, &run_dir, "romchk", Launcher::Session, false);
+            .prepare(machine, &run_dir, "romchk", Launcher::Session);
         standby.map(drop).context("no standby can be had here")
     }
 

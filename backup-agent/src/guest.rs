@@ -9,7 +9,6 @@ use romulus_hypervisor::fault;
 use romulus_hypervisor::launcher::Launcher;
 use romulus_hypervisor::spec::Nic;
 use romulus_hypervisor::standby::{Committed, Standby, StandbyError};
-use romulus_protocol::ImageStatus;
 use romulus_types::{BlockId, VmId};
 use romulus_wire::unpack_guest_state;
 use serde_json::{Value, json};
@@ -124,12 +123,7 @@ impl Guest {
             let machine = image.machine()?;
             let (run_dir, taps) = (&self.config.run_dir, self.tap_prefix());
             let launcher = self.config.launcher.clone();
-            let standby = {
-                let consumed = image.status() == ImageStatus::Consumed;
-                self.config
-                    .standbys
-                    .prepare(machine, run_dir, &taps, launcher, consumed)?
-            };
+            let standby = self.config.standbys.prepare(machine, run_dir, &taps, launcher)?;
             for difference in standby.differences() {
                 info!(
                     vm = self.config.vm.as_str(),
@@ -146,9 +140,15 @@ impl Guest {
     /// # Errors
     /// When it can't be told whether a guest runs.
     pub fn adopt(&mut self, image: &VmImage) -> anyhow::Result<bool> {
-        let found = self.standby(image).map(|standby| standby.is_active());
+        let found = self.find(image);
         self.doubt = found.as_ref().err().map(|error| format!("{error:#}"));
-        found
+        self.standby = found?;
+        Ok(self.standby.is_some())
+    }
+
+    fn find(&self, image: &VmImage) -> anyhow::Result<Option<Box<dyn Standby>>> {
+        let (machine, run_dir) = (image.machine()?, &self.config.run_dir);
+        self.config.standbys.adopt(machine, run_dir, &self.tap_prefix())
     }
 
     /// Whether it is known that a guest runs from the image, or that none does.
@@ -336,7 +336,8 @@ impl Guest {
     /// When a guest runs, or the folder can't be removed.
     pub fn forget(&mut self, image: &VmImage) -> anyhow::Result<()> {
         if self.config.run_dir.exists()
-            && let Err(error) = self.standby(image)
+            && self.standby.is_none()
+            && let Err(error) = self.adopt(image)
         {
             let (vm, error) = (self.config.vm.as_str(), format!("{error:#}"));
             info!(vm, error, "whatever is left of a standby cannot be looked for");

@@ -19,7 +19,7 @@ pub struct Standbys {
 
 impl Standbys {
     /// Checks that this host can be a standby for the machine, and prepares one in `run_dir`, with taps whose names begin
-    /// with `tap_prefix` and machines that `launcher` starts. From a `consumed` image a guest was started, which may be running.
+    /// with `tap_prefix` and machines that `launcher` starts.
     ///
     /// # Errors
     /// What is missing or different here, and what to do.
@@ -29,13 +29,11 @@ impl Standbys {
         run_dir: &Path,
         tap_prefix: &str,
         launcher: Launcher,
-        consumed: bool,
     ) -> anyhow::Result<Box<dyn Standby>> {
         match &machine.hypervisor {
             Hypervisor::Qemu(_) => {
                 let mut options = QemuOptions::new(run_dir, tap_prefix);
                 options.launcher = launcher;
-                options.consumed = consumed;
                 let standby = QemuStandby::prepare(machine, options).context("the standby's command line")?;
                 Ok(Box::new(standby))
             }
@@ -46,6 +44,29 @@ impl Standbys {
             }
             Hypervisor::Fake => anyhow::bail!("a fake machine has no standby outside of tests"),
         }
+    }
+
+    /// The guest that an earlier agent let run from the image, if it still does, as one of `run_dir`; a machine that has never run is ended.
+    ///
+    /// # Errors
+    /// When it can't be told.
+    pub fn adopt(
+        &self,
+        machine: &MachineSpec,
+        run_dir: &Path,
+        tap_prefix: &str,
+    ) -> anyhow::Result<Option<Box<dyn Standby>>> {
+        Ok(match &machine.hypervisor {
+            Hypervisor::Qemu(_) => {
+                let found = QemuStandby::adopt(machine, QemuOptions::new(run_dir, tap_prefix))?;
+                found.map(|standby| Box::new(standby) as Box<dyn Standby>)
+            }
+            Hypervisor::Kvm(_) => {
+                let found = KvmStandby::adopt(machine, KvmOptions::new(run_dir, tap_prefix, Vec::new()))?;
+                found.map(|standby| Box::new(standby) as Box<dyn Standby>)
+            }
+            Hypervisor::Fake => None,
+        })
     }
 
     /// The peer's word chooses among the operator's commands and becomes part of none.

@@ -261,12 +261,11 @@ fn an_agent_that_starts_again_ends_what_waits_and_adopts_what_runs() {
     // this host lacks a file.
     let socket = saved.dir.path().join("run/machine/qmp");
     let replicator = Qmp::connect(&socket, Instant::now() + Duration::from_secs(10)).unwrap();
-    let mut consumed = saved.options();
-    consumed.consumed = true;
     let mut lacking = saved.spec.clone();
     own(&mut lacking).files[0].bytes += 1;
     for _ in 0..4 {
-        let mut found = QemuStandby::prepare(&lacking, consumed.clone()).unwrap();
+        let found = QemuStandby::adopt(&lacking, saved.options()).unwrap();
+        let mut found = found.expect("the guest is found");
         assert!(found.is_active() && found.pid() == Some(active));
     }
     drop(replicator);
@@ -278,6 +277,8 @@ fn an_agent_that_starts_again_ends_what_waits_and_adopts_what_runs() {
     went_on(&saved);
     third.kill();
     assert!(!third.is_active());
+    // That none runs is known, whatever this host lacks.
+    assert!(QemuStandby::adopt(&lacking, saved.options()).unwrap().is_none());
 }
 
 /// A tap of the test's own, removed by the kernel with the QEMU that made it.

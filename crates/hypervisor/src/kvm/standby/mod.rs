@@ -111,20 +111,41 @@ impl KvmStandby {
     /// # Errors
     /// What is missing or different here.
     pub fn prepare(spec: &MachineSpec, options: StandbyOptions) -> Result<Self, StandbyError> {
+        let mut standby = Self::idle(spec, options)?;
+        standby.take_leftover()?;
+        if standby.is_active() {
+            return Ok(standby);
+        }
+        let vmm = &standby.own.vmm;
+        check_command(vmm, &standby.options.command)?;
+        let here = processor();
+        if spec.host_cpu != here {
+            // KVM's guest sees the processor itself; whether it lacks something shows only when the guest uses it.
+            return Err(StandbyError::plain(format!(
+                "the primary's processor is {:?} and this host's {here:?}: a guest of {vmm} needs the same on both",
+                spec.host_cpu
+            )));
+        }
+        Ok(standby)
+    }
+
+    /// The guest that an earlier agent let run from the image, if it still does. A machine that has never run is ended. What this host
+    /// would need to start one is not looked at, the options' command among it.
+    ///
+    /// # Errors
+    /// When it can't be told whether it runs.
+    pub fn adopt(spec: &MachineSpec, options: StandbyOptions) -> Result<Option<Self>, StandbyError> {
+        let mut standby = Self::idle(spec, options)?;
+        standby.take_leftover()?;
+        Ok(standby.is_active().then_some(standby))
+    }
+
+    fn idle(spec: &MachineSpec, options: StandbyOptions) -> Result<Self, StandbyError> {
         let Hypervisor::Kvm(own) = &spec.hypervisor else {
             return Err(StandbyError::plain(
                 "the primary's machine is no VMM's that can be attached to, so none can be its standby",
             ));
         };
-        check_command(&own.vmm, &options.command)?;
-        let here = processor();
-        if spec.host_cpu != here {
-            // KVM's guest sees the processor itself; whether it lacks something shows only when the guest uses it.
-            return Err(StandbyError::plain(format!(
-                "the primary's processor is {:?} and this host's {here:?}: a guest of {} needs the same on both",
-                spec.host_cpu, own.vmm
-            )));
-        }
         let names = |purpose: Purpose| {
             let prefix = options.tap_prefix.clone();
             (0..spec.nics.len()).map(move |number| purpose.tap(&prefix, number))
@@ -143,16 +164,14 @@ impl KvmStandby {
                     .iter()
                     .map(|disk| format!("disk {} is empty: it was declared disposable", disk.id)),
             );
-        let mut standby = Self {
+        Ok(Self {
             spec: spec.clone(),
             own: own.clone(),
             taps,
             changes: changes.collect(),
             options,
             state: State::Idle,
-        };
-        standby.take_leftover()?;
-        Ok(standby)
+        })
     }
 
     /// Forgets the machine without ending it: the agent ends and the next one finds it in the folder.

@@ -25,7 +25,7 @@ use crate::fault;
 use crate::host::processor;
 use crate::launcher::Launcher;
 use crate::process::Process;
-use crate::qemu::cmdline::{Derived, Plan, derive, taps_needed};
+use crate::qemu::cmdline::{CmdlineError, Derived, Plan, derive, taps_needed};
 use crate::qemu::cpu::vcpus;
 use crate::qemu::qmp::{Monitor, Qmp};
 use crate::spec::{MachineSpec, QemuMachine};
@@ -46,8 +46,6 @@ pub struct StandbyOptions {
     pub log_serial: bool,
     /// What starts it.
     pub launcher: Launcher,
-    /// A guest was started from the image, and may be running in the folder.
-    pub consumed: bool,
     /// How long QEMU may take to start.
     pub start_timeout: Duration,
     /// How long it may take to load a checkpoint.
@@ -63,7 +61,6 @@ impl StandbyOptions {
             name: "standby".into(),
             log_serial: false,
             launcher: Launcher::Session,
-            consumed: false,
             start_timeout: Duration::from_secs(15),
             load_timeout: Duration::from_secs(15),
         }
@@ -87,6 +84,8 @@ pub struct QemuStandby {
     spec: MachineSpec,
     options: StandbyOptions,
     host_cpu: String,
+    /// A guest was started from the image, and may be running in the folder.
+    consumed: bool,
     taps: Vec<String>,
     changes: Vec<String>,
     /// A trial has shown that this QEMU's reading can be followed by the position of the stream's file.
@@ -115,6 +114,10 @@ impl Purpose {
     }
 }
 
+fn against_the_rules(error: CmdlineError) -> StandbyError {
+    StandbyError::new("no standby can be derived from the primary's command line", error)
+}
+
 impl QemuStandby {
     /// Checks that this host can be a standby for the machine: the rules, the files, the QEMU that is installed.
     ///
@@ -124,14 +127,39 @@ impl QemuStandby {
     /// # Errors
     /// What is missing or different here.
     pub fn prepare(spec: &MachineSpec, options: StandbyOptions) -> Result<Self, StandbyError> {
-        let Some(own) = spec.qemu() else {
+        let mut standby = Self::idle(spec, options)?;
+        // First: whatever this host lacks by now, a guest that runs is here.
+        standby.take_leftover()?;
+        if standby.is_active() {
+            return Ok(standby);
+        }
+        // The RAM's place is known later; everything else can be refused now.
+        let plan = standby.plan(Purpose::Wait, Path::new("(the image)"));
+        let derived = derive(spec, &plan).map_err(against_the_rules)?;
+        check::files(standby.own(), &derived.files)?;
+        standby.changes = derived.changes;
+        Ok(standby)
+    }
+
+    /// The guest that an earlier agent let run from the image, if it still does. A machine that has never run is ended. What this host
+    /// would need to start one is not looked at.
+    ///
+    /// # Errors
+    /// When it can't be told whether it runs.
+    pub fn adopt(spec: &MachineSpec, options: StandbyOptions) -> Result<Option<Self>, StandbyError> {
+        let mut standby = Self::idle(spec, options)?;
+        standby.consumed = true;
+        standby.take_leftover()?;
+        Ok(standby.is_active().then_some(standby))
+    }
+
+    fn idle(spec: &MachineSpec, options: StandbyOptions) -> Result<Self, StandbyError> {
+        if spec.qemu().is_none() {
             return Err(StandbyError::plain(
                 "the primary's machine is not QEMU's, so no QEMU can be its standby",
             ));
-        };
-        let rules =
-            |error| StandbyError::new("no standby can be derived from the primary's command line", error);
-        let count = taps_needed(spec).map_err(rules)?;
+        }
+        let count = taps_needed(spec).map_err(against_the_rules)?;
         let longest = Purpose::Wait.tap(&options.tap_prefix, count);
         if longest.len() > 15 {
             return Err(StandbyError::plain(format!(
@@ -141,25 +169,16 @@ impl QemuStandby {
         let taps = (0..count)
             .map(|n| Purpose::Wait.tap(&options.tap_prefix, n))
             .collect();
-        let mut standby = Self {
+        Ok(Self {
             spec: spec.clone(),
             host_cpu: processor(),
             options,
+            consumed: false,
             taps,
             changes: Vec::new(),
             reads_in_order: false,
             state: State::Idle,
-        };
-        // First: whatever this host lacks by now, a guest that runs is here.
-        standby.take_leftover()?;
-        if standby.is_active() {
-            return Ok(standby);
-        }
-        // The RAM's place is known later; everything else can be refused now.
-        let derived = derive(spec, &standby.plan(Purpose::Wait, Path::new("(the image)"))).map_err(rules)?;
-        check::files(own, &derived.files)?;
-        standby.changes = derived.changes;
-        Ok(standby)
+        })
     }
 
     /// Forgets the machine without ending it: the agent ends and the next one finds it in the folder.
@@ -208,7 +227,7 @@ impl QemuStandby {
                     (qmp.peer_pid().map_err(unknown)?, !never_ran)
                 }
                 // Only a guest that runs is of use to another client: a replicator that protects it from here.
-                Found::Taken(pid) => (pid, self.options.consumed),
+                Found::Taken(pid) => (pid, self.consumed),
             };
             let mut process = Process::adopt("QEMU", pid, &folder)?;
             if purpose == Purpose::Wait && runs {
