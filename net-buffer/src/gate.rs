@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, Thread};
 use std::time::Instant;
 
 use romulus_host_sys::tap::{Tap, VNET_HEADER_BYTES};
@@ -53,6 +53,8 @@ pub struct GateOptions {
     pub held_bytes_max: usize,
     /// Most frames held.
     pub held_frames_max: usize,
+    /// Unparked each time frames were read that are held: for whoever waits for [`Gate::holds_output`].
+    pub unparks: Option<Thread>,
 }
 
 impl GateOptions {
@@ -63,6 +65,7 @@ impl GateOptions {
             relay_name: None,
             held_bytes_max: 64 << 20,
             held_frames_max: 65_536,
+            unparks: None,
         }
     }
 }
@@ -80,6 +83,7 @@ struct Shared {
     relay: Tap,
     wake: OwnedFd,
     stop: AtomicBool,
+    unparks: Option<Thread>,
     start: Instant,
     writer: Mutex<()>,
     held: Mutex<Held>,
@@ -113,6 +117,7 @@ impl Gate {
             relay,
             wake,
             stop: AtomicBool::new(false),
+            unparks: options.unparks.clone(),
             start: Instant::now(),
             writer: Mutex::new(()),
             held: Mutex::new(Held {
@@ -155,6 +160,12 @@ impl Gate {
         while self.shared.read_batch(&mut held) {}
         held.queue.barrier(epoch);
         self.shared.check(&held)
+    }
+
+    /// Whether frames of the epoch that is running are held. What the guest has just sent may take until
+    /// [`GateOptions::unparks`] is unparked, a millisecond, to be seen.
+    pub fn holds_output(&self) -> bool {
+        lock(&self.shared.held).queue.holds_current()
     }
 
     /// Sends what is held of the epochs up to and with `up_to`, in order.
@@ -308,6 +319,7 @@ impl Shared {
                 if lock(&self.held).lost.is_some() {
                     return;
                 }
+                self.unparks.iter().for_each(Thread::unpark);
             } else if !relay.is_empty() {
                 return self.lose(rustix::io::Errno::BADFD);
             }

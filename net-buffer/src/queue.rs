@@ -131,6 +131,12 @@ impl HeldQueue {
         self.current
     }
 
+    /// Whether a frame of the current epoch is held.
+    pub(crate) fn holds_current(&self) -> bool {
+        let last = self.chunks.back();
+        last.is_some_and(|chunk| chunk.epoch == self.current && !chunk.is_empty())
+    }
+
     pub(crate) fn stats(&self) -> &GateStats {
         &self.stats
     }

@@ -20,6 +20,32 @@ fn an_open_gate_changes_nothing() {
 }
 
 #[test]
+fn held_output_wakes_who_waits_for_it_until_its_epoch_ends() {
+    let lab = Lab::new();
+    let waits = std::thread::current();
+    let gate = Gate::prepare(&GateOptions {
+        unparks: Some(waits),
+        ..GateOptions::new("nbg0")
+    })
+    .unwrap();
+    gate.close().unwrap();
+    assert!(!gate.holds_output());
+    lab.guest_sends(&frame("held"));
+    // For ever, were nobody to unpark it.
+    while !gate.holds_output() {
+        std::thread::park();
+    }
+    gate.barrier(Epoch(1)).unwrap();
+    assert!(!gate.holds_output(), "it is of an epoch that has ended");
+    assert_eq!(gate.stats().held_frames, 1);
+    lab.guest_sends(&frame("held as well"));
+    gate.barrier(Epoch(2)).unwrap();
+    gate.release(Epoch(2)).unwrap();
+    assert_eq!(lab.client_gets(2), [frame("held"), frame("held as well")]);
+    assert!(!gate.holds_output());
+}
+
+#[test]
 fn every_protocol_is_held_and_comes_out_whole_and_in_order() {
     let lab = Lab::new();
     let mac = Mac(GUEST);

@@ -21,6 +21,7 @@ use crate::buffers::BufferPool;
 use crate::encode::EncodeJob;
 use crate::events::EventSink;
 use crate::gates::Gates;
+use crate::idle::IdleWait;
 use crate::session_cell::SessionCell;
 use crate::status::Status;
 use crate::tuner::EpochFigures;
@@ -67,6 +68,16 @@ pub enum Job {
     Detach,
 }
 
+/// When an epoch ends.
+pub struct Moment {
+    /// When it was due: as asked for, or later where an idle guest was left alone.
+    pub due_at: Time,
+    /// By how much later, in nanoseconds.
+    pub idle_ns: u64,
+    /// Since the capture before, in nanoseconds; 0 for the first of a session.
+    pub interval_ns: u64,
+}
+
 /// What the thread works with.
 pub struct CaptureThread {
     /// The guest.
@@ -81,6 +92,8 @@ pub struct CaptureThread {
     pub buffers: BufferPool,
     /// The packet gates.
     pub gates: Gates,
+    /// How long an idle guest is left alone.
+    pub idle: IdleWait,
     /// The session that is current; what belongs to another is dropped.
     pub current: SessionCell,
     /// Figures.
@@ -104,6 +117,7 @@ impl CaptureThread {
                 }
                 Ok(Job::FirstCopy(session)) => {
                     last_start = None;
+                    self.idle.begin();
                     self.first_copy(session);
                 }
                 Ok(Job::Capture {
@@ -114,10 +128,19 @@ impl CaptureThread {
                     stay_stopped,
                 }) => {
                     self.wait_until(at);
+                    let due_at = if stay_stopped {
+                        at
+                    } else {
+                        self.idle.wait(last_start, at, &self.gates, self.clock)
+                    };
                     let start = self.clock.now();
-                    let interval_ns = last_start.map_or(0, |last| start.since_ns(last));
+                    let moment = Moment {
+                        due_at,
+                        idle_ns: due_at.since_ns(at),
+                        interval_ns: last_start.map_or(0, |last| start.since_ns(last)),
+                    };
                     last_start = Some(start);
-                    self.capture(session, epoch, close_gate, stay_stopped, interval_ns);
+                    self.capture(session, epoch, close_gate, stay_stopped, moment);
                 }
                 Ok(Job::StopGuest) => self.report("stop the guest", Self::stop_guest),
                 Ok(Job::Suspend) => self.report("suspend the guest", |t| t.source.suspend()),
@@ -239,7 +262,7 @@ impl CaptureThread {
         epoch: Epoch,
         close_gate: bool,
         stay_stopped: bool,
-        interval_ns: u64,
+        moment: Moment,
     ) {
         if !self.current.is(session) {
             return;
@@ -250,7 +273,8 @@ impl CaptureThread {
         match self.try_capture(session, epoch, close_gate, stay_stopped, &mut buffer) {
             Ok(report) => {
                 let now = self.clock.now();
-                self.status.add_capture(now, interval_ns, &report);
+                self.idle.captured(close_gate, &report);
+                self.status.add_capture(now, &moment, &report);
                 fault::point("replicator.captured");
                 let learnt = self.gates.learnt();
                 let job = EncodeJob::Checkpoint {
@@ -262,11 +286,11 @@ impl CaptureThread {
                 };
                 if self.encoder.send(job).is_ok() {
                     let figures = EpochFigures {
-                        interval_ns,
+                        interval_ns: moment.interval_ns,
                         pause_ns: report.pause_ns,
                         dirty_pages: report.dirty_pages,
                     };
-                    self.events.send_captured(session, epoch, figures);
+                    self.events.send_captured(session, epoch, moment.due_at, figures);
                 }
             }
             Err(error) => self.capture_failed(session, epoch, &error),

@@ -169,11 +169,17 @@ impl Driver {
                 }
                 self.primary.handle(now, event);
             }
-            Input::Captured(session, epoch, figures) => {
+            Input::Captured {
+                session,
+                epoch,
+                due_at,
+                figures,
+            } => {
                 if self.current.is(session) {
                     self.captured.push_back((epoch, now, figures));
                 }
-                self.primary.handle(now, PrimaryEvent::Captured(session, epoch));
+                self.primary
+                    .handle(now, PrimaryEvent::Captured(session, epoch, due_at));
             }
             Input::Order(order, answer) => {
                 info!(event = "order", order = ?order);

@@ -1,7 +1,7 @@
 //! The driver's inbox: everything that happens reaches it through one bounded channel, in the order it happened.
 
 use romulus_protocol::{PrimaryEvent, PrimaryOrder};
-use romulus_types::{Epoch, Session};
+use romulus_types::{Epoch, Session, Time};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::tuner::EpochFigures;
@@ -18,7 +18,12 @@ pub enum Input {
     /// For the protocol.
     Event(PrimaryEvent),
     /// [`PrimaryEvent::Captured`], with what the epoch was like.
-    Captured(Session, Epoch, EpochFigures),
+    Captured {
+        session: Session,
+        epoch: Epoch,
+        due_at: Time,
+        figures: EpochFigures,
+    },
     /// An operator's order; the answer says whether it was taken.
     Order(PrimaryOrder, oneshot::Sender<OrderEnd>),
     /// A closed gate no longer holds, and why.
@@ -38,8 +43,13 @@ impl EventSink {
     }
 
     /// Hands a capture in from its thread.
-    pub fn send_captured(&self, session: Session, epoch: Epoch, figures: EpochFigures) {
-        let _ = self.0.blocking_send(Input::Captured(session, epoch, figures));
+    pub fn send_captured(&self, session: Session, epoch: Epoch, due_at: Time, figures: EpochFigures) {
+        let _ = self.0.blocking_send(Input::Captured {
+            session,
+            epoch,
+            due_at,
+            figures,
+        });
     }
 
     /// Hands an event in from a task.

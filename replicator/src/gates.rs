@@ -1,6 +1,7 @@
 //! The packet gates of all of the guest's taps, moved as one.
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread;
 
 use net_buffer::{Gate, GateError, GateOptions, GateStats, LearntAddress};
 use romulus_hypervisor::fault;
@@ -75,7 +76,8 @@ impl Gates {
         }
     }
 
-    /// Makes ready all but the last filter on each tap, for a new session: epochs begin anew, so gates do.
+    /// Makes ready all but the last filter on each tap, for a new session: epochs begin anew, so gates do. They unpark the thread that
+    /// called when output comes.
     ///
     /// # Errors
     /// [`GateError`] of the first tap that can't be gated; none is ready then.
@@ -87,6 +89,7 @@ impl Gates {
             made.push(Gate::prepare(&GateOptions {
                 held_bytes_max: self.limits.held_bytes_max,
                 held_frames_max: self.limits.held_frames_max,
+                unparks: Some(thread::current()),
                 ..GateOptions::new(tap)
             })?);
         }
@@ -108,6 +111,11 @@ impl Gates {
             gate.barrier(epoch)?;
         }
         Ok(())
+    }
+
+    /// Whether output of the running epoch is held.
+    pub fn hold_output(&self) -> bool {
+        self.open().gates.iter().any(Gate::holds_output)
     }
 
     /// The frames of all epochs up to `epoch` leave.

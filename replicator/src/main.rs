@@ -10,6 +10,7 @@ mod encode;
 mod events;
 mod gate_watch;
 mod gates;
+mod idle;
 mod link;
 mod metrics;
 mod pause_parts;

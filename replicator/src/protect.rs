@@ -36,6 +36,7 @@ use crate::encode::Encoder;
 use crate::events::{EventSink, INBOX_MAX, Input};
 use crate::gate_watch;
 use crate::gates::{GateLimits, Gates};
+use crate::idle::IdleWait;
 use crate::link::{Link, LinkConfig};
 use crate::metrics::{self, Watched};
 use crate::session_cell::SessionCell;
@@ -192,6 +193,7 @@ async fn drive(
         encoder: encoder.clone(),
         buffers,
         gates: gates.clone(),
+        idle: IdleWait::new(nanoseconds(settings.epochs.idle_length)),
         current: current.clone(),
         status: Arc::clone(&status),
         pulse: capture_pulse.clone(),

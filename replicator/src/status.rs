@@ -10,6 +10,7 @@ use romulus_telemetry::{EventLog, Histogram, Samples, catalogue, notice_event};
 use romulus_types::{Epoch, Session, Term, Time};
 use serde_json::{Value, json};
 
+use crate::capture::Moment;
 use crate::gates::{GateFigures, GateLimits};
 use crate::pause_parts::PauseParts;
 
@@ -29,6 +30,7 @@ struct Inner {
     committed_state: Option<Time>,
     epochs: u64,
     late_epochs: u64,
+    idle_epochs: u64,
     failed_captures: u64,
     on_time: u64,
     intervals: u64,
@@ -120,6 +122,7 @@ impl Status {
             goal_reached: None,
             epochs: 0,
             late_epochs: 0,
+            idle_epochs: 0,
             failed_captures: 0,
             on_time: 0,
             intervals: 0,
@@ -228,15 +231,16 @@ impl Status {
         self.lock().refused_input[cause as usize] += 1;
     }
 
-    /// A capture ended at `now`; it began `interval_ns` after the one before, 0 for the first.
-    pub fn add_capture(&self, now: Time, interval_ns: u64, report: &CaptureReport) {
+    /// A capture ended at `now`.
+    pub fn add_capture(&self, now: Time, moment: &Moment, report: &CaptureReport) {
         let mut inner = self.lock();
         inner.epochs += 1;
-        if interval_ns > 0 {
+        inner.idle_epochs += u64::from(moment.idle_ns > 0);
+        if moment.interval_ns > 0 {
             // One capture may have been due by the length before.
             let due_ns = inner.epoch_ns.max(inner.epoch_before_ns);
             inner.epoch_before_ns = inner.epoch_ns;
-            let on_time = interval_ns <= due_ns + ON_TIME_SLACK_NS;
+            let on_time = moment.interval_ns <= due_ns + moment.idle_ns + ON_TIME_SLACK_NS;
             inner.intervals += 1;
             inner.on_time += u64::from(on_time);
             inner.late_epochs += u64::from(!on_time);
@@ -340,6 +344,7 @@ impl Status {
             "epoch_goal_reached": inner.goal_reached,
             "epochs": inner.epochs,
             "epoch_on_time_ratio": ratio(inner.on_time, inner.intervals),
+            "idle_epochs": inner.idle_epochs,
             "command_ms": inner.command.summary_ms(),
             "pause_ms": inner.pause.summary_ms(),
             "pause_parts_ms": inner.parts.json(),
@@ -387,6 +392,7 @@ impl Status {
             (&catalogue::EPOCH_LENGTH_SECONDS, inner.epoch_ns),
             (&catalogue::EPOCHS, inner.epochs),
             (&catalogue::LATE_EPOCHS, inner.late_epochs),
+            (&catalogue::IDLE_EPOCHS, inner.idle_epochs),
             (&catalogue::FAILED_CAPTURES, inner.failed_captures),
             (&catalogue::PAGE_BYTES, inner.page_bytes),
             (&catalogue::SESSIONS, inner.sessions),

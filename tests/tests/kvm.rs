@@ -4,6 +4,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
+use romulus_e2e::crowd::{Crowd, CrowdConfig};
 use romulus_e2e::daemons::{AgentConfig, ProtectConfig};
 use romulus_e2e::guest::TestbedConfig;
 use romulus_e2e::scenario::{ScenarioConfig, survive};
@@ -110,6 +111,50 @@ fn a_guest_whose_writes_the_plain_log_tells_survives_its_host() -> Result<()> {
 #[test]
 fn a_guest_whose_writes_a_ring_tells_survives_its_host() -> Result<()> {
     survives_its_host(1, "ring")
+}
+
+/// Of the checkpoints of a while, the part that was put off because the guest was idle.
+fn put_off(crowd: &Crowd) -> Result<f64> {
+    let counts = || -> Result<(f64, f64)> {
+        let status = crowd.status("web")?;
+        let count = |field: &str| {
+            status[field]
+                .as_f64()
+                .ok_or_else(|| anyhow!("no {field}: {status}"))
+        };
+        Ok((count("epochs")?, count("idle_epochs")?))
+    };
+    let before = counts()?;
+    sleep(Duration::from_secs(3));
+    let after = counts()?;
+    let epochs = after.0 - before.0;
+    anyhow::ensure!(epochs > 10.0, "{epochs} checkpoints in 3 s");
+    Ok((after.1 - before.1) / epochs)
+}
+
+#[test]
+fn an_idle_guest_is_left_alone_until_it_speaks() -> Result<()> {
+    let config = CrowdConfig {
+        dirty: "off".to_owned(),
+        words: "check=off log=off".to_owned(),
+        ..CrowdConfig::default()
+    };
+    let mut crowd = Crowd::raise(&Paths::here(), TEST_LAB, &["left"], config)?;
+    crowd.add("left", "web", None)?;
+    crowd.protect_all()?;
+    sleep(Duration::from_secs(1));
+    let idle = put_off(&crowd)?;
+    // It answers more often than an epoch takes, so that each ends with output held.
+    let probe = crowd.probe("web", Duration::from_millis(5), 1)?;
+    sleep(Duration::from_secs(1));
+    let from = Stamp::now();
+    let busy = put_off(&crowd)?;
+    let (latency, requests) = probe.quantiles(from, Stamp::now());
+    println!("put off: {idle:.2} idle, {busy:.2} with {requests} requests, {latency:?}");
+    assert!(requests > 10, "{requests} requests");
+    assert!(idle > 0.5, "an idle guest is hardly left alone: {idle:.2}");
+    assert!(busy < idle / 2.0, "one that speaks is: {busy:.2} of {idle:.2}");
+    Ok(())
 }
 
 fn protected() -> Result<Stage> {

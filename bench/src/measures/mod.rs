@@ -209,8 +209,13 @@ pub(crate) const ALL: &[Kind] = &[
     },
     Kind {
         name: "idle.cost",
-        about: "processor time of replicator and agent for a protected guest that does nothing",
-        parse: parse::<pair::IdleCost>,
+        about: "processor time of replicator and agent for a protected guest that does nothing, against epochs that are all alike",
+        parse: parse::<pair::idle::IdleCost>,
+    },
+    Kind {
+        name: "idle.latency",
+        about: "rare requests to a protected guest that does nothing else, against epochs that are all alike",
+        parse: parse::<pair::idle::IdleLatency>,
     },
     Kind {
         name: "epochs.on-time",

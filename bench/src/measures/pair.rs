@@ -1,7 +1,9 @@
-//! `commit.latency`, `idle.cost`, `epochs.on-time`, `link.slow`: one VM with its real replicator, agent and witness, in the end-to-end tests' lab.
+//! `commit.latency`, `epochs.on-time`, `link.slow`, and in a file of its own what an idle guest costs and gets: one VM with its real replicator, agent and witness, in the end-to-end tests' lab.
 //!
 //! What is told is what the daemons say of themselves in their status, and what the kernel says of them. It needs root, /dev/kvm and the release
 //! binaries of this checkout. A VM that is not protected at the end, or that made no checkpoints, is an error.
+
+pub(crate) mod idle;
 
 use std::time::{Duration, Instant};
 
@@ -31,6 +33,8 @@ const TWO_THOUSAND: &str = "random:2000:25:64";
 /// The guest does nothing but that.
 const QUIET: &str = "check=off log=off";
 const NOTHING: &str = "off";
+/// Settings of a replicator.
+const BY_DEFAULT: &str = "";
 
 /// Settings of what is watched for a while.
 #[derive(Clone, Debug, Deserialize)]
@@ -152,13 +156,13 @@ fn watch(crowd: &Crowd, slice: Duration) -> Result<Seen, Unable> {
     })
 }
 
-/// A protected VM whose guest writes so, and does nothing else.
-fn protected(run: &Run, dirty: &str, memory_mib: u32) -> Result<Crowd, Unable> {
-    run.say(format!("dirty={dirty}: starting"));
+/// A protected VM whose guest writes so, and does nothing else; its replicator has these settings.
+fn protected(dirty: &str, memory_mib: u32, settings: &str) -> Result<Crowd, Unable> {
     let config = CrowdConfig {
         memory_mib,
         dirty: dirty.to_owned(),
         words: QUIET.to_owned(),
+        replicators: settings.to_owned(),
         ..CrowdConfig::default()
     };
     let raised = Crowd::raise(&Paths::here(), LAB, &[HOST], config);
@@ -184,12 +188,19 @@ impl Common {
             .or_else(|| dirty.find_map(|dirty| super::kvm::dirty_problem(dirty)))
     }
 
+    /// A protected guest that writes so, for a slice; its replicator has these settings.
+    fn look(&self, run: &Run, dirty: &str, settings: &str) -> Result<Seen, Unable> {
+        let crowd = protected(dirty, self.memory_mib, settings)?;
+        watch(&crowd, slice(run, self.slice_ms))
+    }
+
     /// For each thing that the guest writes: what was seen in each repetition.
-    fn each(
+    fn each<T>(
         &self,
         run: &mut Run,
         by_default: &str,
-        finding: impl Fn(&[Seen]) -> Result<Finding, Unable>,
+        look: impl Fn(&Run, &str) -> Result<T, Unable>,
+        finding: impl Fn(&[T]) -> Result<Finding, Unable>,
     ) -> Result<(), Unable> {
         let by_default = [by_default.to_owned()];
         let all_dirty = if self.dirty.is_empty() {
@@ -200,13 +211,12 @@ impl Common {
         for dirty in all_dirty {
             let mut all = Vec::new();
             for repetition in 0..run.repetitions() {
-                let crowd = protected(run, dirty, self.memory_mib)?;
                 run.say(format!(
                     "dirty={dirty}, {} of {}",
                     repetition + 1,
                     run.repetitions()
                 ));
-                all.push(watch(&crowd, slice(run, self.slice_ms))?);
+                all.push(look(run, dirty)?);
             }
             let found = Finding {
                 case: dirty.clone(),
@@ -226,7 +236,7 @@ fn parameters(dirty: &str, memory_mib: u32) -> [(&'static str, Parameter); 3] {
     ]
 }
 
-fn notes(all: &[Seen], note: impl Fn(&Seen) -> Result<String, Unable>) -> Result<Option<String>, Unable> {
+fn notes<T>(all: &[T], note: impl Fn(&T) -> Result<String, Unable>) -> Result<Option<String>, Unable> {
     let all = all.iter().map(note).collect::<Result<Vec<_>, _>>()?;
     Ok(Some(all.join("; ")))
 }
@@ -238,7 +248,8 @@ pub(crate) struct CommitLatency(Common);
 
 impl Measure for CommitLatency {
     fn run(&self, run: &mut Run) -> Result<(), Unable> {
-        self.0.each(run, FIVE_HUNDRED, |all| {
+        let look = |run: &Run, dirty: &str| self.0.look(run, dirty, BY_DEFAULT);
+        self.0.each(run, FIVE_HUNDRED, look, |all| {
             let p50 = all.iter().map(|seen| seen.of_status("commit_lag_ms", "p50"));
             let ack_us = |seen: &Seen| {
                 seen.agent["receive_to_ack_recent_us"]["p50"]
@@ -267,39 +278,6 @@ impl Measure for CommitLatency {
     }
 }
 
-/// `idle.cost`.
-#[derive(Deserialize)]
-#[serde(transparent)]
-pub(crate) struct IdleCost(Common);
-
-impl Measure for IdleCost {
-    fn run(&self, run: &mut Run) -> Result<(), Unable> {
-        self.0.each(run, NOTHING, |all| {
-            let both = all.iter().map(|seen| seen.replicator_percent + seen.agent_percent);
-            Ok(Finding {
-                case: String::new(),
-                unit: "%",
-                value: figure(&both.collect::<Vec<_>>())?,
-                reference: None,
-                note: notes(all, |seen| {
-                    Ok(format!(
-                        "of a core: replicator {:.2} %, agent {:.2} %; {:.0} checkpoints in {:.1} s, {} pages each",
-                        seen.replicator_percent,
-                        seen.agent_percent,
-                        seen.epochs,
-                        seen.slice.as_secs_f64(),
-                        seen.of_status("dirty_pages", "p50")?
-                    ))
-                })?,
-            })
-        })
-    }
-
-    fn problem(&self) -> Option<String> {
-        self.0.problem()
-    }
-}
-
 /// `epochs.on-time`.
 #[derive(Deserialize)]
 #[serde(transparent)]
@@ -307,7 +285,8 @@ pub(crate) struct OnTime(Common);
 
 impl Measure for OnTime {
     fn run(&self, run: &mut Run) -> Result<(), Unable> {
-        self.0.each(run, TWO_THOUSAND, |all| {
+        let look = |run: &Run, dirty: &str| self.0.look(run, dirty, BY_DEFAULT);
+        self.0.each(run, TWO_THOUSAND, look, |all| {
             let late = all.iter().map(|seen| 100.0 * seen.late / seen.epochs);
             Ok(Finding {
                 case: String::new(),
@@ -363,7 +342,7 @@ impl SlowLink {
     /// processes, because two replicators differ by more than the link may make of one: in where their memory happens to lie.
     fn pairs(&self, run: &Run) -> Result<[(Seen, Seen); 2], Unable> {
         let slice = slice(run, self.slice_ms);
-        let mut crowd = protected(run, &self.dirty, self.memory_mib)?;
+        let mut crowd = protected(&self.dirty, self.memory_mib, BY_DEFAULT)?;
         run.say("a fast link");
         let fast = watch(&crowd, slice)?;
         let bytes_a_second = fast.wire_bytes / fast.slice.as_secs_f64() / f64::from(self.times);

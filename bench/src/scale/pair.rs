@@ -74,7 +74,8 @@ impl Pair {
 
     /// A capture was taken, and the guest runs again.
     pub(super) fn captured(&mut self, now_ns: u64, epoch: u64, wishes: &mut Vec<Wish>) {
-        let event = PrimaryEvent::Captured(self.session, Epoch(epoch));
+        // As it was asked for: no guest is idle.
+        let event = PrimaryEvent::Captured(self.session, Epoch(epoch), Time::default());
         self.handle(now_ns, event, wishes);
     }
 

@@ -69,6 +69,10 @@ pub struct Epochs {
     pub length: EpochLength,
     /// What `length = "auto"` steers to.
     pub auto: AutoEpochs,
+    /// Longest epoch of an idle guest, which wrote to at most 64 pages in the epoch before: it ends as soon as the guest sends something,
+    /// but not before `length`. Not longer than `length`: all epochs are alike. Default 100 ms.
+    #[serde(with = "duration")]
+    pub idle_length: Duration,
     /// Most epochs sent and not yet acknowledged; past that an epoch stretches. Default 4.
     pub in_flight_max: u16,
     /// A pause that lasts longer kills its holder, so that the guest runs on. Default 1 s.
@@ -85,6 +89,7 @@ impl Default for Epochs {
         Self {
             length: EpochLength::Fixed(Duration::from_millis(25)),
             auto: AutoEpochs::default(),
+            idle_length: Duration::from_millis(100),
             in_flight_max: 4,
             pause_kill_limit: Duration::from_secs(1),
             hold_max: Duration::from_secs(10),
@@ -173,6 +178,7 @@ impl Epochs {
             EpochLength::Auto => checks,
         };
         checks
+            .duration("idle_length", self.idle_length, ms(0), s(10))?
             .number("in_flight_max", self.in_flight_max.into(), 1, 256)?
             .duration("pause_kill_limit", self.pause_kill_limit, ms(50), s(60))?
             .duration("hold_max", self.hold_max, ms(100), s(3600))?;

@@ -87,8 +87,9 @@ pub enum PrimaryEvent {
     Witness(WitnessReply),
     /// The live copy asked for by [`PrimaryCommand::StartFirstCopy`] is sent.
     FirstCopyDone(Session),
-    /// The guest was captured, runs again (unless it was to stay stopped), and the checkpoint is on its way.
-    Captured(Session, Epoch),
+    /// The guest was captured, runs again (unless it was to stay stopped), and the checkpoint is on its way. The time is when it was
+    /// due: as it was asked for, or later, when the driver left an idle guest alone for longer. The next is due an epoch after it.
+    Captured(Session, Epoch, Time),
     /// The capture failed; the guest runs, nothing dirty was forgotten; the session can't go on.
     CaptureFailed(Session, Epoch),
     /// All that had arrived before [`PrimaryCommand::DrainSockets`] has been handed in.

@@ -128,6 +128,7 @@ metrics! {
     EPOCH_LENGTH_SECONDS = define("epoch_length_seconds", Kind::Gauge, VM, "Length of an epoch, as set", NANOSECONDS);
     EPOCHS = counter("epochs", VM, "Checkpoints taken");
     LATE_EPOCHS = counter("late_epochs", VM, "Checkpoints that began more than 2 ms late");
+    IDLE_EPOCHS = counter("idle_epochs", VM, "Epochs that were prolonged because the guest was idle");
     FAILED_CAPTURES = counter("failed_captures", VM, "Checkpoints that could not be taken; each ends the session");
     PAUSE_SECONDS = durations("pause_seconds", "How long the guest stood still for a checkpoint");
     PAUSE_PART_SECONDS = define("pause_part_seconds", Kind::Counter, &["vm", "part"], "Time that the guest stood still, by what was done meanwhile", NANOSECONDS);
@@ -195,6 +196,7 @@ pub static REPLICATOR: &[&Definition] = &[
     &EPOCH_LENGTH_SECONDS,
     &EPOCHS,
     &LATE_EPOCHS,
+    &IDLE_EPOCHS,
     &FAILED_CAPTURES,
     &PAUSE_SECONDS,
     &PAUSE_PART_SECONDS,

@@ -125,7 +125,7 @@ impl World {
         if let Some(connection) = self.connections.get_mut(&session) {
             connection.checkpoints.push_back(epoch);
         }
-        self.run_primary(0, Some(PrimaryEvent::Captured(session, epoch)));
+        self.run_primary(0, Some(PrimaryEvent::Captured(session, epoch, BASE)));
     }
 
     /// As [`World::run_primary`], for the backup.

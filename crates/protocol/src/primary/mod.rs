@@ -217,7 +217,7 @@ impl Primary {
             PrimaryEvent::Peer(session, message) => self.on_peer(now, session, &message),
             PrimaryEvent::Witness(reply) => self.on_witness(now, reply),
             PrimaryEvent::FirstCopyDone(session) => self.on_first_copy(now, session),
-            PrimaryEvent::Captured(session, epoch) => self.on_captured(now, session, epoch),
+            PrimaryEvent::Captured(session, epoch, due_at) => self.on_captured(now, session, epoch, due_at),
             PrimaryEvent::CaptureFailed(session, _) => {
                 if self.is_session(session) {
                     self.lose_link(now, false);

@@ -49,7 +49,7 @@ impl Primary {
         });
     }
 
-    pub(super) fn on_captured(&mut self, now: Time, session: Session, epoch: Epoch) {
+    pub(super) fn on_captured(&mut self, now: Time, session: Session, epoch: Epoch, due_at: Time) {
         let Some(link) = &mut self.link else { return };
         if link.session != session {
             return;
@@ -64,6 +64,7 @@ impl Primary {
             outstanding.epoch
         );
         link.captured = epoch;
+        link.due_at = link.due_at.max(due_at);
         if outstanding.stay_stopped {
             link.last_epoch = Some(epoch);
             self.guest.stopped = true;

@@ -39,7 +39,9 @@ pub(crate) struct Lab {
     lives: u128,
     cut: BTreeSet<String>,
     parcels: VecDeque<(u64, Parcel)>,
-    captures: Vec<(u64, Session, Epoch)>,
+    captures: Vec<(u64, Session, Epoch, Time)>,
+    /// The guest is idle: captures are made so much later than they were asked for.
+    idle_ms: u64,
     standby_fails: bool,
     /// Every capture is told, not only those that do something else as well.
     captures_told: bool,
@@ -68,6 +70,7 @@ impl Lab {
             cut: BTreeSet::new(),
             parcels: VecDeque::new(),
             captures: Vec::new(),
+            idle_ms: 0,
             standby_fails: false,
             captures_told: false,
             heartbeats_told: false,
@@ -134,6 +137,7 @@ impl Lab {
             // A host that the record does not name says hello, so many terms ahead of the record.
             ["lie", ahead] => self.lie(ahead.parse().expect("a number of terms")),
             ["heartbeats", "told"] => self.heartbeats_told = true,
+            ["idle", time] => self.idle_ms = time.trim_end_matches("ms").parse().expect("milliseconds"),
             ["epochs", "told"] => self.captures_told = true,
             ["epochs", time] => {
                 let ms: u64 = time.trim_end_matches("ms").parse().expect("milliseconds");
@@ -272,13 +276,13 @@ impl Lab {
         while let Some(event) = self.late.pop_front() {
             self.tell_primary(event);
         }
-        for (_, session, epoch) in self
+        for (_, session, epoch, due_at) in self
             .captures
             .extract_if(.., |(at, ..)| *at <= now_ms)
             .collect::<Vec<_>>()
         {
             self.send("link", Parcel::Checkpoint(session, epoch, self.now()));
-            self.tell_primary(PrimaryEvent::Captured(session, epoch));
+            self.tell_primary(PrimaryEvent::Captured(session, epoch, due_at));
         }
         let now = self.now();
         if self
@@ -428,8 +432,9 @@ impl Lab {
                     if self.captures_told {
                         self.say("primary", &format!("capture {epoch} at {} ms", at.ns / MS));
                     }
-                    self.captures
-                        .push((at.ns.div_ceil(MS).max(self.now_ms + 1), session, epoch));
+                    let due_at = at.after_ns(self.idle_ms * MS);
+                    let at_ms = due_at.ns.div_ceil(MS).max(self.now_ms + 1);
+                    self.captures.push((at_ms, session, epoch, due_at));
                 }
                 PrimaryCommand::Release(epoch) => self.released = epoch,
                 PrimaryCommand::DrainSockets => self.tell_primary(PrimaryEvent::Drained),

@@ -184,6 +184,6 @@ impl PrimaryHost {
         let frames = link.sender.as_mut()?.checkpoint(&harvest, context.now.ns);
         send_data(context, session, frames);
         context.moment(Moment::CaptureEnds);
-        Some(PrimaryEvent::Captured(session, epoch))
+        Some(PrimaryEvent::Captured(session, epoch, outstanding.due_at))
     }
 }

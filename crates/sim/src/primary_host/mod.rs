@@ -43,6 +43,7 @@ struct Outstanding {
     epoch: Epoch,
     close_gate: bool,
     stay_stopped: bool,
+    due_at: Time,
 }
 
 /// Everything on the primary's host.
@@ -330,14 +331,23 @@ impl PrimaryHost {
                 close_gate,
                 stay_stopped,
             } => {
+                // A guest that is idle is left alone for longer.
+                let idle = !stay_stopped && context.random.chance(100);
+                let idle_ns = if idle {
+                    context.random.within(1, 50 * MS)
+                } else {
+                    0
+                };
+                let due_at = at.after_ns(idle_ns);
                 self.outstanding = Some(Outstanding {
                     session,
                     epoch,
                     close_gate,
                     stay_stopped,
+                    due_at,
                 });
                 context.at(
-                    at,
+                    due_at,
                     Event::Primary(self.life, PrimaryWork::CaptureBegins(session, epoch)),
                 );
             }
