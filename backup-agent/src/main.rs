@@ -20,6 +20,7 @@ mod starts;
 mod status;
 mod store;
 mod store_jobs;
+mod supervise;
 mod vm_driver;
 
 use std::os::fd::OwnedFd;

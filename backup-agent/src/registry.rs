@@ -15,8 +15,7 @@ use romulus_host_sys::process_clock::Clock;
 use romulus_hypervisor::spec::MachineSpec;
 use romulus_image::{Places, StagingShare};
 use romulus_protocol::{
-    Answer, Ask, Backup, BackupConfig, BackupEvent, BackupOrder, ImageStatus, Mode, NotProtected, Protection,
-    WitnessRequest,
+    Answer, Ask, Backup, BackupConfig, BackupEvent, BackupOrder, ImageStatus, Mode, WitnessRequest,
 };
 use romulus_transport::WitnessClient;
 use romulus_types::{Epoch, HostId, Nonce, VmId};
@@ -33,6 +32,7 @@ use crate::starts::Starts;
 use crate::status::VmStatus;
 use crate::store::Store;
 use crate::store_jobs::{StoreJob, StoreSender, store_channel};
+use crate::supervise::Parts;
 use crate::vm_driver::VmDriver;
 use crate::vm_image::VmImage;
 
@@ -190,15 +190,26 @@ impl Registry {
         if vms.len() >= vms_max {
             bail!("this agent backs up {vms_max} VMs already (setting vms_max)");
         }
-        let handle = self.start(vm)?;
+        let status = Arc::new(VmStatus::new(vm.clone(), self.shared.host.as_str()));
+        let handle = self.start(vm, status, Parts::FIRST_PAUSE)?;
         vms.insert(vm.clone(), handle.clone());
         Ok(handle)
     }
 
-    fn start(&self, vm: &VmId) -> anyhow::Result<VmHandle> {
+    /// Starts the parts of a VM that has given up again. When they give up soon, too, `pause` passes before it is done once more.
+    ///
+    /// # Errors
+    /// When its image or what is remembered of it can't be used.
+    pub fn start_again(&self, status: Arc<VmStatus>, pause: Duration) -> anyhow::Result<()> {
+        let vm = status.vm_id().clone();
+        let handle = self.start(&vm, status, pause)?;
+        self.lock().insert(vm, handle);
+        Ok(())
+    }
+
+    fn start(&self, vm: &VmId, status: Arc<VmStatus>, pause: Duration) -> anyhow::Result<VmHandle> {
         let shared = &self.shared;
         let vm_limits = shared.settings.limits_of(vm);
-        let status = Arc::new(VmStatus::new(vm.clone(), shared.host.as_str()));
         let (inbox, inputs) = mpsc::channel(INBOX_MAX);
         let events = EventSink(inbox.clone());
         let limits = romulus_image::Limits {
@@ -261,18 +272,13 @@ impl Registry {
             acked: Cell::new(Epoch::NONE),
             remembered: record_file,
         };
-        let failed = Arc::clone(&status);
-        tokio::spawn(async move {
-            if let Err(error) = driver.run().await {
-                error!(
-                    event = "vm_driver_failed",
-                    vm = failed.vm(),
-                    error = format!("{error:#}")
-                );
-                failed.set_protection(Protection::NotProtected(NotProtected::NoBackup));
-                failed.set_detail(format!("the agent gave this VM up, restart it: {error:#}"));
-            }
-        });
+        let parts = Parts {
+            store: driver.store.weak_store(),
+            driver,
+            status: Arc::clone(&status),
+            pause,
+        };
+        parts.run(self.clone());
         Ok(VmHandle {
             inbox,
             status,
@@ -400,7 +406,11 @@ impl Registry {
             self.check_not_named(vm).await?;
         }
         let (done, wait) = oneshot::channel();
-        let given_up = || ForgetError::Refused(format!("the agent has given {vm} up: restart it"));
+        let given_up = || {
+            ForgetError::Refused(format!(
+                "the agent has given {vm} up and begins with it again: try again soon"
+            ))
+        };
         let asked = handle.inbox.send(Input::Forget { force, done }).await;
         asked.map_err(|_| given_up())?;
         wait.await

@@ -8,7 +8,7 @@
 //! A checkpoint of a few pages is acknowledged in less time than it takes to wake a thread and be woken by it, and with many VMs on
 //! few cores those wakings would be most of the work.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
 use anyhow::anyhow;
@@ -114,6 +114,11 @@ impl StoreSender {
     /// The end for those who do not keep the store at work.
     pub fn weak(&self) -> mpsc::WeakSender<StoreJob> {
         self.jobs.downgrade()
+    }
+
+    /// The store, for who waits until nobody is at work at it any more.
+    pub fn weak_store(&self) -> Weak<Mutex<Store>> {
+        Arc::downgrade(&self.store)
     }
 
     /// Hands in a frame whose last byte came at `received`; waits while too many do. `false` when the store is gone.

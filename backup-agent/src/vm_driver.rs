@@ -174,7 +174,8 @@ impl VmDriver {
                 "a commit of it is kept that may have to be taken over; --force if the VM runs elsewhere, or never again".into(),
             );
         }
-        let gone = || "the store thread of this VM is gone: restart the agent".to_owned();
+        let gone =
+            || "the store of this VM is gone, and the agent begins with it again: try again soon".to_owned();
         let (done, wait) = oneshot::channel();
         self.store
             .send(StoreJob::Forget { force, done })

@@ -13,7 +13,7 @@ use romulus_telemetry::AdminClient;
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::daemons::AgentConfig;
+use crate::daemons::{AgentConfig, Fault};
 use crate::guest::{GuestConfig, QemuConfig, qmp};
 use crate::lab::word;
 use crate::links::Links;
@@ -49,6 +49,8 @@ pub struct CrowdConfig {
     pub agent: String,
     /// Tables of the agent's settings, as TOML.
     pub agent_tables: String,
+    /// A fault point to arm in the agent.
+    pub agent_fault: Option<Fault>,
     /// Settings of the replicators, as TOML.
     pub replicators: String,
 }
@@ -62,6 +64,7 @@ impl Default for CrowdConfig {
             words: String::new(),
             agent: String::new(),
             agent_tables: String::new(),
+            agent_fault: None,
             replicators: String::new(),
         }
     }
@@ -476,6 +479,7 @@ fn start_agent(lab: &Lab, config: &CrowdConfig) -> Result<Process> {
     std::fs::write(&path, settings).with_context(|| format!("cannot write {}", path.display()))?;
     lab.start_agent_with(&AgentConfig {
         extra: vec!["--config".to_owned(), word(&path)],
+        fault: config.agent_fault.clone(),
         ..AgentConfig::default()
     })
 }

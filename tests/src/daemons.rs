@@ -402,6 +402,8 @@ impl Lab {
 fn armed(fault: Option<&Fault>) -> Vec<String> {
     let Some(fault) = fault else { return Vec::new() };
     let mut argv = vec!["env".to_owned(), format!("ROMULUS_FAULT={}", fault.place)];
+    // As an installation has it: to look the names of a panic's functions up takes longer than a suspicion timeout.
+    argv.push("RUST_BACKTRACE=0".to_owned());
     argv.extend(
         fault
             .from

@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use romulus_e2e::crowd::{AT_MOST, Crowd, CrowdConfig};
+use romulus_e2e::daemons::Fault;
 use romulus_e2e::{Paths, TEST_LAB, wait_for};
 
 fn crowd(hosts: &[&str], config: CrowdConfig) -> Result<Crowd> {
@@ -34,6 +35,67 @@ fn of_two_hosts_with_two_vms_each_on_one_agent_one_dies_and_the_other_goes_on_pr
     activated.sort();
     assert_eq!(activated, ["l-0", "l-1"]);
     Ok(())
+}
+
+/// A part of the agent panics at this point, once both VMs are protected.
+fn survives_a_panic(point: &str) -> Result<()> {
+    let from = std::env::temp_dir().join(format!("romulus-panic-{}-{point}", std::process::id()));
+    let mut crowd = crowd(
+        &["left"],
+        CrowdConfig {
+            agent_fault: Some(Fault {
+                place: format!("{point}:panic"),
+                from: Some(from.clone()),
+            }),
+            ..CrowdConfig::default()
+        },
+    )?;
+    let names = ["one", "two"];
+    for name in names {
+        crowd.add("left", name, None)?;
+    }
+    crowd.protect_all()?;
+    let agent = crowd.agent.pid()?;
+    let session_of =
+        |crowd: &Crowd, name: &str| Ok::<_, anyhow::Error>(crowd.status(name)?["session"].clone());
+    let sessions = [session_of(&crowd, "one")?, session_of(&crowd, "two")?];
+    std::fs::write(&from, "")?;
+    let again = |crowd: &Crowd, name: &str| {
+        let events = crowd.events_of(name).ok()?;
+        let at = |kind: &str| events.iter().position(|event| event["event"] == kind);
+        (at("vm_given_up")? < at("vm_started_again")?).then_some(())
+    };
+    let struck = wait_for("the parts to be started again", AT_MOST, || {
+        names.iter().position(|name| again(&crowd, name).is_some())
+    });
+    std::fs::remove_file(&from)?;
+    let struck = struck?;
+    for name in names {
+        crowd.wait_protected(name)?;
+    }
+    assert_eq!(crowd.agent.pid()?, agent, "{point}: another agent");
+    let other = 1 - struck;
+    assert_eq!(
+        session_of(&crowd, names[other])?,
+        sessions[other],
+        "{point}: the other VM lost its session"
+    );
+    assert_ne!(session_of(&crowd, names[struck])?, sessions[struck], "{point}");
+    crowd.kill_host("left")?;
+    for name in names {
+        crowd.wait_serves(name)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_vm_whose_driver_panics_is_begun_with_again_and_the_other_goes_on() -> Result<()> {
+    survives_a_panic("agent.before_ack")
+}
+
+#[test]
+fn a_vm_whose_store_panics_is_begun_with_again_and_the_other_goes_on() -> Result<()> {
+    survives_a_panic("agent.after_commit")
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Named places where a test can kill, stop or end this process.
 //!
 //! The points are always compiled in and cost one atomic load. `ROMULUS_FAULT=NAME[@N]:ACTION`, read once, arms one of
-//! them, for its N-th pass (the first one when N is left out); actions are `sigkill`, `sigstop` and `exit`. With
+//! them, for its N-th pass (the first one when N is left out); actions are `sigkill`, `sigstop`, `exit` and `panic`. With
 //! `ROMULUS_FAULT_FROM=FILE` passes are counted from when this file is there: a test makes it in the phase that it aims at. A
 //! process that is struck says so on its standard error, so that no test takes another death for this one.
 //!
@@ -130,6 +130,7 @@ enum Action {
     Kill,
     Stop,
     Exit,
+    Panic,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -148,6 +149,7 @@ fn parse(setting: &str) -> Option<Armed> {
         "sigkill" => Action::Kill,
         "sigstop" => Action::Stop,
         "exit" => Action::Exit,
+        "panic" => Action::Panic,
         _ => return None,
     };
     let (name, pass) = match place.split_once('@') {
@@ -169,7 +171,7 @@ fn armed() -> Option<&'static Armed> {
             let setting = std::env::var(VARIABLE).ok()?;
             // A misspelt point would make a kill test pass without a kill.
             let armed = parse(&setting).unwrap_or_else(|| {
-                panic!("{VARIABLE}={setting} is not POINT[@N]:sigkill|sigstop|exit of a known point")
+                panic!("{VARIABLE}={setting} is not POINT[@N]:sigkill|sigstop|exit|panic of a known point")
             });
             Some(Armed {
                 from: std::env::var_os(FROM_VARIABLE).map(PathBuf::from),
@@ -187,7 +189,7 @@ pub fn is_armed(name: &str) -> bool {
 /// Passes the point `name`; does not return when a test has armed it to kill or end this process.
 ///
 /// # Panics
-/// When `ROMULUS_FAULT` is set and malformed, or, in debug builds, when `name` is not in a list.
+/// When a test has armed it for that, when `ROMULUS_FAULT` is set and malformed, or, in debug builds, when `name` is not in a list.
 pub fn point(name: &str) {
     static PASSES: AtomicU64 = AtomicU64::new(0);
     debug_assert!(is_listed(name), "fault point {name} is not listed");
@@ -206,6 +208,7 @@ pub fn point(name: &str) {
         Action::Kill => drop(kill_process(getpid(), Signal::KILL)),
         Action::Stop => drop(kill_process(getpid(), Signal::STOP)),
         Action::Exit => process::exit(86),
+        Action::Panic => panic!("{STRUCK}{name}"),
     }
 }
 

@@ -1,0 +1,102 @@
+//! Keeps a VM's parts at work: a driver that gives up, or panics, costs its VM the session and no other VM anything. Its parts are
+//! started again from what is on disk, as at the agent's own start.
+//!
+//! ```text
+//!   driver ends ─► its session's tasks, then the store's thread ─► pause ─► the image is opened again ─► driver
+//! ```
+//!
+//! What a broken disk or a broken invariant ends would soon be ended again, so that each pause is longer than the one before.
+
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use romulus_protocol::{NotProtected, Protection};
+use serde_json::json;
+use tracing::{error, info};
+
+use crate::registry::Registry;
+use crate::status::VmStatus;
+use crate::store::Store;
+use crate::vm_driver::VmDriver;
+
+/// The first pause.
+const PAUSE_MIN: Duration = Duration::from_secs(1);
+/// The longest one; who was at work for so long begins with the first again.
+const PAUSE_MAX: Duration = Duration::from_secs(60);
+/// Between two looks whether the store's thread has ended.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// A VM's parts, of which the driver is to be run.
+pub struct Parts {
+    /// Runs as long as all is well.
+    pub driver: VmDriver,
+    /// Gone as soon as nobody is at work at the image any more.
+    pub store: Weak<Mutex<Store>>,
+    /// Figures.
+    pub status: Arc<VmStatus>,
+    /// How long to pause when they give up soon.
+    pub pause: Duration,
+}
+
+impl Parts {
+    /// The first pause of parts that have never given up.
+    pub const FIRST_PAUSE: Duration = PAUSE_MIN;
+
+    /// Runs the driver until the VM is forgotten or the agent ends; when it gives up, has the registry start all parts again.
+    pub fn run(self, registry: Registry) {
+        let Parts {
+            driver,
+            store,
+            status,
+            pause,
+        } = self;
+        let began = Instant::now();
+        tokio::spawn(async move {
+            let failed = match tokio::spawn(driver.run()).await {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => error,
+                Err(panicked) => anyhow!(panicked),
+            };
+            let pause = if began.elapsed() > PAUSE_MAX {
+                PAUSE_MIN
+            } else {
+                pause
+            };
+            give_up(&status, &failed, pause);
+            while store.strong_count() > 0 {
+                tokio::time::sleep(LOOK).await;
+            }
+            start_again(&registry, &status, pause).await;
+        });
+    }
+}
+
+fn give_up(status: &VmStatus, failed: &anyhow::Error, pause: Duration) {
+    let failed = format!("{failed:#}");
+    error!(event = "vm_given_up", vm = status.vm(), error = failed);
+    status.event("vm_given_up", &json!({"error": failed}));
+    status.set_protection(Protection::NotProtected(NotProtected::NoBackup));
+    status.set_detail(format!(
+        "the agent gave this VM up, and begins with it again in {} s: {failed}",
+        pause.as_secs()
+    ));
+}
+
+/// Tries until it is done: an image that can't be opened now may be later.
+async fn start_again(registry: &Registry, status: &Arc<VmStatus>, mut pause: Duration) {
+    loop {
+        tokio::time::sleep(pause).await;
+        pause = (2 * pause).min(PAUSE_MAX);
+        let (registry, again) = (registry.clone(), Arc::clone(status));
+        // All memory is read and compared with its digests: off the event loop.
+        let started = tokio::task::spawn_blocking(move || registry.start_again(again, pause)).await;
+        match started.unwrap_or_else(|panicked| Err(anyhow!(panicked))) {
+            Ok(()) => {
+                info!(event = "vm_started_again", vm = status.vm());
+                return status.event("vm_started_again", &json!({}));
+            }
+            Err(error) => give_up(status, &error, pause),
+        }
+    }
+}
