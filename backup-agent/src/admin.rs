@@ -158,7 +158,7 @@ async fn failover(
     };
     let mut ends = status.order_ends();
     if !registry.order(&vm, order).await {
-        let text = format!("the agent has given {vm} up: restart it");
+        let text = format!("the agent has given {vm} up and begins with it again: try again soon");
         return refusal(StatusCode::GONE, &text);
     }
     let ended = tokio::time::timeout(ORDER_TIMEOUT, ends.changed()).await;

@@ -179,7 +179,15 @@ impl Listener {
             self.ask_witness(hello).await?;
         }
         let refused = |error| Refusal::lasting(Refused::Admission, error);
-        self.admit(hello).await.map_err(refused)
+        let (vm, machine) = self.admit(hello).await.map_err(refused)?;
+        if vm.inbox.is_closed() {
+            return Err(Refusal {
+                cause: Refused::GivenUp,
+                error: anyhow!("the backup gave this VM up and begins with it again; try again"),
+                passing: true,
+            });
+        }
+        Ok((vm, machine))
     }
 
     /// Whether the witness's record names the host that says hello, in the term that it says.

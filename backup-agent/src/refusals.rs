@@ -18,19 +18,22 @@ pub enum Refused {
     WitnessSilent,
     /// The machine can't be backed up here, or has no room.
     Admission,
+    /// What works at the VM here gave up, and is being started again.
+    GivenUp,
     /// The protocol refuses the session: the VM runs here, another session is connected, the term is old.
     Protocol,
 }
 
 impl Refused {
     /// Every cause.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Hello,
         Self::Identity,
         Self::NotAllowed,
         Self::NotNamed,
         Self::WitnessSilent,
         Self::Admission,
+        Self::GivenUp,
         Self::Protocol,
     ];
 
@@ -43,6 +46,7 @@ impl Refused {
             Self::NotNamed => "not_named",
             Self::WitnessSilent => "witness_silent",
             Self::Admission => "admission",
+            Self::GivenUp => "given_up",
             Self::Protocol => "protocol",
         }
     }

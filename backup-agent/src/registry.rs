@@ -270,10 +270,11 @@ impl Registry {
             status: Arc::clone(&status),
             clock: shared.clock,
             acked: Cell::new(Epoch::NONE),
-            remembered: record_file,
+            remembered: Arc::new(Mutex::new(record_file)),
         };
         let parts = Parts {
-            store: driver.store.weak_store(),
+            store: driver.store.store(),
+            starts: shared.starts.clone(),
             driver,
             status: Arc::clone(&status),
             pause,

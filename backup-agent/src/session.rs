@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{anyhow, bail};
+use anyhow::bail;
 use bytes::Bytes;
 use romulus_config::ByteSize;
 use romulus_hypervisor::spec::MachineSpec;
@@ -253,7 +253,9 @@ impl ReadTask {
         let result = tokio::select! {
             result = self.control(control) => result,
             result = self.data() => result,
-            () = self.events.0.closed() => Err(anyhow!("the agent has given this VM up")),
+            () = self.events.0.closed() => {
+                return self.connection.close(CloseCode::FAULT, "the backup gave this VM up and begins with it again");
+            }
         };
         match result {
             Ok(()) => {

@@ -60,6 +60,7 @@ struct Counts {
     witness_refusals: u64,
     takeovers: u64,
     failed_takeovers: u64,
+    given_up: u64,
 }
 
 /// What a primary sent that was refused.
@@ -307,6 +308,11 @@ impl VmStatus {
         self.lock().activation = Some(report);
     }
 
+    /// What works at the VM gave up.
+    pub fn count_given_up(&self) {
+        self.lock().counts.given_up += 1;
+    }
+
     /// Keeps an event for `romulus events`, and tells those who wait for an order's end.
     pub fn event(&self, name: &str, detail: &Value) {
         let mut inner = self.lock();
@@ -421,6 +427,7 @@ impl VmStatus {
             (&catalogue::WITNESS_REFUSALS, inner.counts.witness_refusals),
             (&catalogue::TAKEOVERS, inner.counts.takeovers),
             (&catalogue::FAILED_TAKEOVERS, inner.counts.failed_takeovers),
+            (&catalogue::GIVEN_UP, inner.counts.given_up),
         ] {
             samples.number(definition, vm, number);
         }

@@ -8,7 +8,7 @@
 //! A checkpoint of a few pages is acknowledged in less time than it takes to wake a thread and be woken by it, and with many VMs on
 //! few cores those wakings would be most of the work.
 
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use anyhow::anyhow;
@@ -116,9 +116,14 @@ impl StoreSender {
         self.jobs.downgrade()
     }
 
-    /// The store, for who waits until nobody is at work at it any more.
-    pub fn weak_store(&self) -> Weak<Mutex<Store>> {
-        Arc::downgrade(&self.store)
+    /// Waits until the store's thread has ended.
+    pub async fn ended(&self) {
+        self.jobs.closed().await;
+    }
+
+    /// The store, for who waits until nobody else is at work at it any more.
+    pub fn store(&self) -> Arc<Mutex<Store>> {
+        Arc::clone(&self.store)
     }
 
     /// Hands in a frame whose last byte came at `received`; waits while too many do. `false` when the store is gone.

@@ -7,15 +7,17 @@
 //!
 //! What a broken disk or a broken invariant ends would soon be ended again, so that each pause is longer than the one before.
 
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use romulus_protocol::{NotProtected, Protection};
+use romulus_types::{Epoch, Term};
 use serde_json::json;
 use tracing::{error, info};
 
 use crate::registry::Registry;
+use crate::starts::Starts;
 use crate::status::VmStatus;
 use crate::store::Store;
 use crate::vm_driver::VmDriver;
@@ -24,6 +26,8 @@ use crate::vm_driver::VmDriver;
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 /// The longest one; who was at work for so long begins with the first again.
 const PAUSE_MAX: Duration = Duration::from_secs(60);
+/// Who takes longer to end hangs.
+const ENDS_AT_MOST: Duration = Duration::from_secs(30);
 /// Between two looks whether the store's thread has ended.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -31,8 +35,10 @@ const LOOK: Duration = Duration::from_millis(50);
 pub struct Parts {
     /// Runs as long as all is well.
     pub driver: VmDriver,
-    /// Gone as soon as nobody is at work at the image any more.
-    pub store: Weak<Mutex<Store>>,
+    /// With it, nobody else is at work at the image any more.
+    pub store: Arc<Mutex<Store>>,
+    /// Who waits for whose start.
+    pub starts: Starts,
     /// Figures.
     pub status: Arc<VmStatus>,
     /// How long to pause when they give up soon.
@@ -48,6 +54,7 @@ impl Parts {
         let Parts {
             driver,
             store,
+            starts,
             status,
             pause,
         } = self;
@@ -63,10 +70,12 @@ impl Parts {
             } else {
                 pause
             };
+            status.count_given_up();
             give_up(&status, &failed, pause);
-            while store.strong_count() > 0 {
-                tokio::time::sleep(LOOK).await;
-            }
+            starts.heard(status.vm_id(), None);
+            alone_with(&store, &status).await;
+            // It waits for the end of the standby that it has.
+            let _ = tokio::task::spawn_blocking(move || drop(store)).await;
             start_again(&registry, &status, pause).await;
         });
     }
@@ -77,10 +86,26 @@ fn give_up(status: &VmStatus, failed: &anyhow::Error, pause: Duration) {
     error!(event = "vm_given_up", vm = status.vm(), error = failed);
     status.event("vm_given_up", &json!({"error": failed}));
     status.set_protection(Protection::NotProtected(NotProtected::NoBackup));
+    status.set_standby("none", None);
+    status.set_progress(Term(0), None, Epoch::NONE);
     status.set_detail(format!(
         "the agent gave this VM up, and begins with it again in {} s: {failed}",
         pause.as_secs()
     ));
+}
+
+/// Waits until nobody else has the store: its thread and the session's tasks end by themselves, unless one hangs.
+async fn alone_with(store: &Arc<Mutex<Store>>, status: &VmStatus) {
+    let began = Instant::now();
+    let mut told = false;
+    while Arc::strong_count(store) > 1 {
+        tokio::time::sleep(LOOK).await;
+        if began.elapsed() > ENDS_AT_MOST && !std::mem::replace(&mut told, true) {
+            error!(event = "store_hangs", vm = status.vm());
+            status.event("store_hangs", &json!({}));
+            status.set_detail("the agent gave this VM up, and what works at its image does not end: a disk or a standby hangs. If it stays so, restart the agent".to_owned());
+        }
+    }
 }
 
 /// Tries until it is done: an image that can't be opened now may be later.

@@ -10,11 +10,11 @@
 //! the next command.
 
 use std::cell::Cell;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use romulus_config::VmLimits;
 use romulus_daemon::RecordFile;
 use romulus_host_sys::process_clock::Clock;
@@ -36,6 +36,10 @@ use crate::store_jobs::{StoreJob, StoreSender};
 
 /// How long what already arrived may take to reach the inbox.
 const DRAIN: Duration = Duration::from_millis(2);
+
+/// How long the store may take to come to a job whose end is waited for: it may be loading a checkpoint into a standby. One that waits for
+/// this driver instead, whose inbox its primary keeps full, waits for ever; then all is begun anew.
+const STORE_AT_MOST: Duration = Duration::from_mins(5);
 
 /// What the driver works with.
 pub struct VmDriver {
@@ -70,7 +74,7 @@ pub struct VmDriver {
     /// The newest commit that was acknowledged.
     pub acked: Cell<Epoch>,
     /// What must be remembered.
-    pub remembered: RecordFile<Remembered>,
+    pub remembered: Arc<Mutex<RecordFile<Remembered>>>,
 }
 
 impl VmDriver {
@@ -100,6 +104,7 @@ impl VmDriver {
                     Some(input) => self.take(input),
                     None => return Ok(()),
                 },
+                () = self.store.ended() => bail!("the store's thread has ended"),
                 () = tokio::time::sleep_until(deadline) => self.backup.handle_timeout(self.clock.now()),
             }
         }
@@ -180,12 +185,12 @@ impl VmDriver {
         self.store
             .send(StoreJob::Forget { force, done })
             .map_err(|_| gone())?;
-        wait.await.map_err(|_| gone())??;
-        match std::fs::remove_file(self.remembered.path()) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(format!(
-                "could not remove {}: {error}",
-                self.remembered.path().display()
-            )),
+        answered(wait).await.map_err(|_| gone())??;
+        let path = writer(&self.remembered).path().to_owned();
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(format!("could not remove {}: {error}", path.display()))
+            }
             _ => Ok(()),
         }
     }
@@ -194,7 +199,7 @@ impl VmDriver {
         match command {
             BackupCommand::Remember(remembered) => {
                 fault::point("agent.before_remember");
-                self.remembered.write(&remembered)?;
+                self.remember(remembered).await?;
                 fault::point("agent.after_remember");
             }
             BackupCommand::AskWitness(request) => {
@@ -206,7 +211,9 @@ impl VmDriver {
                 fault::point("agent.before_unusable");
                 let (done, wait) = oneshot::channel();
                 self.store.send(StoreJob::MarkUnusable(done))?;
-                wait.await.context("the image could not be marked unusable")?;
+                answered(wait)
+                    .await
+                    .context("the image could not be marked unusable")?;
                 fault::point("agent.after_unusable");
             }
             BackupCommand::Accept(session) => self.accept(session)?,
@@ -248,6 +255,13 @@ impl VmDriver {
             BackupCommand::Report(notice) => self.notice(&notice),
         }
         Ok(())
+    }
+
+    /// *Durable*. Not on this thread, which all VMs share: a disk may take its time.
+    async fn remember(&mut self, remembered: Remembered) -> anyhow::Result<()> {
+        let record = Arc::clone(&self.remembered);
+        let write = move || writer(&record).write(&remembered);
+        Ok(tokio::task::spawn_blocking(write).await??)
     }
 
     /// Whether it acknowledges a commit for the first time.
@@ -324,4 +338,16 @@ impl VmDriver {
         let (name, detail) = self.status.notice(notice);
         info!(event = name, vm = self.status.vm(), detail = %detail);
     }
+}
+
+fn writer(record: &Mutex<RecordFile<Remembered>>) -> MutexGuard<'_, RecordFile<Remembered>> {
+    record.lock().expect("whoever writes does not panic")
+}
+
+/// What the store says to a job.
+async fn answered<T>(wait: oneshot::Receiver<T>) -> anyhow::Result<T> {
+    let answer = tokio::time::timeout(STORE_AT_MOST, wait).await;
+    answer
+        .context("the store did not come to it")?
+        .context("the store has ended")
 }

@@ -131,7 +131,7 @@ impl CaptureThread {
                     let due_at = if stay_stopped {
                         at
                     } else {
-                        self.idle.wait(last_start, at, &self.gates, self.clock)
+                        self.wait_while_idle(session, last_start, at)
                     };
                     let start = self.clock.now();
                     let moment = Moment {
@@ -171,6 +171,29 @@ impl CaptureThread {
         let left = deadline.saturating_duration_since(Instant::now());
         if !left.is_zero() {
             std::thread::sleep(left);
+        }
+    }
+
+    /// At the end of an epoch that began at `began` and was to end at `at`: waits while the guest is idle. Returns when the epoch ends.
+    fn wait_while_idle(&mut self, session: Session, began: Option<Time>, at: Time) -> Time {
+        let Some(until) = self.idle.until(began, at).filter(|_| !self.gates.hold_output()) else {
+            return at;
+        };
+        loop {
+            let left = self
+                .clock
+                .instant(until)
+                .saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return until;
+            }
+            // Unparked by the gates; at any other time it only looks once more.
+            std::thread::park_timeout(left.min(IDLE_POLL));
+            if self.gates.hold_output() || !self.current.is(session) {
+                return self.clock.now().min(until);
+            }
+            self.pulse.beat();
+            self.forward_guest_events();
         }
     }
 
@@ -273,7 +296,7 @@ impl CaptureThread {
         match self.try_capture(session, epoch, close_gate, stay_stopped, &mut buffer) {
             Ok(report) => {
                 let now = self.clock.now();
-                self.idle.captured(close_gate, &report);
+                self.idle.captured(close_gate, moment.interval_ns, &report);
                 self.status.add_capture(now, &moment, &report);
                 fault::point("replicator.captured");
                 let learnt = self.gates.learnt();
@@ -286,7 +309,7 @@ impl CaptureThread {
                 };
                 if self.encoder.send(job).is_ok() {
                     let figures = EpochFigures {
-                        interval_ns: moment.interval_ns,
+                        interval_ns: if moment.idle_ns > 0 { 0 } else { moment.interval_ns },
                         pause_ns: report.pause_ns,
                         dirty_pages: report.dirty_pages,
                     };

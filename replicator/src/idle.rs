@@ -4,16 +4,10 @@
 //! than it would in an epoch that had just begun. What the longer epoch risks is a longer pause, when a guest that was idle begins
 //! to write: it has written for that much longer.
 
-use std::thread;
-use std::time::Instant;
-
 use romulus_hypervisor::source::CaptureReport;
 use romulus_types::Time;
 
-use crate::gates::Gates;
-use romulus_host_sys::process_clock::Clock;
-
-/// Pages that an idle guest writes in an epoch, at most: so many the backup commits at once, where it reads them.
+/// Pages that an idle guest would write in its longer epoch, at most: so many the backup commits at once, where it reads them.
 const IDLE_PAGES_MAX: u64 = 64;
 
 /// Decides how long an epoch goes on past its end.
@@ -42,35 +36,17 @@ impl IdleWait {
         self.idle = false;
     }
 
-    /// An epoch was captured; with `closed`, output is held since its end.
-    pub fn captured(&mut self, closed: bool, report: &CaptureReport) {
+    /// An epoch of so many nanoseconds was captured, 0 for the first of a session; with `closed`, output is held since its end.
+    pub fn captured(&mut self, closed: bool, interval_ns: u64, report: &CaptureReport) {
         self.gate_closed |= closed;
-        self.idle = report.dirty_pages <= IDLE_PAGES_MAX;
+        let pages = u128::from(report.dirty_pages) * u128::from(self.length_ns);
+        self.idle = interval_ns > 0 && pages <= u128::from(IDLE_PAGES_MAX) * u128::from(interval_ns);
     }
 
-    /// Until when an epoch that began at `began` and was to end at `at` may go on.
-    fn until(&self, began: Option<Time>, at: Time) -> Option<Time> {
+    /// Until when an epoch that began at `began` and was to end at `at` may go on, if it may.
+    pub fn until(&self, began: Option<Time>, at: Time) -> Option<Time> {
         let until = began?.after_ns(self.length_ns);
         (self.idle && self.gate_closed && until > at).then_some(until)
-    }
-
-    /// Called at the end of an epoch that began at `began` and was to end at `at`: waits while the guest is idle. Returns when the epoch
-    /// ends.
-    pub fn wait(&self, began: Option<Time>, at: Time, gates: &Gates, clock: Clock) -> Time {
-        let Some(until) = self.until(began, at).filter(|_| !gates.hold_output()) else {
-            return at;
-        };
-        loop {
-            let left = clock.instant(until).saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return until;
-            }
-            // Unparked by the gates; at any other time it only looks once more.
-            thread::park_timeout(left);
-            if gates.hold_output() {
-                return clock.now();
-            }
-        }
     }
 }
 
@@ -93,30 +69,34 @@ mod tests {
 
     #[test]
     fn an_idle_guest_behind_a_closed_gate_is_left_alone_for_longer() {
-        let mut idle = IdleWait::new(50 * MS);
-        idle.captured(true, &report(IDLE_PAGES_MAX));
-        assert_eq!(idle.until(Some(at(100)), at(125)), Some(at(150)));
-        idle.captured(false, &report(0));
-        assert_eq!(idle.until(Some(at(150)), at(175)), Some(at(200)));
-        assert_eq!(idle.until(Some(at(150)), at(200)), None, "it is as long already");
+        let mut idle = IdleWait::new(100 * MS);
+        idle.captured(true, 25 * MS, &report(16));
+        assert_eq!(idle.until(Some(at(100)), at(125)), Some(at(200)));
+        idle.captured(false, 100 * MS, &report(IDLE_PAGES_MAX));
+        assert_eq!(idle.until(Some(at(200)), at(225)), Some(at(300)));
+        assert_eq!(idle.until(Some(at(200)), at(300)), None, "it is as long already");
         assert_eq!(idle.until(None, at(25)), None, "the first epoch of a session");
     }
 
     #[test]
     fn others_are_not() {
-        let mut idle = IdleWait::new(50 * MS);
-        idle.captured(false, &report(0));
+        let mut idle = IdleWait::new(100 * MS);
+        idle.captured(false, 25 * MS, &report(0));
         assert_eq!(
             idle.until(Some(at(0)), at(25)),
             None,
             "nothing tells that it speaks"
         );
-        idle.captured(true, &report(IDLE_PAGES_MAX + 1));
-        assert_eq!(idle.until(Some(at(25)), at(50)), None, "it writes");
-        idle.captured(false, &report(0));
+        idle.captured(true, 25 * MS, &report(17));
+        assert_eq!(
+            idle.until(Some(at(25)), at(50)),
+            None,
+            "it would write to 68 pages"
+        );
+        idle.captured(false, 25 * MS, &report(0));
         assert!(idle.until(Some(at(25)), at(50)).is_some());
         idle.begin();
-        idle.captured(false, &report(0));
+        idle.captured(false, 25 * MS, &report(0));
         assert_eq!(
             idle.until(Some(at(25)), at(50)),
             None,

@@ -193,7 +193,7 @@ async fn drive(
         encoder: encoder.clone(),
         buffers,
         gates: gates.clone(),
-        idle: IdleWait::new(nanoseconds(settings.epochs.idle_length)),
+        idle: IdleWait::new(nanoseconds(idle_length(settings))),
         current: current.clone(),
         status: Arc::clone(&status),
         pulse: capture_pulse.clone(),
@@ -347,6 +347,12 @@ fn forward_signals(inbox: mpsc::Sender<Input>) -> anyhow::Result<()> {
         }
     });
     Ok(())
+}
+
+/// Of an idle guest's epoch. Output counts as held since the last release, also when there is none: that must come in time.
+fn idle_length(settings: &Replicator) -> Duration {
+    let held_at_most = settings.epochs.hold_max.min(settings.failover.mute_limit);
+    settings.epochs.idle_length.min(held_at_most / 2)
 }
 
 fn nanoseconds(duration: Duration) -> u64 {

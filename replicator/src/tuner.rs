@@ -9,7 +9,8 @@ use romulus_types::Time;
 /// What a capture says of its epoch.
 #[derive(Clone, Copy, Debug)]
 pub struct EpochFigures {
-    /// From the capture before to this one, in nanoseconds; 0 for the first of a session.
+    /// From the capture before to this one, in nanoseconds; 0 for one that is no measure: the first of a session, and an idle guest's,
+    /// whose length is not the one that was set.
     pub interval_ns: u64,
     /// The guest's pause, in nanoseconds.
     pub pause_ns: u64,

@@ -60,13 +60,10 @@ fn survives_a_panic(point: &str) -> Result<()> {
         |crowd: &Crowd, name: &str| Ok::<_, anyhow::Error>(crowd.status(name)?["session"].clone());
     let sessions = [session_of(&crowd, "one")?, session_of(&crowd, "two")?];
     std::fs::write(&from, "")?;
-    let again = |crowd: &Crowd, name: &str| {
-        let events = crowd.events_of(name).ok()?;
-        let at = |kind: &str| events.iter().position(|event| event["event"] == kind);
-        (at("vm_given_up")? < at("vm_started_again")?).then_some(())
-    };
     let struck = wait_for("the parts to be started again", AT_MOST, || {
-        names.iter().position(|name| again(&crowd, name).is_some())
+        names
+            .iter()
+            .position(|name| begun_with_again(&crowd, name).is_some())
     });
     std::fs::remove_file(&from)?;
     let struck = struck?;
@@ -96,6 +93,57 @@ fn a_vm_whose_driver_panics_is_begun_with_again_and_the_other_goes_on() -> Resul
 #[test]
 fn a_vm_whose_store_panics_is_begun_with_again_and_the_other_goes_on() -> Result<()> {
     survives_a_panic("agent.after_commit")
+}
+
+/// The store of one of two VMs panics at this point of a takeover; both serve in the end.
+fn survives_a_panic_in_a_takeover(point: &str) -> Result<()> {
+    let mut crowd = crowd(
+        &["left"],
+        CrowdConfig {
+            agent_fault: Some(Fault {
+                place: format!("{point}:panic"),
+                from: None,
+            }),
+            ..CrowdConfig::default()
+        },
+    )?;
+    let names = ["one", "two"];
+    for name in names {
+        crowd.add("left", name, None)?;
+    }
+    crowd.protect_all()?;
+    crowd.kill_host("left")?;
+    for name in names {
+        crowd.wait_serves(name)?;
+    }
+    wait_for("the parts to be started again", AT_MOST, || {
+        let again = |name: &&str| begun_with_again(&crowd, name).is_some();
+        names.iter().any(again).then_some(())
+    })?;
+    for name in names {
+        crowd.wait_serves(name)?;
+        wait_for(&format!("{name} to be known to run"), AT_MOST, || {
+            (crowd.at_agent(name).ok()?["standby"] == "active").then_some(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_takeover_in_which_a_store_panics_is_made_once_more() -> Result<()> {
+    survives_a_panic_in_a_takeover("agent.joined")
+}
+
+#[test]
+fn a_guest_whose_store_panics_when_it_has_been_taken_over_is_found_and_runs_on() -> Result<()> {
+    survives_a_panic_in_a_takeover("agent.activated")
+}
+
+/// The agent gave this VM up and has begun with it again.
+fn begun_with_again(crowd: &Crowd, name: &str) -> Option<()> {
+    let events = crowd.events_of(name).ok()?;
+    let at = |kind: &str| events.iter().position(|event| event["event"] == kind);
+    (at("vm_given_up")? < at("vm_started_again")?).then_some(())
 }
 
 #[test]

@@ -69,8 +69,8 @@ pub struct Epochs {
     pub length: EpochLength,
     /// What `length = "auto"` steers to.
     pub auto: AutoEpochs,
-    /// Longest epoch of an idle guest, which wrote to at most 64 pages in the epoch before: it ends as soon as the guest sends something,
-    /// but not before `length`. Not longer than `length`: all epochs are alike. Default 100 ms.
+    /// Longest epoch of an idle guest, which as far as the epoch before shows writes to at most 64 pages in it: it ends as soon as the guest
+    /// sends something, but not before `length`. At most half of `hold_max` and of `failover.mute_limit`. Not longer than `length`: all epochs are alike. Default 100 ms.
     #[serde(with = "duration")]
     pub idle_length: Duration,
     /// Most epochs sent and not yet acknowledged; past that an epoch stretches. Default 4.

@@ -234,6 +234,10 @@ mod tests {
             parse("agent.after_ack@40:sigstop"),
             armed("agent.after_ack", 40, Action::Stop)
         );
+        assert_eq!(
+            parse("agent.before_ack:panic"),
+            armed("agent.before_ack", 1, Action::Panic)
+        );
         for wrong in [
             "bootstrap.in_ram:explode",
             "nowhere:exit",

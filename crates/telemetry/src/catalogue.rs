@@ -165,6 +165,7 @@ metrics! {
     STANDBY = gauge("standby", &["vm", "state"], "1 for the state that the standby is in, 0 for all others");
     TAKEOVERS = counter("takeovers", VM, "Takeovers that let the guest run here");
     FAILED_TAKEOVERS = counter("failed_takeovers", VM, "Takeovers after which the guest does not run here");
+    GIVEN_UP = counter("given_up", VM, "How often what works at the VM in the agent gave up, and was started again");
     REFUSED_CONNECTIONS = counter("refused_connections", &["cause"], "Hosts that were turned away after the handshake");
 
     // At agent and witness.
@@ -261,6 +262,7 @@ pub static BACKUP_AGENT: &[&Definition] = &[
     &WITNESS_REFUSALS,
     &TAKEOVERS,
     &FAILED_TAKEOVERS,
+    &GIVEN_UP,
     &REFUSED_INPUT,
 ];
 
