@@ -178,7 +178,7 @@ impl Epochs {
             EpochLength::Auto => checks,
         };
         checks
-            .duration("idle_length", self.idle_length, ms(0), s(10))?
+            .duration("idle_length", self.idle_length, ms(0), s(1))?
             .number("in_flight_max", self.in_flight_max.into(), 1, 256)?
             .duration("pause_kill_limit", self.pause_kill_limit, ms(50), s(60))?
             .duration("hold_max", self.hold_max, ms(100), s(3600))?;

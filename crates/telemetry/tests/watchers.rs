@@ -107,7 +107,7 @@ fn every_alert_asks_for_what_the_daemons_show() {
         );
         alerts += 1;
     }
-    assert_eq!(alerts, 13);
+    assert_eq!(alerts, 14);
 }
 
 #[test]
