@@ -10,6 +10,7 @@ use romulus_protocol::{Answer, Hello, RefuseReason};
 use romulus_transport::{CloseCode, Connection, Control, Endpoint, FrameReader, SendStream};
 use romulus_types::HostId;
 use romulus_wire::{FrameType, decode_message};
+use tokio::sync::mpsc::error::SendError;
 use tracing::{debug, warn};
 
 use crate::admission::Admission;
@@ -17,6 +18,8 @@ use crate::inbox::Input;
 use crate::refusals::Refused;
 use crate::registry::{Registry, VmHandle};
 use crate::session::{Asking, SessionIn, refuse_early, words};
+
+const GIVEN_UP: &str = "the backup gave this VM up and begins with it again; try again";
 
 /// Why a hello is refused before the protocol is asked.
 struct Refusal {
@@ -147,10 +150,10 @@ impl Listener {
             term,
             instance,
         };
-        vm.inbox
-            .send(input)
-            .await
-            .map_err(|_| anyhow!("the driver of this VM is gone"))
+        if let Err(SendError(Input::Hello { session, .. })) = vm.inbox.send(input).await {
+            session.refuse(GIVEN_UP, true);
+        }
+        Ok(())
     }
 
     async fn check(
@@ -183,7 +186,7 @@ impl Listener {
         if vm.inbox.is_closed() {
             return Err(Refusal {
                 cause: Refused::GivenUp,
-                error: anyhow!("the backup gave this VM up and begins with it again; try again"),
+                error: anyhow!(GIVEN_UP),
                 passing: true,
             });
         }

@@ -306,12 +306,16 @@ impl Registry {
             run_dir: settings.image_dir.join(format!(".run-{vm}")),
         });
         if image.status() != ImageStatus::Consumed {
+            status.set_standby("none", None);
             return guest;
         }
         let found = guest.adopt(image).and_then(|runs| {
             if runs {
                 status.set_standby("active", guest.pid());
-            } else if image.reclaim()? {
+            } else {
+                status.set_standby("none", None);
+            }
+            if !runs && image.reclaim()? {
                 info!(
                     event = "activation_undone",
                     vm = vm.as_str(),
@@ -417,11 +421,20 @@ impl Registry {
         wait.await
             .map_err(|_| given_up())?
             .map_err(ForgetError::Refused)?;
-        // Not earlier: until here a hello finds a driver that has ended, is refused, and comes again.
-        self.lock().remove(vm);
-        self.shared.starts.remove(vm);
+        handle.inbox.closed().await;
+        self.ended(vm);
         info!(event = "forgotten", vm = vm.as_str());
         Ok(())
+    }
+
+    /// The VM's driver has forgotten it. Until here a hello finds a driver that has ended, is refused, and comes again.
+    pub fn ended(&self, vm: &VmId) {
+        let mut vms = self.lock();
+        // It may be here anew.
+        if vms.get(vm).is_some_and(|handle| handle.inbox.is_closed()) {
+            vms.remove(vm);
+            self.shared.starts.remove(vm);
+        }
     }
 
     /// The witness's record must not name this host.

@@ -117,6 +117,10 @@ impl OrderEnd {
             "activation_failed" => detail["error"]
                 .as_str()
                 .map(|error| Self::Refused(format!("the guest could not be started: {error}"))),
+            "vm_given_up" => Some(Self::Refused(format!(
+                "the agent gave this VM up and begins with it again, order it again: {}",
+                text("error")
+            ))),
             "order_refused" if detail["state"] == "protected" => Some(Self::Refused(
                 "the VM is protected: there is nothing to force".to_owned(),
             )),
@@ -306,6 +310,15 @@ impl VmStatus {
     /// How the activation went.
     pub fn set_activation(&self, report: Value) {
         self.lock().activation = Some(report);
+    }
+
+    /// What worked at the VM has ended, and with it the standby that waited. A guest that was taken over runs on.
+    pub fn parts_ended(&self) {
+        let mut inner = self.lock();
+        (inner.session, inner.committed) = (None, Epoch::NONE);
+        if inner.standby != "active" {
+            (inner.standby, inner.standby_pid) = ("none", None);
+        }
     }
 
     /// What works at the VM gave up.

@@ -149,6 +149,8 @@ impl Store {
                 self.guest.dismiss_waiting();
                 let _ = done.send(());
             }
+            // Whoever does not wait any more was told that it is not done.
+            StoreJob::Forget { done, .. } if done.is_closed() => {}
             StoreJob::Forget { force, done } => {
                 let forgotten = self.forget(force).map_err(|error| format!("{error:#}"));
                 let _ = done.send(forgotten);

@@ -158,6 +158,7 @@ impl StoreSender {
         };
         // Frames stay in their order. A job of the driver that waits may come after one: they come from different tasks.
         let none_waits = self.frames.available_permits() == FRAMES_WAITING_MAX;
+        let _wakes = WhenPanicking(self, session);
         if none_waits && store.unapplied.is_none() && store.is_brief(session, frame) {
             AtOnce::Done(store.frame(session, frame, received))
         } else {
@@ -168,6 +169,17 @@ impl StoreSender {
     /// Applies the commit that [`at_once`](Self::at_once) made, if the store's thread has not begun with that.
     fn apply(&self) -> Option<BackupEvent> {
         self.store.try_lock().ok()?.apply()
+    }
+}
+
+/// The store of whoever panics with it is of no use to anybody: its thread finds that out as soon as it has something to do.
+struct WhenPanicking<'a>(&'a StoreSender, Session);
+
+impl Drop for WhenPanicking<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.0.send(StoreJob::End(self.1));
+        }
     }
 }
 

@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use romulus_protocol::{NotProtected, Protection};
-use romulus_types::{Epoch, Term};
 use serde_json::json;
 use tracing::{error, info};
 
@@ -27,7 +26,7 @@ const PAUSE_MIN: Duration = Duration::from_secs(1);
 /// The longest one; who was at work for so long begins with the first again.
 const PAUSE_MAX: Duration = Duration::from_secs(60);
 /// Who takes longer to end hangs.
-const ENDS_AT_MOST: Duration = Duration::from_secs(30);
+const ENDS_AT_MOST: Duration = Duration::from_mins(2);
 /// Between two looks whether the store's thread has ended.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -61,7 +60,7 @@ impl Parts {
         let began = Instant::now();
         tokio::spawn(async move {
             let failed = match tokio::spawn(driver.run()).await {
-                Ok(Ok(())) => return,
+                Ok(Ok(())) => return registry.ended(status.vm_id()),
                 Ok(Err(error)) => error,
                 Err(panicked) => anyhow!(panicked),
             };
@@ -73,9 +72,8 @@ impl Parts {
             status.count_given_up();
             give_up(&status, &failed, pause);
             starts.heard(status.vm_id(), None);
-            alone_with(&store, &status).await;
-            // It waits for the end of the standby that it has.
-            let _ = tokio::task::spawn_blocking(move || drop(store)).await;
+            end(store, &status).await;
+            status.parts_ended();
             start_again(&registry, &status, pause).await;
         });
     }
@@ -86,24 +84,40 @@ fn give_up(status: &VmStatus, failed: &anyhow::Error, pause: Duration) {
     error!(event = "vm_given_up", vm = status.vm(), error = failed);
     status.event("vm_given_up", &json!({"error": failed}));
     status.set_protection(Protection::NotProtected(NotProtected::NoBackup));
-    status.set_standby("none", None);
-    status.set_progress(Term(0), None, Epoch::NONE);
     status.set_detail(format!(
         "the agent gave this VM up, and begins with it again in {} s: {failed}",
         pause.as_secs()
     ));
 }
 
-/// Waits until nobody else has the store: its thread and the session's tasks end by themselves, unless one hangs.
-async fn alone_with(store: &Arc<Mutex<Store>>, status: &VmStatus) {
-    let began = Instant::now();
-    let mut told = false;
-    while Arc::strong_count(store) > 1 {
-        tokio::time::sleep(LOOK).await;
-        if began.elapsed() > ENDS_AT_MOST && !std::mem::replace(&mut told, true) {
-            error!(event = "store_hangs", vm = status.vm());
-            status.event("store_hangs", &json!({}));
-            status.set_detail("the agent gave this VM up, and what works at its image does not end: a disk or a standby hangs. If it stays so, restart the agent".to_owned());
+/// Waits until nobody else has the store, whose thread and whose session's tasks end by themselves, and until it is gone. Says so when
+/// something hangs.
+async fn end(store: Arc<Mutex<Store>>, status: &VmStatus) {
+    let mut end = Box::pin(async {
+        while Arc::strong_count(&store) > 1 {
+            tokio::time::sleep(LOOK).await;
+        }
+        // It waits for the end of the standby that it has.
+        let _ = tokio::task::spawn_blocking(move || drop(store)).await;
+    });
+    if tokio::time::timeout(ENDS_AT_MOST, &mut end).await.is_err() {
+        error!(event = "store_hangs", vm = status.vm());
+        status.event("store_hangs", &json!({}));
+        status.set_detail(
+            "the agent gave this VM up, and what works at its image does not end: a disk or a standby hangs. If it stays so, restart the agent"
+                .to_owned(),
+        );
+        end.await;
+    }
+}
+
+/// Waits for `work`, and has the VM's pulse beat meanwhile: it is being worked at.
+async fn beating<T>(status: &VmStatus, work: impl Future<Output = T>) -> T {
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            () = tokio::time::sleep(PAUSE_MIN) => status.pulse.beat(),
         }
     }
 }
@@ -111,13 +125,15 @@ async fn alone_with(store: &Arc<Mutex<Store>>, status: &VmStatus) {
 /// Tries until it is done: an image that can't be opened now may be later.
 async fn start_again(registry: &Registry, status: &Arc<VmStatus>, mut pause: Duration) {
     loop {
-        tokio::time::sleep(pause).await;
+        beating(status, tokio::time::sleep(pause)).await;
         pause = (2 * pause).min(PAUSE_MAX);
         let (registry, again) = (registry.clone(), Arc::clone(status));
         // All memory is read and compared with its digests: off the event loop.
-        let started = tokio::task::spawn_blocking(move || registry.start_again(again, pause)).await;
+        let start = tokio::task::spawn_blocking(move || registry.start_again(again, pause));
+        let started = beating(status, start).await;
         match started.unwrap_or_else(|panicked| Err(anyhow!(panicked))) {
             Ok(()) => {
+                status.set_detail("the agent gave this VM up, and has begun with it again".to_owned());
                 info!(event = "vm_started_again", vm = status.vm());
                 return status.event("vm_started_again", &json!({}));
             }

@@ -37,9 +37,9 @@ use crate::store_jobs::{StoreJob, StoreSender};
 /// How long what already arrived may take to reach the inbox.
 const DRAIN: Duration = Duration::from_millis(2);
 
-/// How long the store may take to come to a job whose end is waited for: it may be loading a checkpoint into a standby. One that waits for
-/// this driver instead, whose inbox its primary keeps full, waits for ever; then all is begun anew.
-const STORE_AT_MOST: Duration = Duration::from_mins(5);
+/// How long the store may take to come to a job whose end is waited for: it may be reading all memory, or loading a checkpoint into a standby.
+/// One that waits for this driver instead, whose inbox its primary keeps full, waits for ever; then all is begun anew.
+const STORE_AT_MOST: Duration = Duration::from_mins(15);
 
 /// What the driver works with.
 pub struct VmDriver {

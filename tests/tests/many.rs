@@ -95,8 +95,8 @@ fn a_vm_whose_store_panics_is_begun_with_again_and_the_other_goes_on() -> Result
     survives_a_panic("agent.after_commit")
 }
 
-/// The store of one of two VMs panics at this point of a takeover; both serve in the end.
-fn survives_a_panic_in_a_takeover(point: &str) -> Result<()> {
+/// The store of one of two VMs panics at this point of a takeover; both serve in the end, the one after so many activations.
+fn survives_a_panic_in_a_takeover(point: &str, activations: usize) -> Result<()> {
     let mut crowd = crowd(
         &["left"],
         CrowdConfig {
@@ -116,9 +116,10 @@ fn survives_a_panic_in_a_takeover(point: &str) -> Result<()> {
     for name in names {
         crowd.wait_serves(name)?;
     }
-    wait_for("the parts to be started again", AT_MOST, || {
-        let again = |name: &&str| begun_with_again(&crowd, name).is_some();
-        names.iter().any(again).then_some(())
+    let struck = wait_for("the parts to be started again", AT_MOST, || {
+        names
+            .into_iter()
+            .find(|name| begun_with_again(&crowd, name).is_some())
     })?;
     for name in names {
         crowd.wait_serves(name)?;
@@ -126,17 +127,20 @@ fn survives_a_panic_in_a_takeover(point: &str) -> Result<()> {
             (crowd.at_agent(name).ok()?["standby"] == "active").then_some(())
         })?;
     }
+    let events = crowd.events_of(struck)?;
+    let begun = events.iter().filter(|event| event["event"] == "activation_begin");
+    assert_eq!(begun.count(), activations, "{point}: {events:?}");
     Ok(())
 }
 
 #[test]
 fn a_takeover_in_which_a_store_panics_is_made_once_more() -> Result<()> {
-    survives_a_panic_in_a_takeover("agent.joined")
+    survives_a_panic_in_a_takeover("agent.joined", 2)
 }
 
 #[test]
 fn a_guest_whose_store_panics_when_it_has_been_taken_over_is_found_and_runs_on() -> Result<()> {
-    survives_a_panic_in_a_takeover("agent.activated")
+    survives_a_panic_in_a_takeover("agent.activated", 1)
 }
 
 /// The agent gave this VM up and has begun with it again.
